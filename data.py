@@ -1,0 +1,423 @@
+"""Images in, batches out: folders, two downloadable sets and a built-in image generator, decoded with Pillow.
+
+    python data.py --data demo --out grid.png            # look at your data: a grid of what training would see
+
+Images are float32 (3, size, size) in [-1, 1]. An item depends on (seed, epoch, index) alone and the order on (seed,
+epoch) alone, so a run gets the same batches with any number of workers or processes, and after a resume.
+"""
+import argparse
+import functools
+import os
+import sys
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+DEMO_LENGTH = {"train": 100_000, "val": 2_000}
+SPLITS = {"train": 0, "val": 1}
+# First key of every random stream: without it (seed, epoch) and (seed, epoch, 0) would be one stream to numpy.
+ORDER, ITEM, DEMO = 1, 2, 3
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torchvision, only where a caller asks for it
+
+_declared = []                                               # the operators vanish with their Library object: keep it
+
+
+def import_torchvision():
+    """-> the torchvision module. With a CPU-only torch beside the registry's CUDA torchvision, its compiled operators
+    cannot load and `import torchvision` stops at "operator torchvision::nms does not exist". Its data sets and networks
+    need none of them, so then (and only then) declare the two missing operators and import again.
+    Call before lpips or timm: they import torchvision themselves."""
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "operator torchvision::nms does not exist" not in str(error):
+            raise
+        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[name]                            # half imported
+        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            _declared[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+    return torchvision
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Built-in images: dead leaves (Lee, Mumford, Huang 2001; Baradad et al. 2021, arXiv 2106.05963). Shapes that hide one
+# another, with radii of density r^-3, have the power spectrum and the edges of photographs.
+
+BANK = 512                                                   # side of the texture fields, a power of 2
+SQUARE = BANK * BANK
+TURN = np.arange(24)[:, None] / 24                           # a leaf's outline has 24 points
+
+
+@functools.cache
+def _textures():
+    """-> (3 * 512 * 512,) float32: periodic random fields of unit variance: rough, cloudy, grained; amplitude f^-a."""
+    rng, fields = np.random.default_rng(0), []
+    fy, fx = np.fft.fftfreq(BANK)[:, None], np.fft.rfftfreq(BANK)[None]
+    for a, stretch in ((1.1, 1), (1.7, 1), (1.4, 5)):
+        f = np.hypot(fx, stretch * fy)
+        f[0, 0] = np.inf                                     # no mean
+        field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((BANK, BANK))) * f**-a, s=(BANK, BANK))
+        fields.append(field / field.std())
+    return np.stack(fields).astype(np.float32).ravel()
+
+
+def demo_image(size, seed, split, index):
+    """-> uint8 (size, size, 3): picture `index` of "train" or "val", from the arguments alone. The arrangement is
+    the same at every size; textures and stripes are laid out in pixels. KeyError for another split."""
+    rng = np.random.default_rng([DEMO, seed, SPLITS[split], index])
+    side = 2 * size                                          # drawn at twice the size, then averaged
+    mood = rng.random(10).tolist()                           # this picture's own style
+    # As many leaves as cover the picture 0.2 to 4 times: with density r^-3 their mean area is about 4 r0^2 log(r1/r0).
+    r0, r1 = 0.015 * 8 ** mood[0], 0.45
+    n = int(np.clip(0.2 * 20 ** mood[1] / (4 * r0**2 * np.log(r1 / r0)), 4, 250))
+    u, g = rng.random((21, n + 1)), rng.standard_normal((6, n + 1))           # leaf 0 is the background
+
+    # Palette of 6 colours: brightness varies most, then orange-blue, then red-green, as in photographs.
+    bright = 0.05 + 0.95 * rng.random(6) ** (0.6 + mood[2])
+    bright = bright.mean() + (0.3 + 0.7 * mood[3]) * (bright - bright.mean())
+    warm, red = (0.06 + 0.4 * mood[4] ** 2) * (rng.standard_normal((2, 6)) + rng.standard_normal((2, 1)))
+    palette = bright * (1 + warm * [[0.8], [0.1], [-1.0]] + red * [[0.5], [-0.4], [0.3]])                 # (3, 6)
+    color = palette[:, (6 * u[0]).astype(int)] * (1 + 0.12 * g[0]) + 0.02 * g[1:4]                        # (3, n+1)
+    second = palette[:, (6 * u[1]).astype(int)] - color      # textures and stripes go from one colour to the other
+
+    # Outlines, all at once: polygons are circles with the angle rounded down, blobs have two harmonics added.
+    r = (r0**-2 - u[2] * (r0**-2 - r1**-2)) ** -0.5          # inverse of the distribution function of r^-3
+    r[0], r[1:4] = 0.7, 0.25 + 0.6 * u[2, 1:4]               # three large ones first: a setting
+    cx, cy = 1.2 * u[3] - 0.1, 1.2 * u[4] - 0.1
+    corners = np.where(u[5] < 0.35, 3 + (4 * u[7]).astype(int), 24)
+    angle = 2 * np.pi * np.floor(TURN * corners) / corners                                                # (24, n+1)
+    wobble = np.where(u[5] < 0.7, 0.5 * u[8], 0)
+    radius = r * (1 + wobble * np.cos(2 * angle + 12 * u[9]) + 0.6 * wobble * np.cos(3 * angle + 18 * u[10]))
+    px, py = radius * np.cos(angle), radius * np.sin(angle) * (0.35 + 0.65 * u[11])
+    c, s = np.cos(2 * np.pi * u[6]), np.sin(2 * np.pi * u[6])
+    points = side * np.stack([cx + c * px - s * py, cy + s * px + c * py], -1)                            # (24, n+1, 2)
+    points = points.transpose(1, 0, 2).reshape(n + 1, 48).tolist()
+    width = np.where(u[5] > 0.85, np.maximum(1, 0.15 * side * r * u[8]), 0).astype(int).tolist()
+    canvas = Image.new("L", (side, side))                    # holds the number of the leaf in front
+    draw = ImageDraw.Draw(canvas)
+    for i in range(1, n + 1):
+        if width[i]:                                         # a stroke: half an outline
+            draw.line(points[i][:24], fill=i, width=width[i], joint="curve" if width[i] > 4 else None)
+        else:
+            draw.polygon(points[i], fill=i)
+    leaf = np.asarray(canvas)                                                                             # (side, side)
+
+    # Appearance: one table of leaf properties, looked up at each pixel.
+    rough = (0.04 + 0.4 * u[12] ** 3) * (0.2 + mood[5])
+    stripes = np.where(u[15] < 0.2, 0.2 + 0.8 * u[16], 0)
+    wave = 2 * np.pi / (5 * (side / 10) ** u[17])            # a stripe is 5 to side/2 canvas pixels wide
+    ball = np.where(u[20] < 0.4, 0.5 * u[20] / (side * r) ** 2, 0)
+    table = [side * cx, side * cy, 0.2 * g[4] / (side * r), 0.2 * g[5] / (side * r), ball, rough, stripes,
+             wave * np.cos(2 * np.pi * u[18]), wave * np.sin(2 * np.pi * u[18]), 2 * np.pi * u[19]]
+    table = np.concatenate([table, color, second]).astype(np.float32).take(leaf, axis=1)
+    cx, cy, gx, gy, ball, rough, stripes, kx, ky, phase, *colors = table                                  # (side, side)
+    iy, ix = np.ogrid[:side, :side]
+
+    def texture(start):                                      # a window of the periodic fields, from `start` on
+        y, x = (start // BANK + iy) % BANK, (start + ix) % BANK
+        return _textures().take(start // SQUARE * SQUARE + y * BANK + x)
+
+    grain = texture((3 * SQUARE * u[13]).astype(np.int32).take(leaf))         # each leaf from another place
+    dx, dy = ix.astype(np.float32) - cx, iy.astype(np.float32) - cy
+    mix = rough * grain + stripes * (0.5 + 0.5 * np.clip(2.5 * np.sin(kx * dx + ky * dy + phase), -1, 1))
+    light = 1 + np.clip(gx * dx + gy * dy - ball * (dx * dx + dy * dy), -0.6, 0.6) + 0.3 * rough * grain
+    light += (0.05 + 0.2 * mood[6]) * texture(SQUARE + int(SQUARE * u[14, 0]))                            # clouds
+    for k in (1, 2, 3):                                      # a soft shadow, down and to the right of what is in front
+        d = max(1, int(k * side * (0.004 + 0.012 * mood[7])))
+        light[d:, d:] *= 1 - 0.2 * mood[8] * (leaf[:-d, :-d] > leaf[d:, d:])
+    rgb = np.stack([(a + mix * b) * light for a, b in zip(colors[:3], colors[3:], strict=True)], -1)
+    image = Image.fromarray(np.clip(255 * rgb, 0, 255).astype(np.uint8))
+    if mood[9] < 0.6:                                        # most photographs are a little out of focus
+        image = image.filter(ImageFilter.BoxBlur(2.5 * mood[9]))
+    return np.asarray(image.reduce(2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One image
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB, upright by its EXIF tag (turned in place); transparency over white; 16-bit grey
+    scaled to 8 bits."""
+    ImageOps.exif_transpose(image, in_place=True)            # the other form copies every image
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):                           # Pillow would clip at 255, that is nearly everywhere
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def prepare_eval(image, size, crop="center"):
+    """PIL image -> PIL RGB image (size, size), as reconstruction is scored. `center` (SSDD): short side to `size`,
+    bilinear, centre crop, rounding as torchvision does. `adm` (ADM, arXiv 2105.05233; also DC-AE): box-halving while
+    the short side is at least 2 size, then bicubic, centre crop. ValueError for another crop."""
+    image = to_rgb(image)
+    w, h = image.size
+    if crop == "center":
+        w, h = (size, size * h // w) if w <= h else (size * w // h, size)
+        x, y = round((w - size) / 2), round((h - size) / 2)
+        image = image.resize((w, h), Image.BILINEAR)
+    elif crop == "adm":
+        while min(image.size) >= 2 * size:
+            image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+        scale = size / min(image.size)
+        w, h = round(image.width * scale), round(image.height * scale)
+        x, y = (w - size) // 2, (h - size) // 2
+        image = image.resize((w, h), Image.BICUBIC)
+    else:
+        raise ValueError(f"crop is {crop!r}: use center or adm")
+    return image.crop((x, y, x + size, y + size))
+
+
+def prepare_train(image, size, short, u):
+    """PIL RGB image -> PIL image (size, size): short side to `short` >= size, bilinear; crop placed by u[0], u[1] in
+    [0, 1); mirrored if u[2] < 0.5. Only the crop is resampled, from its exact place, between pixels if need be."""
+    w, h = image.size
+    side = min(w, h) * size / short
+    x, y = u[0] * (w - side), u[1] * (h - side)
+    image = image.resize((size, size), Image.BILINEAR, box=(x, y, min(x + side, w), min(y + side, h)))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if u[2] < 0.5 else image
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Item i (of epoch 0) or (epoch, i) -> (float32 (3, size, size) in [-1, 1], i). `images` is an array: file names as
+    bytes, pictures (n, h, w, 3) uint8, or indices of built-in images.
+
+    A file that cannot be decoded is named once on stderr and flagged in `skipped`, (n,) uint8 in shared memory, so that
+    the finds of all workers add up in int(dataset.skipped.sum()). In training the next readable image stands in for it,
+    in evaluation the item is None. ValueError where training finds nothing readable at all."""
+
+    def __init__(self, images, name, size, train, aug_scale=2.0, seed=0, crop="center"):
+        self.images, self.name, self.size, self.train = images, name, size, train
+        self.aug_scale, self.seed, self.crop = aug_scale, seed, crop
+        self.skipped = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
+
+    def __len__(self):
+        return len(self.images)
+
+    def nothing_readable(self):
+        return ValueError(f"none of the {len(self)} images of {self.name} can be decoded: check the files named above")
+
+    def decode(self, j, short):
+        """Image j -> PIL RGB image, short side >= `short` if the file has that much; None if it is unreadable."""
+        source = self.images[j]
+        if isinstance(source, np.integer):
+            return Image.fromarray(demo_image(self.size, self.seed, "train" if self.train else "val", int(source)))
+        if isinstance(source, np.ndarray):
+            return Image.fromarray(source)
+        if self.skipped[j]:
+            return None
+        try:
+            with Image.open(os.fsdecode(source)) as image:
+                if self.train:                               # JPEG: decode at 1/2, 1/4 or 1/8, sides still >= short;
+                    image.draft(None, (short, short))        # square, so that EXIF turns do not matter
+                return to_rgb(image)
+        except Exception as error:  # noqa: BLE001         # OSError, SyntaxError, struct.error ...: varies by format
+            self.skipped[j] = 1
+            print(f"warning: skipping unreadable image {os.fsdecode(source)}: {error}", file=sys.stderr, flush=True)
+            return None
+
+    def __getitem__(self, key):
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        n = len(self)
+        if not 0 <= i < n:
+            raise IndexError(f"no image {i} in a data set of {n}")
+        u = np.random.default_rng([ITEM, self.seed, epoch, i]).random(4)
+        short = self.size * (1 + (self.aug_scale - 1) * u[3])
+        for j in range(i, i + n if self.train else i + 1):
+            image = self.decode(j % n, int(np.ceil(short)))
+            if image is not None:
+                image = (prepare_train(image, self.size, short, u) if self.train
+                         else prepare_eval(image, self.size, self.crop))
+                x = np.ascontiguousarray(np.array(image).transpose(2, 0, 1))  # (3, size, size) uint8
+                return torch.from_numpy(x).float().div_(127.5).sub_(1), i
+        if self.train and torch.utils.data.get_worker_info() is None:
+            raise self.nothing_readable()                    # from a worker it would come as a stack trace: see Loader
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A set of images
+
+def list_images(root):
+    """Sorted names of all images below `root`; follows links, leaves out dot files. OSError: unreadable folder."""
+    def fail(error):
+        raise error
+
+    names, seen = [], set()
+    for folder, dirs, files in os.walk(root, followlinks=True, onerror=fail):
+        real = os.path.realpath(folder)
+        if real in seen:                                     # a link back up the tree
+            dirs.clear()
+            continue
+        seen.add(real)
+        dirs[:] = sorted(d for d in dirs if not d.startswith("."))
+        names += [os.path.join(folder, f) for f in files if f.lower().endswith(EXTENSIONS) and f[0] != "."]
+    return sorted(names)
+
+
+def download(spec, train):
+    """-> uint8 (n, 32, 32, 3) for cifar10, the folder of the split for imagenette (the copy with a short side of 320).
+    Kept in $DCSSDAE_DATA, else ~/.cache/dc-ssdae. OSError, one sentence, if it cannot be had."""
+    root = os.environ.get("DCSSDAE_DATA") or os.path.join(os.path.expanduser("~"), ".cache", "dc-ssdae")
+    datasets = import_torchvision().datasets
+    try:
+        os.makedirs(root, exist_ok=True)
+        with open(os.path.join(root, ".lock"), "w") as lock:
+            if os.name == "posix":                           # one process downloads, the others of the machine wait
+                import fcntl
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if spec == "cifar10":
+                return datasets.CIFAR10(root, train=train, download=True).data
+            split = "train" if train else "val"
+            datasets.Imagenette(root, split=split, size="320px", download=True)
+            return os.path.join(root, "imagenette2-320", split)
+    except (OSError, RuntimeError) as error:                 # RuntimeError: torchvision on a damaged archive
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"cannot get {spec} into {root} ({reason}): check the network or give an image folder") from error
+
+
+def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="center"):
+    """-> ImageDataset. spec: `demo`, `imagenette`, `cifar10`, or a folder (`./demo` for one of that name) holding
+    .jpg .jpeg .png .webp .bmp at any depth; with both train/ and val/ in it `train` picks, else all images serve both.
+    Training: short side uniform in [size, aug_scale size], random crop, mirror. Evaluation: prepare_eval with `crop`.
+    `demo` is drawn at `size`, so aug_scale has no effect there. limit: that many images, evenly spread over the set.
+    ValueError (bad number, no images), FileNotFoundError, NotADirectoryError, OSError (download), one sentence each."""
+    if int(size) != size or size <= 0:
+        raise ValueError(f"size is {size}: use a positive whole number of pixels")
+    if not aug_scale >= 1:
+        raise ValueError(f"aug_scale is {aug_scale}: use 1 or more, a smaller image cannot hold the crop")
+    if seed < 0 or (limit is not None and limit <= 0):
+        raise ValueError(f"seed is {seed} and limit is {limit}: use seed >= 0 and limit >= 1 or none")
+    if crop not in ("center", "adm"):
+        raise ValueError(f"crop is {crop!r}: use center or adm")
+    split = "train" if train else "val"
+    if spec == "demo":
+        images, aug_scale = np.arange(DEMO_LENGTH[split]), 1.0
+    elif spec == "cifar10":
+        images = download(spec, train)
+    else:
+        folder = download(spec, train) if spec == "imagenette" else os.path.expanduser(spec)
+        if not os.path.exists(folder):
+            raise FileNotFoundError(f"there is no folder {spec}: give demo, imagenette, cifar10 or a folder of images")
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(f"{spec} is a file: give demo, imagenette, cifar10 or a folder of images")
+        if all(os.path.isdir(os.path.join(folder, s)) for s in SPLITS):
+            folder = os.path.join(folder, split)
+        names = list_images(folder)
+        if not names:
+            raise ValueError(f"no images in {folder}: it needs files ending in {' '.join(EXTENSIONS)}, at any depth")
+        images = np.array([os.fsencode(f) for f in names])   # one block: workers would copy a list, bit by bit
+    if limit is not None and limit < len(images):
+        images = images[np.arange(limit) * len(images) // limit]
+    return ImageDataset(images, spec, int(size), train, aug_scale, seed, crop)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+class TrainBatches:
+    """Endless lists of (epoch, index), one a step from step `start`: this rank's share of each global batch. Position
+    p = step * batch_size + j of the stream lies in epoch p // n, which is a permutation drawn from (seed, epoch)."""
+
+    def __init__(self, n, batch_size, seed, rank, world, start):
+        self.n, self.batch_size, self.seed, self.start = n, batch_size, seed, start
+        self.first, self.share = rank * batch_size // world, batch_size // world
+
+    def __iter__(self):
+        drawn, step = None, self.start
+        while True:
+            batch, p = [], step * self.batch_size + self.first
+            for epoch, k in (divmod(q, self.n) for q in range(p, p + self.share)):
+                if epoch != drawn:
+                    order, drawn = np.random.default_rng([ORDER, self.seed, epoch]).permutation(self.n), epoch
+                batch.append((epoch, int(order[k])))
+            yield batch
+            step += 1
+
+
+def collate(items):
+    """[(x, i) or None] -> x (b, 3, s, s), index (b,) int64, without the None; b may be 0."""
+    items = [item for item in items if item is not None]
+    x = torch.stack([x for x, _ in items]) if items else torch.empty(0)
+    return x, torch.tensor([i for _, i in items], dtype=torch.int64)
+
+
+class Loader(torch.utils.data.DataLoader):
+    """DataLoader that leaves out batches without a readable image; ValueError, one sentence, if all images are so."""
+
+    def __iter__(self):
+        for x, index in super().__iter__():
+            if len(index):
+                yield x, index
+            elif self.dataset.skipped.all():
+                raise self.dataset.nothing_readable()
+
+
+def make_loader(dataset, batch_size, train, workers=0, seed=0, rank=0, world=1, start=0):
+    """-> Loader over x (b, 3, s, s) in [-1, 1] and index (b,) int64. batch_size counts all `world` processes together.
+    Training: endless, b = batch_size / world, from step `start` on (resume); an image's stand-in keeps its index.
+    Evaluation: this rank's indices rank, rank + world, ... once and in order; the last batch may be smaller.
+    ValueError if batch_size is not positive or, in training, not a multiple of world."""
+    if batch_size <= 0 or (train and batch_size % world):
+        raise ValueError(f"batch_size is {batch_size}: use a positive multiple of the {world} process(es)")
+    if train:
+        batches = TrainBatches(len(dataset), batch_size, seed, rank, world, start)
+    else:
+        indices, share = range(rank, len(dataset), world), max(1, batch_size // world)
+        batches = [indices[k:k + share] for k in range(0, len(indices), share)]
+    # Workers run torch with one thread as they are. Its own generator: the caller's random state stays as it is.
+    return Loader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator(),
+                  persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Looking at images
+
+def save_grid(path, images, pad=2):
+    """Write a PNG of rows of images, white between them. images: (R, C, 3, H, W), or a list of R tensors (C, 3, H, W)
+    of one H, W; values in [-1, 1], others are clipped. The file appears complete or not at all."""
+    h, w = images[0].shape[-2:]
+    grid = np.full((len(images) * (h + pad) + pad, max(map(len, images)) * (w + pad) + pad, 3), 255, np.uint8)
+    for r, row in enumerate(images):
+        row = (row.detach().float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        for c, image in enumerate(row):                      # (H, W, 3)
+            y, x = pad + r * (h + pad), pad + c * (w + pad)
+            grid[y:y + h, x:x + w] = image
+    temporary = f"{path}.{os.getpid()}.tmp"
+    Image.fromarray(grid).save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", default="demo", help="demo, imagenette, cifar10 or a folder")
+    parser.add_argument("--split", default="train", choices=list(SPLITS), help="train: as augmented for training")
+    parser.add_argument("--size", type=int, default=64, help="pixels")
+    parser.add_argument("--aug_scale", type=float, default=2.0, help="largest random enlargement in training")
+    parser.add_argument("--seed", type=int, default=0, help="of the order and the crops")
+    parser.add_argument("--rows", type=int, default=8, help="rows and columns of the grid")
+    parser.add_argument("--out", default="grid.png", help="PNG to write")
+    args = parser.parse_args()
+    try:
+        train, count = args.split == "train", max(1, args.rows) ** 2
+        dataset = make_dataset(args.data, args.size, train, args.aug_scale, args.seed)
+        x, _ = next(iter(make_loader(dataset, count, train, seed=args.seed)))
+        save_grid(args.out, x.split(max(1, args.rows)))
+    except (OSError, ValueError) as error:
+        sys.exit(f"data.py: {error}")
+    print(f"{args.data} {args.split}: {len(dataset)} images, {len(x)} of them in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Distil a many-step decoder into a one-step decoder with the same encoder: latents stay valid.
+
+    python distill.py --ckpt runs/tiny_eqm/model.safetensors --steps 400 --batch_size 16
+    torchrun --nproc_per_node=8 distill.py --ckpt runs/dc_f32c32_eqm/model.safetensors --data DIR
+
+The frozen teacher decodes z from noise e in N steps to x_T. The student starts from the same e and z and takes one step from pure noise to
+x^ (SSDD, arXiv 2510.04961, section 3.4). Loss: its own matching loss with x_T in the place of the data, plus LPIPS(x_T, x^) and REPA.
+Works for flow matching (t = 1) and equilibrium matching (g = 0). Writes model.safetensors, reconstructions.png, metrics.json, log.jsonl.
+"""
+import argparse
+import copy
+import math
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from tqdm import tqdm
+
+from data import make_dataset, make_loader
+from evaluate import evaluate, image_noise, print_table, write_results
+from losses import EqM, eqm_loss, fm_loss, fm_predict_x
+from model import DCSSDAE
+from train import (StopSignal, append_log, autocast, check_size, draw, load_checkpoint, lr_factor, optimise, perceptual_losses, pick_dtype,
+                   prepare_out, run, save_checkpoint, setup, update_ema)
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--ckpt", required=True, help="the teacher: a model.safetensors of train.py")
+
+    g = p.add_argument_group("teacher")
+    g.add_argument("--teacher_steps", type=int, default=8, help="steps of the teacher's sampler")
+    g.add_argument("--t_shift", type=float, help="FM: of the teacher's Euler times")
+    g.add_argument("--eta", type=float, help="EqM: of the teacher's gradient descent")
+    g.add_argument("--mu", type=float, help="EqM: Nesterov momentum of the teacher")
+
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default="demo", help="demo (built in), imagenette, cifar10, or a folder of images")
+    g.add_argument("--size", type=int, help="training crop, pixels a side [default: the teacher's]")
+    g.add_argument("--aug_scale", type=float, default=2.0, help="random resize of the short side in [size, size * aug_scale] before the crop")
+    g.add_argument("--limit", type=int, help="use only the first N training images")
+    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="data loading processes per training process")
+
+    g = p.add_argument_group("objective and optimisation")
+    g.add_argument("--w_lpips", type=float, help="weight of LPIPS(x_T, x^) [default: 0.5, or 0 where the teacher trained without]")
+    g.add_argument("--lpips_weights", help="torchvision's VGG-16 weights as a file; else torch hub's cache or a download")
+    g.add_argument("--w_repa", type=float, default=0.0, help="weight of REPA (DINOv2 ViT-B/14)")
+    g.add_argument("--repa_weights", help="DINOv2 ViT-B/14 weights as a file; else the Hugging Face cache or a download")
+    g.add_argument("--batch_size", type=int, default=192, help="images per step over all processes")
+    g.add_argument("--steps", type=int, default=10_000, help="optimiser steps")
+    g.add_argument("--lr", type=float, default=1e-4, help="AdamW's learning rate")
+    g.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
+    g.add_argument("--decay", type=float, default=0.5, help="last fraction of the steps in which the learning rate falls linearly to 0")
+    g.add_argument("--weight_decay", type=float, default=1e-3, help="AdamW's weight decay")
+    g.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
+    g.add_argument("--ema", type=float, default=0.999, help="decay of the weights' moving average, which is what is saved and evaluated")
+
+    g = p.add_argument_group("run")
+    g.add_argument("--out", help="folder of the run [default: the teacher's folder + _distilled]")
+    g.add_argument("--resume", action="store_true", help="continue the run in --out from its latest.pt")
+    g.add_argument("--device", help="cuda, mps or cpu [default: the best there is]")
+    g.add_argument("--dtype", choices=["auto", "float32", "bf16"], default="auto", help="bf16: autocast; auto: bf16 where the hardware has it")
+    g.add_argument("--seed", type=int, default=0, help="of everything random")
+    g.add_argument("--eval_images", type=int, default=64, help="validation images of the closing comparison")
+    g.add_argument("--save_every", type=int, default=2000, help="steps between checkpoints")
+    g.add_argument("--log_every", type=int, default=50, help="steps between lines of log.jsonl")
+    args = p.parse_args(argv)
+    args.out = args.out or os.path.dirname(os.path.abspath(args.ckpt)) + "_distilled"
+    return args
+
+
+class OneStep(nn.Module):
+    """The student and its loss terms; one module for DDP."""
+
+    def __init__(self, student, lpips, repa):
+        super().__init__()
+        self.decoder, self.repa, self.lpips = student.decoder, repa, [lpips]
+        cfg = student.config
+        self.eqm = EqM(cfg["c"], cfg["a"], cfg["b"], cfg["lam"]) if cfg["loss"] == "eqm" else None
+
+    def forward(self, z, e, target):
+        """z latents, e noise (B, 3, H, W), target x_T (B, 3, H, W) -> {name: scalar}."""
+        if self.eqm is None:
+            t = torch.ones(len(e), device=e.device)
+            v, tokens = self.decoder.forward_with_tokens(e, z, t)
+            terms, estimate = {"fm": fm_loss(v, target, e)}, fm_predict_x(e, v.float(), t)
+        else:
+            g = torch.zeros(len(e), device=e.device)
+            f, tokens = self.decoder.forward_with_tokens(e, z)
+            terms, estimate = {"eqm": eqm_loss(f, target, e, g, self.eqm)}, self.eqm.predict_x(e, f.float(), g)
+        if self.lpips[0] is not None:
+            terms["lpips"] = self.lpips[0](target, estimate).mean()
+        if self.repa is not None:
+            terms["repa"] = self.repa(tokens, target)
+        return terms
+
+
+@torch.no_grad()
+def closeness(teacher, student, loader, teacher_steps, options, device, dtype, seed):
+    """Mean squared distance to the teacher's many-step output, from the same noise: (teacher's single step, student's single step)."""
+    sums, count = torch.zeros(2, dtype=torch.float64), 0
+    for x, index in loader:
+        if len(x) == 0:
+            continue
+        noise = image_noise(seed, index, x.shape[1:]).to(device)
+        with autocast(device, dtype):
+            z = teacher.encode(x.to(device)).mode()
+            target = teacher.decode(z, teacher_steps, noise, **options)
+            for i, m in enumerate((teacher, student)):
+                sums[i] += (m.decode(z, 1, noise) - target).float().square().mean(dim=(1, 2, 3)).sum().item()
+        count += len(x)
+    return (sums / count).tolist()
+
+
+def main():
+    args = get_args()
+    rank, world, device = setup(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)
+    teacher = DCSSDAE.load(args.ckpt).requires_grad_(False)
+    notes = teacher.config["notes"]
+    args.size = args.size or notes.get("size") or 128
+    if args.w_lpips is None:  # a teacher that was trained without LPIPS has a student without
+        args.w_lpips = 0.5 if notes.get("w_lpips", 0.5) else 0.0
+    check_size(args.size, teacher)
+    if args.batch_size < 1 or args.batch_size % world:
+        raise ValueError(f"--batch_size {args.batch_size} must be a positive multiple of the {world} processes")
+    options = {k: getattr(args, k) for k in ("t_shift", "eta", "mu") if getattr(args, k) is not None}
+    checkpoint = load_checkpoint(args.out) if args.resume else None
+    log_path = prepare_out(args.out, args.resume, rank, checkpoint and checkpoint["step"])
+    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
+    val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank)
+
+    teacher.to(device, memory_format=torch.channels_last)
+    student = copy.deepcopy(teacher)
+    student.config["notes"] = dict(notes, distilled_from_steps=args.teacher_steps, left_out=left_out)
+    student.decoder.requires_grad_(True)
+    ema = copy.deepcopy(student).requires_grad_(False).eval()
+    objective = OneStep(student, lpips and lpips.to(device), repa).to(device)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.99), fused=device.type != "mps")
+    start = 0
+    if checkpoint:
+        for module, name in ((student, "model"), (ema, "ema"), (repa and repa.mlp, "repa"), (optimizer, "optimizer")):
+            if module:
+                module.load_state_dict(checkpoint[name])
+        start = checkpoint["step"]
+    parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
+    weights = dict(fm=1.0, eqm=1.0, lpips=args.w_lpips, repa=args.w_repa)
+
+    local = args.batch_size // world
+    z_shape = (teacher.encoder.z_dim, args.size // teacher.downscale, args.size // teacher.downscale)
+    batches = iter(make_loader(dataset, args.batch_size, train=True, workers=args.workers, seed=args.seed, rank=rank, world=world, start=start))
+    stop, bad, clock, clock_step = StopSignal(), 0, time.time(), start
+    bar = tqdm(total=args.steps, initial=start, disable=rank != 0, unit="step", dynamic_ncols=True)
+    for step in range(start, args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * lr_factor(step, args)
+        x, _ = next(batches)
+        x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
+        e, eps, _ = draw(args.seed, step, range(rank * local, (rank + 1) * local), x.shape[1:], z_shape, device)
+        e = e.contiguous(memory_format=torch.channels_last)
+        with autocast(device, dtype):
+            with torch.no_grad():
+                z = teacher.encode(x).sample(eps)
+                target = teacher.decode(z, args.teacher_steps, e, **options).float()
+            terms = parallel(z, e, target)
+        loss = sum(weights[name] * term for name, term in terms.items())
+        loss.backward()
+        norm = optimise(optimizer, trained, args.grad_clip)
+
+        shared = torch.stack([t.detach().float() for t in (*terms.values(), loss)] + [torch.tensor(float(stop.received > 0), device=device)])
+        if world > 1:
+            dist.all_reduce(shared)
+        totals = dict(zip([*terms, "loss"], (shared[:-1] / world).tolist()))
+        bad = 0 if math.isfinite(norm) else bad + 1
+        if bad == 0:
+            update_ema(ema, student, args.ema, step)
+        elif bad == 10:
+            raise ValueError(f"ten steps in a row were not finite, the last is {step} with {totals}: lower --lr, or use --dtype float32")
+
+        done = step + 1
+        bar.update()
+        if rank == 0 and (done % args.log_every == 0 or done == args.steps):
+            rate = (done - clock_step) * args.batch_size / (time.time() - clock)
+            clock, clock_step = time.time(), done
+            bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
+            append_log(log_path, step=done, **totals, lr=optimizer.param_groups[0]["lr"], grad_norm=norm, images_per_s=rate)
+        stopped = shared[-1] > 0
+        if rank == 0 and (stopped or done % args.save_every == 0 or done == args.steps):
+            save_checkpoint(args.out, dict(step=done, args=vars(args), model=student.state_dict(), ema=ema.state_dict(),
+                                           repa=repa and repa.trained_state(), optimizer=optimizer.state_dict()))
+            ema.save(os.path.join(args.out, "model.safetensors"))
+        if stopped:
+            bar.close()
+            if rank == 0:
+                print(f"stopped after step {done} and saved: continue with the same command and --resume")
+            sys.exit(128 + (stop.received or 15))
+    bar.close()
+    result = evaluate(ema, make_loader(val, 64, train=False, rank=rank, world=world), device, steps=[1], seed=args.seed, dtype=dtype,
+                      rank=rank, world=world)
+    if rank == 0:
+        before, after = closeness(teacher, ema, make_loader(val, 64, train=False), args.teacher_steps, options, device, dtype, args.seed)
+        result["mse_to_teacher"] = dict(teacher_steps=args.teacher_steps, undistilled=before, distilled=after)
+        append_log(log_path, step=args.steps, eval=result["rows"], mse_to_teacher=result["mse_to_teacher"])
+        write_results(result, args.out)
+        print_table(result)
+        print(f"mean squared distance of one step to the teacher's {args.teacher_steps} steps, same noise: {before:.6f} undistilled, {after:.6f} distilled")
+        print(f"saved {args.out}/model.safetensors, reconstructions.png, metrics.json and log.jsonl")
+
+
+if __name__ == "__main__":
+    run(main)

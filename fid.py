@@ -1,0 +1,349 @@
+"""Frechet Inception Distance between two sets of images, from scratch. This file stands alone: torch, numpy and PIL.
+
+FID (Heusel et al. 2017, arXiv 1706.08500) fits a Gaussian to 2048 features of each image set and measures the distance
+of the two Gaussians; rFID is the FID between images and their reconstructions. Small differences of protocol move it
+more than many papers' gains. Ours, the same as pytorch-fid's (whose numbers and .npz files it reproduces):
+- network: FID's own Inception-v3, the TensorFlow graph of 2015 as ported in pt_inception-2015-12-05-6726825d.pth, in
+  float32 without TF32. torchvision's Inception has other weights and other pooling: its "FID" is another number.
+- input: 8-bit RGB, resized to 299 x 299 bilinearly, no antialiasing, half-pixel centres, then scaled to [-1, 1].
+- statistics: mean and covariance (N - 1) in float64; under 10,000 images FID is visibly biased upwards, and at 2048 or
+  fewer the covariance is rank-deficient: compare only numbers with the same N.
+- both sets are prepared in the same way. Here: images as stored (EXIF rotation applied), or --size S: short side to S
+  by PIL bilinear, centre crop, which is evaluate.py's --crop center. Raw files against crops is a classic mistake.
+
+    python fid.py originals/ reconstructions/                 # two folders, searched recursively
+    python fid.py imagenet/val --size 256 --save val256.npz   # statistics once ...
+    python fid.py val256.npz reconstructions/                 # ... then reused
+"""
+import argparse
+import hashlib
+import os
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+
+URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+       "pt_inception-2015-12-05-6726825d.pth")
+IMAGES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network: Szegedy et al. 2015, arXiv 1512.00567, figures 5 to 7, with the parameter names of the weight file.
+# A mixed block is a table: branch -> chain of (width, kernel). FORK: a 1x3 and a 3x1 convolution side by side.
+FORK = "1x3 | 3x1"
+
+
+def block_a(pool):
+    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
+            "branch_pool": [(pool, 1)]}
+
+
+def block_c(c):
+    return {"branch1x1": [(192, 1)], "branch7x7": [(c, 1), (c, (1, 7)), (192, (7, 1))],
+            "branch7x7dbl": [(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))], "branch_pool": [(192, 1)]}
+
+
+BLOCK_B = {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": []}
+BLOCK_D = {"branch3x3": [(192, 1), (320, 3)], "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)],
+           "branch_pool": []}
+BLOCK_E = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), (384, FORK)],
+           "branch3x3dbl": [(448, 1), (384, 3), (384, FORK)], "branch_pool": [(192, 1)]}
+# Name, input channels, branches, pool of branch_pool. "halve": the pool and the last convolution of each branch have
+# stride 2 and no padding. TensorFlow's average does not count the padding; Mixed_7c pools by maximum, a slip of the
+# 2015 graph that is part of every FID number.
+MIXED = [("Mixed_5b", 192, block_a(32), "avg"), ("Mixed_5c", 256, block_a(64), "avg"),    # 35 x 35
+         ("Mixed_5d", 288, block_a(64), "avg"), ("Mixed_6a", 288, BLOCK_B, "halve"),
+         ("Mixed_6b", 768, block_c(128), "avg"), ("Mixed_6c", 768, block_c(160), "avg"),  # 17 x 17
+         ("Mixed_6d", 768, block_c(160), "avg"), ("Mixed_6e", 768, block_c(192), "avg"),
+         ("Mixed_7a", 768, BLOCK_D, "halve"),
+         ("Mixed_7b", 1280, BLOCK_E, "avg"), ("Mixed_7c", 2048, BLOCK_E, "max")]          # 8 x 8
+POOLS = {"avg": lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False),
+         "max": lambda x: F.max_pool2d(x, 3, stride=1, padding=1), "halve": lambda x: F.max_pool2d(x, 3, stride=2)}
+
+
+class Conv(nn.Module):
+    """Convolution (no bias), BatchNorm (eps 0.001), ReLU; padding None keeps the map's size."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
+        super().__init__()
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = tuple(k // 2 for k in kernel) if padding is None else padding
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=0.001)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """Parallel branches, each a chain of convolutions, concatenated over channels. Arguments: one row of MIXED."""
+
+    def __init__(self, c_in, branches, pool):
+        super().__init__()
+        self.pool, self.chains = POOLS[pool], {branch: [] for branch in branches}  # names of the links of each chain
+        for branch, chain in branches.items():
+            c = c_in
+            for i, (width, kernel) in enumerate(chain, 1):
+                name = branch if len(chain) == 1 else f"{branch}_{i}"
+                stride, padding = (2, 0) if pool == "halve" and i == len(chain) else (1, None)
+                links = {name + "a": (1, 3), name + "b": (3, 1)} if kernel == FORK else {name: kernel}
+                for link, k in links.items():
+                    self.add_module(link, Conv(c, width, k, stride, padding))
+                self.chains[branch].append(list(links))
+                c = width
+
+    def forward(self, x):
+        out = []
+        for branch, chain in self.chains.items():
+            y = self.pool(x) if branch == "branch_pool" else x
+            for links in chain:
+                y = torch.cat([getattr(self, link)(y) for link in links], 1)
+            out.append(y)
+        return torch.cat(out, 1)
+
+
+class InceptionFeatures(nn.Module):
+    """The 2048 features FID is defined on.
+
+    weights: path of pt_inception-2015-12-05-6726825d.pth; None looks in torch.hub's cache, then downloads it there.
+    Raises FileNotFoundError when the file can be had nowhere, ValueError when it holds something else.
+    .dim is 2048; .sha256 is the digest of the weight file: quote it beside the number.
+    forward: (B, 3, H, W) uint8, or float in [-1, 1] (clamped and rounded to 8 bit here: FID is defined on 8-bit
+    images) -> (B, 2048) float32. Any H, W.
+    """
+
+    dim = 2048
+
+    def __init__(self, weights=None):
+        super().__init__()
+        path = find_weights(weights)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)  # before building: a bad file fails fast
+            state = {k: v for k, v in state.items() if not k.startswith(("fc.", "AuxLogits."))}
+        except Exception as error:  # noqa: BLE001 torch.load raises half a dozen types for a foreign file
+            raise ValueError(f"{path} is not a PyTorch weight file ({type(error).__name__})") from None
+        with torch.device("meta"):  # no random initialisation of 22 M parameters that the file replaces
+            self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, padding=0)   # 299 -> 149
+            self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)            # 147
+            self.Conv2d_2b_3x3 = Conv(32, 64, 3)                       # 147, pool -> 73
+            self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+            self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)           # 71, pool -> 35
+            for name, c_in, branches, pool in MIXED:
+                self.add_module(name, Mixed(c_in, branches, pool))
+        own = self.state_dict()  # older files have no num_batches_tracked counters, which only training uses
+        state = {k: torch.zeros((), dtype=torch.long) for k in own if k.endswith("num_batches_tracked")} | state
+        wrong = sorted(own.keys() ^ state.keys()) + [k for k in own if k in state and own[k].shape != state[k].shape]
+        if wrong:
+            raise ValueError(f"{path} does not hold FID's Inception-v3: {len(wrong)} tensors differ, e.g. {wrong[0]}")
+        self.load_state_dict(state, assign=True)
+        self.float().eval().requires_grad_(False)
+        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    @torch.no_grad()
+    def forward(self, images):
+        if images.dtype != torch.uint8:
+            images = (images.float().clamp(-1, 1) * 127.5 + 127.5).round()
+        device = images.device.type
+        with torch.autocast(device, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
+            x = F.max_pool2d(x, 3, stride=2)                           # (B, 192, 35, 35)
+            for name, *_ in MIXED:
+                x = getattr(self, name)(x)
+            return x.mean((2, 3))                                      # (B, 2048, 8, 8) -> (B, 2048)
+
+
+def find_weights(weights=None):
+    """Path of the Inception weight file: the given one, torch.hub's cache, or a download. FileNotFoundError if none."""
+    name = URL.rsplit("/", 1)[1]
+    cached = Path(torch.hub.get_dir(), "checkpoints", name)
+    path = Path(weights) if weights else cached
+    if path.is_file():
+        return path
+    if weights:
+        raise FileNotFoundError(f"no Inception weight file {weights}")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL, str(cached), hash_prefix="6726825d", progress=sys.stderr.isatty())
+    except Exception as error:  # noqa: BLE001 no network, no space, a proxy's error page: no file
+        raise FileNotFoundError(f"{name} is neither in {cached.parent} nor could it be downloaded from github.com "
+                                f"({type(error).__name__}): give it with --inception FILE") from None
+    return cached
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+class Statistics:
+    """Mean and covariance of features, accumulated in float64 and merged exactly across batches and processes.
+
+    Keeps n, the mean (dim,) and the scatter sum (f - mean)(f - mean)^T (dim, dim) on `device` (Chan et al. 1979): no
+    difference of large sums, so nothing cancels. n is None after loading a file that does not say it.
+    """
+
+    def __init__(self, dim=2048, device="cpu"):
+        device = "cpu" if torch.device(device).type == "mps" else device  # Apple GPUs have no float64
+        self.n, self.mean = 0, torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features):
+        """features: (B, dim), any float type and device."""
+        f = features.detach().to(self.mean.device).double()
+        if len(f) == 0:
+            return
+        mean, n = f.mean(0), self.n + len(f)
+        delta, f = mean - self.mean, f - mean
+        self.scatter += f.T @ f + torch.outer(delta, delta) * (self.n * len(f) / n)
+        self.mean += delta * (len(f) / n)
+        self.n = n
+
+    def all_reduce(self):
+        """Merge over all processes of torch.distributed (no effect without); afterwards all hold the same."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        n = torch.tensor(float(self.n), dtype=torch.float64, device=self.mean.device)
+        total, mean = n.clone(), self.mean * n
+        dist.all_reduce(total)
+        dist.all_reduce(mean)
+        mean /= total.clamp(min=1)
+        self.scatter += n * torch.outer(self.mean - mean, self.mean - mean)
+        dist.all_reduce(self.scatter)
+        self.n, self.mean = int(total), mean
+
+    @property
+    def mu(self):
+        return self.mean.cpu().numpy()
+
+    @property
+    def sigma(self):
+        """Unbiased covariance, as np.cov(features, rowvar=False). ValueError under two images."""
+        if self.n is not None and self.n < 2:
+            raise ValueError(f"FID needs at least 2 images in each set, got {self.n}")
+        return (self.scatter / (1 if self.n is None else self.n - 1)).cpu().numpy()
+
+    def save(self, path):
+        """Write mu, sigma (what pytorch-fid reads) and n. Atomic: never a half-written file under this name."""
+        temporary = f"{path}.tmp{os.getpid()}"
+        with open(temporary, "wb") as file:
+            np.savez(file, mu=self.mu, sigma=self.sigma, **({} if self.n is None else {"n": self.n}))
+        os.replace(temporary, path)
+
+    @staticmethod
+    def load(path):
+        """Read a .npz of ours or of pytorch-fid. FileNotFoundError; ValueError if it holds something else."""
+        try:
+            with np.load(path) as data:
+                mu, sigma, n = data["mu"], data["sigma"], int(data["n"]) if "n" in data else None
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
+            raise ValueError(f"{path} does not hold FID statistics (arrays mu and sigma)") from None
+        if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+            raise ValueError(f"{path} does not hold FID statistics: mu is {mu.shape}, sigma {sigma.shape}")
+        out = Statistics(0)
+        out.n, out.mean = n, torch.from_numpy(mu.astype(np.float64))
+        out.scatter = torch.from_numpy(sigma.astype(np.float64)) * (1 if n is None else n - 1)
+        return out
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), equation 6 of the FID paper: a float, finite and >= 0.
+
+    mu (D,), sigma (D, D) symmetric: arrays or tensors, computed in float64. Tr (S1 S2)^(1/2) is the sum of the singular
+    values of S1^(1/2) S2^(1/2); through the eigenvalues of S1 and S2 this needs no square root of a non-symmetric
+    matrix, so nothing complex appears, also for rank-deficient covariances. ValueError on other shapes or on NaN.
+    """
+    mu1, mu2, s1, s2 = (np.asarray(a, dtype=np.float64) for a in (mu1, mu2, sigma1, sigma2))
+    mu1, mu2, s1, s2 = np.atleast_1d(mu1), np.atleast_1d(mu2), np.atleast_2d(s1), np.atleast_2d(s2)
+    if mu1.shape != mu2.shape or not s1.shape == s2.shape == 2 * mu1.shape:
+        raise ValueError(f"statistics of different sizes: {mu1.shape} {s1.shape} and {mu2.shape} {s2.shape}")
+    if not all(np.isfinite(a).all() for a in (mu1, mu2, s1, s2)):
+        raise ValueError("statistics that are not finite")
+    roots = []
+    for s in (s1, s2):
+        w, v = np.linalg.eigh(s)                                       # ascending
+        keep = w > 64 * np.finfo(np.float64).eps * max(w[-1], 0)       # the rest is rounding noise around zero
+        roots.append(v[:, keep] * np.sqrt(w[keep]))                    # (D, rank), root @ root.T = s
+    cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum() if min(r.size for r in roots) else 0.0
+    return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+def read_image(path, size=None):
+    """(3, H, W) uint8, or None when the file cannot be decoded. size: short side to size (bilinear), centre crop."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception:  # noqa: BLE001 truncated, no image, a bomb: PIL has no common type; the caller counts
+        return None
+    if size:
+        image = image.resize([size * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
+        left, top = (round((side - size) / 2) for side in image.size)  # rounding as torchvision does
+        image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def folder_statistics(folder, network, device="cpu", batch_size=32, size=None):
+    """Statistics of every image under a folder; unreadable ones are skipped and counted on stderr."""
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGES)
+    if not paths:
+        raise FileNotFoundError(f"{folder} is not a folder with images")
+    statistics, skipped = Statistics(device=device), 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(paths), batch_size):
+            images = list(pool.map(lambda path: read_image(path, size), paths[start:start + batch_size]))
+            skipped += sum(image is None for image in images)
+            by_shape = {}                                              # images of one size go through together
+            for image in images:
+                if image is not None:
+                    by_shape.setdefault(image.shape, []).append(image)
+            for group in by_shape.values():
+                statistics.update(network(torch.stack(group).to(device)))
+            print(f"\r{folder}: {min(start + batch_size, len(paths))}/{len(paths)}", end="", file=sys.stderr)
+    print(f"\nwarning: skipped {skipped} unreadable images in {folder}" if skipped else "", file=sys.stderr)
+    return statistics
+
+
+def main():
+    parser = argparse.ArgumentParser(description="FID between two image folders or saved statistics (.npz).")
+    parser.add_argument("a", metavar="A", help="folder of images, or .npz statistics")
+    parser.add_argument("b", metavar="B", nargs="?", help="the other set; may be left out with --save")
+    parser.add_argument("--inception", metavar="FILE", help="Inception weights; default: torch.hub's cache or download")
+    parser.add_argument("--size", type=int, help="resize the short side and centre-crop first; default: as stored")
+    parser.add_argument("--batch_size", type=int, default=32, help="images read and run at a time [%(default)s]")
+    parser.add_argument("--save", metavar="FILE", help="write the statistics of A to this .npz")
+    args = parser.parse_args()
+    if args.b is None and not args.save:
+        parser.error("give two sets A B, or A and --save FILE")
+    try:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        network, sets, sources = None, [], [source for source in (args.a, args.b) if source]
+        for source in sources:
+            if not os.path.exists(source):
+                raise FileNotFoundError(f"there is no {source}")
+        for source in sources:
+            if source.endswith(".npz"):
+                sets.append(Statistics.load(source))
+            else:
+                network = network or InceptionFeatures(args.inception).to(device)
+                sets.append(folder_statistics(source, network, device, args.batch_size, args.size))
+        if args.save:
+            sets[0].save(args.save)
+        if args.b is not None:
+            print(f"FID {frechet_distance(sets[0].mu, sets[0].sigma, sets[1].mu, sets[1].sigma):.4f}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"fid.py: {error}")
+    print(f"N = {' and '.join(str(s.n or 'unknown') for s in sets)}; " + (
+        f"Inception sha256 {network.sha256}" if network else "features from .npz files"))
+    smallest = min((s.n for s in sets if s.n), default=10_000)
+    if smallest < 10_000:
+        print(f"warning: FID of {smallest} images is biased upwards" + (
+            ", and its covariance is rank-deficient" if smallest <= 2048 else "") + ": compare only at the same N")
+
+
+if __name__ == "__main__":
+    main()

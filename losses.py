@@ -1,0 +1,224 @@
+"""Training objectives: flow matching, equilibrium matching, LPIPS, REPA, KL.
+
+  total = (FM or EqM) + 0.5 LPIPS(x, x^) + 0.25 REPA + 1e-6 KL          x^: the one-step estimate of the image
+
+FM     Lipman et al. 2022 (arXiv 2210.02747), as SSDD trains its decoder (arXiv 2510.04961)
+EqM    Wang, Du 2025 (arXiv 2510.02300)
+LPIPS  Zhang et al. 2018 (arXiv 1801.03924)        REPA  Yu et al. 2024 (arXiv 2410.06940)
+
+    python train.py --loss eqm --c trunc --lam 1 --w_lpips 0.5 --lpips_weights vgg16-397923af.pth
+
+Conventions: images x (B, 3, H, W) in [-1, 1]; noise e ~ N(0, I); FM time t: 0 data, 1 noise; EqM level g: 0 noise, 1 data; t, g (B,).
+"""
+import importlib.util
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import import_torchvision
+
+
+def per_image(s):
+    """(B,) -> (B, 1, 1, 1)"""
+    return s[:, None, None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow matching. The velocity v = x - e points from the noise to the data; x_t = (1-t) x + t e.
+
+def fm_mix(x, e, t):
+    """x_t: the image at noise level t."""
+    return (1 - per_image(t)) * x + per_image(t) * e
+
+
+def fm_predict_x(x_t, v, t):
+    """One-step estimate x^ = x_t + t v; exact where v = x - e."""
+    return x_t + per_image(t) * v
+
+
+def fm_loss(v, x, e):
+    """mean (v - (x - e))^2, a scalar. v: the network's output at fm_mix(x, e, t)."""
+    return F.mse_loss(v.float(), (x - e).float())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equilibrium matching. The field lam c(g) (e - x) points from the data to the noise and vanishes at the data; x_g = g x + (1-g) e.
+
+class EqM:
+    """The EqM objective for one choice of c(g) (section 3.2 of the paper): how the field's length falls to zero at the data.
+
+    c    "linear"     1 - g
+         "trunc"      1 up to g = a, then linear to 0
+         "piecewise"  from b at g = 0 linearly to 1 at g = a, then linear to 0
+    lam  scale of the field
+    raises ValueError for an unknown c, a outside (0, 1), b or lam <= 0
+    """
+
+    def __init__(self, c="linear", a=0.8, b=1.4, lam=1.0):
+        if c not in ("linear", "trunc", "piecewise"):
+            raise ValueError(f"unknown c '{c}': expected linear, trunc or piecewise")
+        if not (0 < a < 1 and b > 0 and lam > 0):
+            raise ValueError(f"EqM needs 0 < a < 1, b > 0 and lam > 0, got a={a}, b={b}, lam={lam}")
+        self.kind, self.a, self.b, self.lam = c, a, b, lam
+
+    def mix(self, x, e, g):
+        """x_g: the image at level g."""
+        return per_image(g) * x + (1 - per_image(g)) * e
+
+    def _head(self, g):  # c(g) for g <= a
+        return torch.ones_like(g) if self.kind == "trunc" else self.b - (self.b - 1) * g / self.a
+
+    def c(self, g):
+        """c(g), shape of g; 0 at g = 1."""
+        if self.kind == "linear":
+            return 1 - g
+        return torch.where(g <= self.a, self._head(g), (1 - g) / (1 - self.a))
+
+    def target(self, x, e, g):
+        """lam c(g) (e - x), shape of x."""
+        return self.lam * per_image(self.c(g)) * (e - x)
+
+    def predict_x(self, x_g, f, g):
+        """One-step estimate x^ = x_g - f (1-g) / (lam c(g)); exact for a perfect field, also at g = 1, where (1-g)/c is not 0/0 but its limit."""
+        ratio = torch.ones_like(g) if self.kind == "linear" else torch.where(g <= self.a, (1 - g) / self._head(g), 1 - self.a)
+        return x_g - f * per_image(ratio) / self.lam
+
+
+def eqm_loss(f, x, e, g, eqm):
+    """mean (f - lam c(g) (e - x))^2, a scalar. f: the network's output at eqm.mix(x, e, g)."""
+    return F.mse_loss(f.float(), eqm.target(x, e, g).float())
+
+
+def kl_loss(posterior):
+    """KL of an encoder.DiagonalGaussian to N(0, I), in nats: summed over c, h, w, mean over the batch."""
+    return posterior.kl().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses in the features of a pretrained network
+
+class WeightsUnavailable(FileNotFoundError):
+    """A pretrained network's weights are neither given, nor cached, nor downloadable."""
+
+
+LPIPS_NETS = {  # torchvision model, its weight file, ends of the five slices of .features
+    "vgg": ("vgg16", "vgg16-397923af.pth", (4, 9, 16, 23, 30)),
+    "alex": ("alexnet", "alexnet-owt-7be5be79.pth", (2, 5, 8, 10, 12)),
+}
+
+
+class LPIPSLoss(nn.Module):
+    """LPIPS v0.1: distances of unit-normalised features, weighted per channel, averaged over space, summed over five layers.
+
+    net      "vgg" (training) or "alex" (often quoted in evaluation); the two are not comparable
+    weights  torchvision's ImageNet weights of that network as a file; None: torch hub's cache, else a download
+    raises   WeightsUnavailable where they cannot be had; ValueError for a file of another network
+    The channel weights ship inside the lpips package. Always computed in float32.
+    """
+
+    def __init__(self, net="vgg", weights=None):
+        super().__init__()
+        name, filename, ends = LPIPS_NETS[net]
+        spec = importlib.util.find_spec("lpips")
+        if spec is None:
+            raise WeightsUnavailable("LPIPS needs the lpips package for its channel weights: pip install lpips, or turn the loss off with --w_lpips 0")
+        lin = torch.load(os.path.join(spec.submodule_search_locations[0], "weights", "v0.1", f"{net}.pth"), map_location="cpu", weights_only=True)
+        state = _pretrained(filename, weights, "LPIPS", "--lpips_weights FILE", "--w_lpips 0")
+        with torch.device("meta"):  # structure only: the weights come from the file
+            features = getattr(import_torchvision().models, name)(weights=None).features
+        try:
+            features.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}, assign=True)
+        except RuntimeError:
+            raise ValueError(f"{weights or filename} does not hold torchvision's {name} weights, which LPIPS needs") from None
+        for m in features:
+            if isinstance(m, nn.ReLU):
+                m.inplace = False  # the slices' outputs are kept
+        self.slices = nn.ModuleList(features[start:end] for start, end in zip((0,) + ends, ends))
+        for k in range(5):
+            self.register_buffer(f"lin{k}", lin[f"lin{k}.model.1.weight"])  # (1, C, 1, 1), non-negative
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+        self.requires_grad_(False).eval()
+
+    def forward(self, x, y):
+        """x, y (B, 3, H, W) in [-1, 1] -> distances (B,). Sides of at least 16 (vgg) or 64 (alex) keep every layer's map non-empty."""
+        with torch.autocast(x.device.type, enabled=False):
+            h = (torch.cat([x, y]).float() - self.shift) / self.scale
+            distance = 0
+            for k, layers in enumerate(self.slices):
+                h = layers(h)
+                # Not h / (|h| + eps): the square root's gradient is infinite where all channels are zero.
+                n = h * torch.rsqrt(h.square().sum(dim=1, keepdim=True) + 1e-12)
+                nx, ny = n.chunk(2)
+                distance = distance + ((nx - ny).square() * getattr(self, f"lin{k}")).sum(dim=1).mean(dim=(1, 2))
+            return distance
+
+
+class REPALoss(nn.Module):
+    """1 - cosine(MLP(decoder tokens), DINOv2 ViT-B/14 patch tokens of the clean image), mean over tokens and batch.
+
+    width    channels of the decoder's tokens; the MLP trains with the model and is not exported
+    weights  DINOv2 ViT-B/14 as a file, in timm's or the original layout; None: the Hugging Face cache, else a download
+    raises   WeightsUnavailable where they cannot be had
+    """
+
+    def __init__(self, width, weights=None):
+        super().__init__()
+        if importlib.util.find_spec("timm") is None:
+            raise WeightsUnavailable("REPA needs the timm package: pip install timm, or turn the loss off with --w_repa 0")
+        import_torchvision()  # timm imports it
+        import timm
+        name = "vit_base_patch14_dinov2.lvd142m"
+        if weights is not None and not os.path.isfile(weights):
+            raise WeightsUnavailable(f"no DINOv2 weights at {weights}: give the file with --repa_weights FILE or turn the loss off with --w_repa 0")
+        try:
+            dino = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True,
+                                     **({"pretrained_cfg_overlay": dict(file=str(weights))} if weights else {}))
+        except Exception as error:  # the hub client raises many classes; offline, all mean the same
+            if weights:
+                raise ValueError(f"{weights} does not hold DINOv2 ViT-B/14 weights ({str(error).splitlines()[0]})") from None
+            raise WeightsUnavailable(f"REPA needs DINOv2 weights (timm/{name}), which are not in the Hugging Face cache "
+                                     f"({os.environ.get('HF_HOME', '~/.cache/huggingface')}) and could not be downloaded: "
+                                     "give them with --repa_weights FILE or turn the loss off with --w_repa 0") from None
+        self.dino = dino.eval().requires_grad_(False)
+        self.mlp = nn.Sequential(nn.Linear(width, dino.embed_dim), nn.SiLU(), nn.Linear(dino.embed_dim, dino.embed_dim))
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+
+    def train(self, mode=True):  # DINOv2 stays in evaluation mode
+        super().train(mode)
+        self.dino.eval()
+        return self
+
+    @torch.no_grad()
+    def target(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> DINOv2 patch tokens (B, H/8 * W/8, 768)."""
+        H, W = x.shape[-2:]
+        x = F.interpolate((x.float() + 1) / 2, size=(14 * H // 8, 14 * W // 8), mode="bicubic", antialias=True)
+        return self.dino.forward_features((x - self.mean) / self.std)[:, self.dino.num_prefix_tokens:]
+
+    def forward(self, tokens, x):
+        """tokens (B, H/8 * W/8, width) of the decoder, x (B, 3, H, W) clean images in [-1, 1] -> scalar in [0, 2]."""
+        return 1 - F.cosine_similarity(self.mlp(tokens).float(), self.target(x).float(), dim=-1).mean()
+
+    def trained_state(self):
+        """What a checkpoint keeps: the MLP without DINOv2."""
+        return self.mlp.state_dict()
+
+
+def _pretrained(filename, weights, what, flag, off):
+    """State dict of torchvision's `filename`: from the file `weights`, torch hub's cache, or a download."""
+    cached = os.path.join(torch.hub.get_dir(), "checkpoints", filename)
+    path = weights or cached
+    try:
+        if weights is None and not os.path.isfile(cached):
+            return torch.hub.load_state_dict_from_url(f"https://download.pytorch.org/models/{filename}", map_location="cpu",
+                                                      check_hash=True, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # no such file, no network (urllib's errors are OSErrors)
+        raise WeightsUnavailable(f"{what} needs the network weights {filename}, which are not at {path} and could not be downloaded: "
+                                 f"give them with {flag} or turn the loss off with {off}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): fetch it again or give another with {flag}") from None

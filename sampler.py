@@ -1,0 +1,75 @@
+"""Samplers: from noise and a latent to an image, in few network evaluations. Free functions, one signature.
+
+  euler              flow matching (FM): integrates the learned velocity from t=1 (noise) to t=0 (data)
+  gradient_descent   equilibrium matching (EqM, Wang & Du 2025, arXiv 2510.02300): descends a field that does not know the time
+  nesterov           the same with Nesterov's look-ahead momentum
+
+    python evaluate.py --ckpt runs/tiny/model.safetensors --data demo --steps 1 2 4 8
+
+Common arguments: field(x, z[, t]) -> same shape as x; x (B, 3, H, W) starting noise; z (B, c, h, w) the condition, row by row with x.
+Each returns (x, nfe): the images, not clamped, and the number of network evaluations of every sample, an integer tensor (B,).
+Nothing here turns gradients off: a one-step decode can be differentiated. Wrap the call in torch.no_grad() where that is not wanted.
+"""
+import hashlib
+
+import torch
+
+
+def euler(field, x, z, steps=1, t_shift=4.0):
+    """Euler steps of dx/dt = -v, where v = x_data - noise is the network's target, on times linspace(1, 0, steps + 1) ** t_shift.
+
+    steps    number of evaluations, >= 1
+    t_shift  > 1 makes the steps near the data finer (SSDD, arXiv 2510.04961, section 3.3); one step does not depend on it
+    """
+    times = torch.linspace(1.0, 0.0, _at_least_one(steps) + 1, dtype=torch.float64).pow(t_shift).tolist()
+    for t, t_next in zip(times, times[1:]):
+        v = field(x, z, torch.full((len(x),), t, device=x.device))
+        x = x + (t - t_next) * v
+    return x, torch.full((len(x),), steps, dtype=torch.long, device=x.device)
+
+
+def gradient_descent(field, x, z, steps=1, eta=1.0, lam=1.0, tol=0.0):
+    """x <- x - eta * f(x), at most `steps` times; Nesterov with no momentum.
+
+    eta   step size; with c = linear, eta = 1 / lam lands on the one-step estimate
+    lam   the field's scale in training; only the stopping rule uses it
+    tol   adaptive stop: a sample whose rms(f) / lam falls below tol takes that last step and leaves the batch (0: never)
+    """
+    return nesterov(field, x, z, steps, eta, 0.0, lam, tol)
+
+
+def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0):
+    """y = x_k + mu (x_k - x_{k-1}); x_{k+1} = y - eta f(y). (Nesterov 1983, textbook form with constant momentum.)
+
+    mu    momentum in [0, 1); other arguments as in gradient_descent
+    """
+    if not (eta > 0 and 0 <= mu < 1 and tol >= 0):
+        raise ValueError(f"the sampler needs eta > 0, 0 <= mu < 1 and tol >= 0, got eta={eta}, mu={mu}, tol={tol}")
+    out = x.clone()
+    nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    alive = torch.arange(len(x), device=x.device)  # rows still moving: the others cost nothing any more
+    previous = x
+    for _ in range(_at_least_one(steps)):
+        y = x + mu * (x - previous)
+        f = field(y, z)
+        previous, x = x, y - eta * f
+        nfe[alive] += 1
+        moving = f.flatten(1).float().square().mean(dim=1).sqrt() / lam >= tol  # (alive,)
+        if tol > 0 and not moving.all():
+            out = out.index_copy(0, alive[~moving], x[~moving])
+            alive, x, previous, z = alive[moving], x[moving], previous[moving], z[moving]
+            if len(alive) == 0:
+                break
+    return out.index_copy(0, alive, x), nfe
+
+
+def _at_least_one(steps):
+    if int(steps) != steps or steps < 1:
+        raise ValueError(f"the number of steps must be a whole number of at least 1, got {steps}")
+    return int(steps)
+
+
+def seeded_generator(device, *key):
+    """A generator that depends on the key (numbers, strings) alone, so that a sample's noise does not depend on its batch or process."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
