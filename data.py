@@ -415,7 +415,7 @@ def main():
         x, _ = next(iter(make_loader(dataset, count, train, seed=args.seed)))
         save_grid(args.out, x.split(max(1, args.rows)))
     except (OSError, ValueError) as error:
-        sys.exit(f"data.py: {error}")
+        sys.exit(f"error: {error}")
     print(f"{args.data} {args.split}: {len(dataset)} images, {len(x)} of them in {args.out}")
 
 

@@ -16,15 +16,28 @@ import time
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
+from torch import nn
 from tqdm import tqdm
 
 from data import make_dataset, make_loader
-from evaluate import evaluate, image_noise, print_table, write_results
+from evaluate import evaluate, guarded, image_noise, print_table, setup, write_results
 from losses import EqM, eqm_loss, fm_loss, fm_predict_x
 from model import DCSSDAE
-from train import (StopSignal, append_log, autocast, check_size, draw, load_checkpoint, lr_factor, optimise, perceptual_losses, pick_dtype,
-                   prepare_out, run, save_checkpoint, setup, update_ema)
+from train import (
+    StopSignal,
+    append_log,
+    autocast,
+    check_size,
+    draw,
+    load_checkpoint,
+    lr_factor,
+    optimise,
+    perceptual_losses,
+    pick_dtype,
+    prepare_out,
+    save_checkpoint,
+    update_ema,
+)
 
 
 def get_args(argv=None):
@@ -150,7 +163,7 @@ def main():
                 module.load_state_dict(checkpoint[name])
         start = checkpoint["step"]
     parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
-    weights = dict(fm=1.0, eqm=1.0, lpips=args.w_lpips, repa=args.w_repa)
+    weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa}
 
     local = args.batch_size // world
     z_shape = (teacher.encoder.z_dim, args.size // teacher.downscale, args.size // teacher.downscale)
@@ -192,8 +205,8 @@ def main():
             append_log(log_path, step=done, **totals, lr=optimizer.param_groups[0]["lr"], grad_norm=norm, images_per_s=rate)
         stopped = shared[-1] > 0
         if rank == 0 and (stopped or done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(args.out, dict(step=done, args=vars(args), model=student.state_dict(), ema=ema.state_dict(),
-                                           repa=repa and repa.trained_state(), optimizer=optimizer.state_dict()))
+            save_checkpoint(args.out, {"step": done, "args": vars(args), "model": student.state_dict(), "ema": ema.state_dict(),
+                                           "repa": repa and repa.trained_state(), "optimizer": optimizer.state_dict()})
             ema.save(os.path.join(args.out, "model.safetensors"))
         if stopped:
             bar.close()
@@ -205,7 +218,7 @@ def main():
                       rank=rank, world=world)
     if rank == 0:
         before, after = closeness(teacher, ema, make_loader(val, 64, train=False), args.teacher_steps, options, device, dtype, args.seed)
-        result["mse_to_teacher"] = dict(teacher_steps=args.teacher_steps, undistilled=before, distilled=after)
+        result["mse_to_teacher"] = {"teacher_steps": args.teacher_steps, "undistilled": before, "distilled": after}
         append_log(log_path, step=args.steps, eval=result["rows"], mse_to_teacher=result["mse_to_teacher"])
         write_results(result, args.out)
         print_table(result)
@@ -214,4 +227,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    guarded(main)

@@ -12,8 +12,8 @@ import math
 import re
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 
 class DiagonalGaussian:

@@ -275,6 +275,39 @@ def load_networks(nets, lpips_weights, inception_weights, size, device, world):
     return {name.removeprefix("lpips_"): network for name, network in networks.items()}, inception, unavailable
 
 
+def setup(device=None):
+    """(rank, world, device). Under torchrun joins the process group: nccl on GPUs, gloo otherwise. One process needs no launcher.
+
+    device  "cuda", "mps" or "cpu"; None: the first that is there. ValueError where there is no such device.
+    """
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"),
+                                                                                 ("LOCAL_RANK", "0")))
+    name = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: there is no such device here") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def guarded(main):
+    """Call main(); what the user can mend ends in one sentence and exit code 1, not in a traceback (TRACEBACK=1 shows it)."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def cached_originals(folder, dataset, *protocol):
     """Path of the .npz under `folder` for the statistics of these originals, prepared in this way.
 
@@ -312,29 +345,9 @@ def main():
     add("--inception", metavar="FILE", help="FID's Inception weights; default: torch.hub's cache or download")
     add("--cache", default="~/.cache/dc-ssdae", help="folder for originals' FID statistics; '' for none [%(default)s]")
     add("--out", help="folder of metrics.json and reconstructions.png; default: the checkpoint's")
-    try:
-        run(parser.parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def run(args):
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = args.device or ("cuda" if torch.cuda.is_available() else
-                             "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device("cuda", local) if device == "cuda" else torch.device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {args.device}: there is no such device here") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    args = parser.parse_args()
+    rank, world, device = setup(args.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: no TF32 in decoder and LPIPS
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     model = DCSSDAE.load(args.ckpt, device=device).to(memory_format=torch.channels_last)
     config, size = model.config, args.size or model.config.get("notes", {}).get("size") or 256
@@ -389,4 +402,4 @@ def run(args):
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

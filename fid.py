@@ -336,7 +336,7 @@ def main():
         if args.b is not None:
             print(f"FID {frechet_distance(sets[0].mu, sets[0].sigma, sets[1].mu, sets[1].sigma):.4f}")
     except (ValueError, OSError) as error:
-        sys.exit(f"fid.py: {error}")
+        sys.exit(f"error: {error}")
     print(f"N = {' and '.join(str(s.n or 'unknown') for s in sets)}; " + (
         f"Inception sha256 {network.sha256}" if network else "features from .npz files"))
     smallest = min((s.n for s in sets if s.n), default=10_000)

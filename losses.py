@@ -12,10 +12,11 @@ Conventions: images x (B, 3, H, W) in [-1, 1]; noise e ~ N(0, I); FM time t: 0 d
 """
 import importlib.util
 import os
+import pickle
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 from data import import_torchvision
 
@@ -123,9 +124,9 @@ class LPIPSLoss(nn.Module):
         name, filename, ends = LPIPS_NETS[net]
         spec = importlib.util.find_spec("lpips")
         if spec is None:
-            raise WeightsUnavailable("LPIPS needs the lpips package for its channel weights: pip install lpips, or turn the loss off with --w_lpips 0")
+            raise WeightsUnavailable("LPIPS needs the lpips package for its channel weights: pip install lpips, or leave LPIPS out (training: --w_lpips 0)")
         lin = torch.load(os.path.join(spec.submodule_search_locations[0], "weights", "v0.1", f"{net}.pth"), map_location="cpu", weights_only=True)
-        state = _pretrained(filename, weights, "LPIPS", "--lpips_weights FILE", "--w_lpips 0")
+        state = _pretrained(filename, weights, "LPIPS", "--lpips_weights FILE", "leave LPIPS out (training: --w_lpips 0)")
         with torch.device("meta"):  # structure only: the weights come from the file
             features = getattr(import_torchvision().models, name)(weights=None).features
         try:
@@ -143,7 +144,7 @@ class LPIPSLoss(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, x, y):
-        """x, y (B, 3, H, W) in [-1, 1] -> distances (B,). Sides of at least 16 (vgg) or 64 (alex) keep every layer's map non-empty."""
+        """x, y (B, 3, H, W) in [-1, 1] -> distances (B,). Sides of at least 16 (vgg) or 32 (alex) keep every layer's map non-empty."""
         with torch.autocast(x.device.type, enabled=False):
             h = (torch.cat([x, y]).float() - self.shift) / self.scale
             distance = 0
@@ -175,8 +176,8 @@ class REPALoss(nn.Module):
             raise WeightsUnavailable(f"no DINOv2 weights at {weights}: give the file with --repa_weights FILE or turn the loss off with --w_repa 0")
         try:
             dino = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True,
-                                     **({"pretrained_cfg_overlay": dict(file=str(weights))} if weights else {}))
-        except Exception as error:  # the hub client raises many classes; offline, all mean the same
+                                     **({"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}))
+        except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:  # offline: many classes
             if weights:
                 raise ValueError(f"{weights} does not hold DINOv2 ViT-B/14 weights ({str(error).splitlines()[0]})") from None
             raise WeightsUnavailable(f"REPA needs DINOv2 weights (timm/{name}), which are not in the Hugging Face cache "
@@ -219,6 +220,6 @@ def _pretrained(filename, weights, what, flag, off):
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:  # no such file, no network (urllib's errors are OSErrors)
         raise WeightsUnavailable(f"{what} needs the network weights {filename}, which are not at {path} and could not be downloaded: "
-                                 f"give them with {flag} or turn the loss off with {off}") from None
-    except Exception as error:
+                                 f"give them with {flag} or {off}") from None
+    except (RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): fetch it again or give another with {flag}") from None

@@ -12,13 +12,14 @@ v = x - e. Equilibrium matching: no time; the network predicts a field that poin
 import json
 import math
 import os
+import pickle
 import re
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import sampler
 from encoder import make_encoder
@@ -34,6 +35,9 @@ SIZES = {
     "XL": (128, (1, 2, 4, 4), 16),                  # 161.42   153.86
     "H": (192, (1, 2, 4, 4), 16),                   # 363.01   346.03
 }
+# What reading a damaged file raises, in one library or another.
+BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, pickle.UnpicklingError,
+               SafetensorError)
 FORMAT = 1  # of the files that DCSSDAE.save writes
 
 
@@ -296,8 +300,8 @@ class DCSSDAE(nn.Module):
         super().__init__()
         if loss not in ("fm", "eqm"):
             raise ValueError(f"unknown loss '{loss}': expected fm or eqm")
-        self.config = dict(enc=enc, dec=dec, loss=loss, enc_width=enc_width, enc_options=dict(enc_options or {}), depth=depth, window=window,
-                           c=c, a=a, b=b, lam=lam, input_skip=input_skip, notes=dict(notes or {}))
+        self.config = {"enc": enc, "dec": dec, "loss": loss, "enc_width": enc_width, "enc_options": dict(enc_options or {}), "depth": depth, "window": window,
+                           "c": c, "a": a, "b": b, "lam": lam, "input_skip": input_skip, "notes": dict(notes or {})}
         self.encoder = make_encoder(enc, enc_width, **self.config["enc_options"])
         self.field_at_noise = -1.0 if loss == "fm" else lam * (b if c == "piecewise" else 1.0)  # times (e - x); lam c(0) for EqM
         self.decoder = UViT(dec, self.encoder.z_dim, loss == "fm", depth, window, skip=self.field_at_noise if input_skip else 0.0)
@@ -410,14 +414,16 @@ def read_weights(path):
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
-                state, meta = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+                meta = file.metadata() or {}
+            state = load_file(path)
         else:
             state, meta = torch.load(path, map_location="cpu", weights_only=True), {}
             state = state.get("state_dict", state) if isinstance(state, dict) else state
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable weight file ({(str(error) or type(error).__name__).splitlines()[0]})") from None
-    except Exception as error:  # torch.load wraps unpickling errors in several classes
-        raise ValueError(f"{path} is refused: it holds more than tensors, or is damaged ({type(error).__name__})") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is refused: it is damaged, or holds more than tensors, which is never executed") from None
+    except BROKEN_FILE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a readable weight file ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path} does not hold a flat table of tensors")
     return {re.sub(r"^((module|_orig_mod|model)\.)+", "", k): v for k, v in state.items()}, meta

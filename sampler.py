@@ -11,6 +11,7 @@ Each returns (x, nfe): the images, not clamped, and the number of network evalua
 Nothing here turns gradients off: a one-step decode can be differentiated. Wrap the call in torch.no_grad() where that is not wanted.
 """
 import hashlib
+import itertools
 
 import torch
 
@@ -22,7 +23,7 @@ def euler(field, x, z, steps=1, t_shift=4.0):
     t_shift  > 1 makes the steps near the data finer (SSDD, arXiv 2510.04961, section 3.3); one step does not depend on it
     """
     times = torch.linspace(1.0, 0.0, _at_least_one(steps) + 1, dtype=torch.float64).pow(t_shift).tolist()
-    for t, t_next in zip(times, times[1:]):
+    for t, t_next in itertools.pairwise(times):
         v = field(x, z, torch.full((len(x),), t, device=x.device))
         x = x + (t - t_next) * v
     return x, torch.full((len(x),), steps, dtype=torch.long, device=x.device)

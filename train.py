@@ -20,19 +20,19 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
+from torch import nn
 from tqdm import tqdm
 
 from data import make_dataset, make_loader
-from evaluate import evaluate, print_table, write_results
-from losses import (EqM, LPIPSLoss, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix, fm_predict_x, kl_loss)
-from model import SIZES, DCSSDAE
+from evaluate import evaluate, guarded, print_table, setup, write_results
+from losses import EqM, LPIPSLoss, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix, fm_predict_x, kl_loss
+from model import BROKEN_FILE, DCSSDAE, SIZES
 from sampler import seeded_generator
 
 PRESETS = {
     # Two cores without GPU or network. Measured results stand in the README's quick start.
-    "tiny": dict(enc="dc_f8c16", enc_width=0.125, dec="XS", depth=2, size=32, batch_size=16, steps=950, lr=2e-3, t_mean=1.5, warmup=50, decay=0.5,
-                 w_lpips=0.0, w_repa=0.0, ema=0.99, eval_every=475, eval_images=256, save_every=475),
+    "tiny": {"enc": "dc_f8c16", "enc_width": 0.125, "dec": "XS", "depth": 2, "size": 32, "batch_size": 16, "steps": 950, "lr": 2e-3, "t_mean": 1.5, "warmup": 50, "decay": 0.5,
+                 "w_lpips": 0.0, "w_repa": 0.0, "ema": 0.99, "eval_every": 475, "eval_images": 256, "save_every": 475},
 }
 
 
@@ -130,21 +130,6 @@ def check_args(args, world):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces that distill.py shares
-
-def setup(device=None):
-    """(rank, world, device). Under torchrun joins the process group: nccl on GPUs, gloo otherwise. One process needs no launcher."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return rank, world, torch.device(device)
-
 
 def pick_dtype(name, device):
     """torch.bfloat16 or None (float32, no autocast)."""
@@ -259,7 +244,7 @@ def load_checkpoint(out):
         if os.path.isfile(path):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # truncated or damaged: several classes
+            except BROKEN_FILE as error:
                 problems.append(f"{path} ({type(error).__name__})")
     if problems:
         raise ValueError(f"no readable checkpoint, damaged: {', '.join(problems)}; start again with another --out")
@@ -286,19 +271,6 @@ def prepare_out(out, resume, rank, log_step=None):
 def append_log(path, **values):
     with open(path, "a") as file:
         file.write(json.dumps(values) + "\n")
-
-
-def run(main):
-    """Call main(); what the user can mend ends in one sentence and exit code 1 instead of a traceback (TRACEBACK=1 shows it)."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,6 +314,9 @@ class Objective(nn.Module):
 def main():
     args = get_args()
     rank, world, device = setup(args.device)
+    if device.type == "cuda":  # TF32 for what autocast leaves in float32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     check_args(args, world)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)  # initial weights, the same on every rank
@@ -357,8 +332,8 @@ def main():
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
     lpips, repa, left_out = perceptual_losses(args, model.decoder.mid_in.out_features, rank)
-    model.config["notes"] = dict(size=args.size, data=args.data, w_lpips=0.0 if lpips is None else args.w_lpips,
-                                 w_repa=0.0 if repa is None else args.w_repa, left_out=left_out)
+    model.config["notes"] = {"size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
+                                 "w_repa": 0.0 if repa is None else args.w_repa, "left_out": left_out}
 
     model.to(device, memory_format=torch.channels_last)
     lpips = lpips and lpips.to(device)
@@ -370,7 +345,7 @@ def main():
     if checkpoint:
         start = resume(checkpoint, args, model, ema, repa, optimizer)
     parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
-    weights = dict(fm=1.0, eqm=1.0, lpips=args.w_lpips, repa=args.w_repa, kl=0.0 if args.freeze_enc else args.w_kl)
+    weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "kl": 0.0 if args.freeze_enc else args.w_kl}
 
     local = args.batch_size // world
     micro = min(args.micro_batch or local, local)
@@ -435,11 +410,10 @@ def main():
             bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
             append_log(log_path, step=done, **totals, lr=optimizer.param_groups[0]["lr"], grad_norm=norm, images_per_s=rate)
         stopped = shared[-1] > 0
-        if stopped or done % args.save_every == 0 or done == args.steps:
-            if rank == 0:
-                save_checkpoint(args.out, dict(step=done, args=vars(args), model=model.state_dict(), ema=ema.state_dict(),
-                                               repa=repa and repa.trained_state(), optimizer=optimizer.state_dict()))
-                ema.save(os.path.join(args.out, "model.safetensors"))
+        if (stopped or done % args.save_every == 0 or done == args.steps) and rank == 0:
+            save_checkpoint(args.out, {"step": done, "args": vars(args), "model": model.state_dict(), "ema": ema.state_dict(),
+                                           "repa": repa and repa.trained_state(), "optimizer": optimizer.state_dict()})
+            ema.save(os.path.join(args.out, "model.safetensors"))
         if stopped:
             bar.close()
             if rank == 0:
@@ -479,4 +453,4 @@ def resume(checkpoint, args, model, ema, repa, optimizer):
 
 
 if __name__ == "__main__":
-    run(main)
+    guarded(main)
