@@ -3,9 +3,10 @@
     python distill.py --ckpt runs/tiny_eqm/model.safetensors --steps 400 --batch_size 16
     torchrun --nproc_per_node=8 distill.py --ckpt runs/dc_f32c32_eqm/model.safetensors --data DIR
 
-The frozen teacher decodes z from noise e in N steps to x_T. The student starts from the same e and z and takes one step from pure noise to
-x^ (SSDD, arXiv 2510.04961, section 3.4). Loss: its own matching loss with x_T in the place of the data, plus LPIPS(x_T, x^) and REPA.
-Works for flow matching (t = 1) and equilibrium matching (g = 0). Writes model.safetensors, reconstructions.png, metrics.json, log.jsonl.
+The frozen teacher decodes z from noise e in N steps to x_T. The student starts from the same e and z and takes one step
+from pure noise to x^ (SSDD, arXiv 2510.04961, section 3.4). Loss: its own matching loss with x_T in the place of the
+data, plus LPIPS(x_T, x^) and REPA. Works for flow matching (t = 1) and equilibrium matching (g = 0). Writes
+model.safetensors, reconstructions.png, metrics.json, log.jsonl.
 """
 import argparse
 import copy
@@ -23,25 +24,14 @@ from data import make_dataset, make_loader
 from evaluate import evaluate, guarded, image_noise, print_table, setup, write_results
 from losses import EqM, eqm_loss, fm_loss, fm_predict_x
 from model import DCSSDAE
-from train import (
-    StopSignal,
-    append_log,
-    autocast,
-    check_size,
-    draw,
-    load_checkpoint,
-    lr_factor,
-    optimise,
-    perceptual_losses,
-    pick_dtype,
-    prepare_out,
-    save_checkpoint,
-    update_ema,
-)
+
+from train import (StopSignal, append_log, autocast, check_size, draw, load_checkpoint, lr_factor,  # isort: skip
+                   optimise, perceptual_losses, pick_dtype, prepare_out, save_checkpoint, update_ema)
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", required=True, help="the teacher: a model.safetensors of train.py")
 
     g = p.add_argument_group("teacher")
@@ -53,29 +43,37 @@ def get_args(argv=None):
     g = p.add_argument_group("data")
     g.add_argument("--data", default="demo", help="demo (built in), imagenette, cifar10, or a folder of images")
     g.add_argument("--size", type=int, help="training crop, pixels a side [default: the teacher's]")
-    g.add_argument("--aug_scale", type=float, default=2.0, help="random resize of the short side in [size, size * aug_scale] before the crop")
+    g.add_argument("--aug_scale", type=float, default=2.0,
+                   help="random resize of the short side in [size, size * aug_scale] before the crop")
     g.add_argument("--limit", type=int, help="use only the first N training images")
-    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="data loading processes per training process")
+    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+                   help="data loading processes per training process")
 
     g = p.add_argument_group("objective and optimisation")
-    g.add_argument("--w_lpips", type=float, help="weight of LPIPS(x_T, x^) [default: 0.5, or 0 where the teacher trained without]")
-    g.add_argument("--lpips_weights", help="torchvision's VGG-16 weights as a file; else torch hub's cache or a download")
+    g.add_argument("--w_lpips", type=float,
+                   help="weight of LPIPS(x_T, x^) [default: 0.5, or 0 where the teacher trained without]")
+    g.add_argument("--lpips_weights",
+                   help="torchvision's VGG-16 weights as a file; else torch hub's cache or a download")
     g.add_argument("--w_repa", type=float, default=0.0, help="weight of REPA (DINOv2 ViT-B/14)")
-    g.add_argument("--repa_weights", help="DINOv2 ViT-B/14 weights as a file; else the Hugging Face cache or a download")
+    g.add_argument("--repa_weights",
+                   help="DINOv2 ViT-B/14 weights as a file; else the Hugging Face cache or a download")
     g.add_argument("--batch_size", type=int, default=192, help="images per step over all processes")
     g.add_argument("--steps", type=int, default=10_000, help="optimiser steps")
     g.add_argument("--lr", type=float, default=1e-4, help="AdamW's learning rate")
     g.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
-    g.add_argument("--decay", type=float, default=0.5, help="last fraction of the steps in which the learning rate falls linearly to 0")
+    g.add_argument("--decay", type=float, default=0.5,
+                   help="last fraction of the steps in which the learning rate falls linearly to 0")
     g.add_argument("--weight_decay", type=float, default=1e-3, help="AdamW's weight decay")
     g.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
-    g.add_argument("--ema", type=float, default=0.999, help="decay of the weights' moving average, which is what is saved and evaluated")
+    g.add_argument("--ema", type=float, default=0.999,
+                   help="decay of the weights' moving average, which is what is saved and evaluated")
 
     g = p.add_argument_group("run")
     g.add_argument("--out", help="folder of the run [default: the teacher's folder + _distilled]")
     g.add_argument("--resume", action="store_true", help="continue the run in --out from its latest.pt")
     g.add_argument("--device", help="cuda, mps or cpu [default: the best there is]")
-    g.add_argument("--dtype", choices=["auto", "float32", "bf16"], default="auto", help="bf16: autocast; auto: bf16 where the hardware has it")
+    g.add_argument("--dtype", choices=["auto", "float32", "bf16"], default="auto",
+                   help="bf16: autocast; auto: bf16 where the hardware has it")
     g.add_argument("--seed", type=int, default=0, help="of everything random")
     g.add_argument("--eval_images", type=int, default=64, help="validation images of the closing comparison")
     g.add_argument("--save_every", type=int, default=2000, help="steps between checkpoints")
@@ -113,7 +111,8 @@ class OneStep(nn.Module):
 
 @torch.no_grad()
 def closeness(teacher, student, loader, teacher_steps, options, device, dtype, seed):
-    """Mean squared distance to the teacher's many-step output, from the same noise: (teacher's single step, student's single step)."""
+    """Mean squared distance to the teacher's many-step output, from the same noise: (teacher's single step, student's
+    single step)."""
     sums, count = torch.zeros(2, dtype=torch.float64), 0
     for x, index in loader:
         if len(x) == 0:
@@ -155,7 +154,8 @@ def main():
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     objective = OneStep(student, lpips and lpips.to(device), repa).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.99), fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.99),
+                                  fused=device.type != "mps")
     start = 0
     if checkpoint:
         for module, name in ((student, "model"), (ema, "ema"), (repa and repa.mlp, "repa"), (optimizer, "optimizer")):
@@ -167,7 +167,8 @@ def main():
 
     local = args.batch_size // world
     z_shape = (teacher.encoder.z_dim, args.size // teacher.downscale, args.size // teacher.downscale)
-    batches = iter(make_loader(dataset, args.batch_size, train=True, workers=args.workers, seed=args.seed, rank=rank, world=world, start=start))
+    batches = iter(make_loader(dataset, args.batch_size, train=True, workers=args.workers, seed=args.seed,
+                               rank=rank, world=world, start=start))
     stop, bad, clock, clock_step = StopSignal(), 0, time.time(), start
     bar = tqdm(total=args.steps, initial=start, disable=rank != 0, unit="step", dynamic_ncols=True)
     for step in range(start, args.steps):
@@ -186,7 +187,8 @@ def main():
         loss.backward()
         norm = optimise(optimizer, trained, args.grad_clip)
 
-        shared = torch.stack([t.detach().float() for t in (*terms.values(), loss)] + [torch.tensor(float(stop.received > 0), device=device)])
+        shared = torch.stack([t.detach().float() for t in (*terms.values(), loss)]
+                             + [torch.tensor(float(stop.received > 0), device=device)])
         if world > 1:
             dist.all_reduce(shared)
         totals = dict(zip([*terms, "loss"], (shared[:-1] / world).tolist()))
@@ -194,7 +196,8 @@ def main():
         if bad == 0:
             update_ema(ema, student, args.ema, step)
         elif bad == 10:
-            raise ValueError(f"ten steps in a row were not finite, the last is {step} with {totals}: lower --lr, or use --dtype float32")
+            raise ValueError(f"ten steps in a row were not finite, the last is {step} with {totals}: "
+                             "lower --lr, or use --dtype float32")
 
         done = step + 1
         bar.update()
@@ -202,11 +205,13 @@ def main():
             rate = (done - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), done
             bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
-            append_log(log_path, step=done, **totals, lr=optimizer.param_groups[0]["lr"], grad_norm=norm, images_per_s=rate)
+            append_log(log_path, step=done, **totals, lr=optimizer.param_groups[0]["lr"],
+                       grad_norm=norm, images_per_s=rate)
         stopped = shared[-1] > 0
         if rank == 0 and (stopped or done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(args.out, {"step": done, "args": vars(args), "model": student.state_dict(), "ema": ema.state_dict(),
-                                           "repa": repa and repa.trained_state(), "optimizer": optimizer.state_dict()})
+            save_checkpoint(args.out, {"step": done, "args": vars(args), "model": student.state_dict(),
+                                       "ema": ema.state_dict(), "repa": repa and repa.trained_state(),
+                                       "optimizer": optimizer.state_dict()})
             ema.save(os.path.join(args.out, "model.safetensors"))
         if stopped:
             bar.close()
@@ -214,15 +219,17 @@ def main():
                 print(f"stopped after step {done} and saved: continue with the same command and --resume")
             sys.exit(128 + (stop.received or 15))
     bar.close()
-    result = evaluate(ema, make_loader(val, 64, train=False, rank=rank, world=world), device, steps=[1], seed=args.seed, dtype=dtype,
-                      rank=rank, world=world)
+    result = evaluate(ema, make_loader(val, 64, train=False, rank=rank, world=world), device, steps=[1],
+                      seed=args.seed, dtype=dtype, rank=rank, world=world)
     if rank == 0:
-        before, after = closeness(teacher, ema, make_loader(val, 64, train=False), args.teacher_steps, options, device, dtype, args.seed)
+        before, after = closeness(teacher, ema, make_loader(val, 64, train=False), args.teacher_steps,
+                                  options, device, dtype, args.seed)
         result["mse_to_teacher"] = {"teacher_steps": args.teacher_steps, "undistilled": before, "distilled": after}
         append_log(log_path, step=args.steps, eval=result["rows"], mse_to_teacher=result["mse_to_teacher"])
         write_results(result, args.out)
         print_table(result)
-        print(f"mean squared distance of one step to the teacher's {args.teacher_steps} steps, same noise: {before:.6f} undistilled, {after:.6f} distilled")
+        print(f"mean squared distance of one step to the teacher's {args.teacher_steps} steps, same noise: "
+              f"{before:.6f} undistilled, {after:.6f} distilled")
         print(f"saved {args.out}/model.safetensors, reconstructions.png, metrics.json and log.jsonl")
 
 

@@ -1,8 +1,8 @@
 """Encoders: an image becomes a diagonal Gaussian over latents, 8x to 128x smaller per side.
 
 Two families, one naming rule NAME = FAMILY_f<downscale>c<latent channels>:
-  vq_*   the encoder of the latent-diffusion KL-VAE (Rombach et al. 2022, arXiv 2112.10752): vq_f8c4, vq_f16c16, ...
-  dc_*   the deep-compression encoder of DC-AE (Chen et al. 2024, arXiv 2410.10733), residual blocks only: dc_f32c32, ...
+  vq_*  the encoder of the latent-diffusion KL-VAE (Rombach et al. 2022, arXiv 2112.10752): vq_f8c4, vq_f16c16, ...
+  dc_*  the deep-compression encoder of DC-AE (Chen et al. 2024, arXiv 2410.10733), residual blocks only: dc_f32c32, ...
 
     python -c "from encoder import make_encoder; print(make_encoder('dc_f32c32', width=0.125))"
 
@@ -17,7 +17,8 @@ from torch import nn
 
 
 class DiagonalGaussian:
-    """Posterior q(z|x) = N(mean, exp(logvar)), independent per value. mean, logvar: (B, c, h, w); logvar is clamped to [-30, 20]."""
+    """Posterior q(z|x) = N(mean, exp(logvar)), independent per value. mean, logvar: (B, c, h, w); logvar is clamped to
+    [-30, 20]."""
 
     def __init__(self, mean, logvar):
         self.mean, self.logvar = mean, logvar.clamp(-30.0, 20.0)
@@ -131,7 +132,8 @@ class DCResBlock(nn.Module):
 
 
 class DCDown(nn.Module):
-    """Halve the resolution: conv + space-to-channel, plus space-to-channel + channel averaging as the shortcut (equation 1)."""
+    """Halve the resolution: conv + space-to-channel, plus space-to-channel + channel averaging as the shortcut
+    (equation 1)."""
 
     def __init__(self, cin, cout, shortcut=True):
         super().__init__()
@@ -177,8 +179,8 @@ FAMILIES = {"vq": VQEncoder, "dc": DCEncoder}
 def _scaled(channels, width, multiple):
     scaled = round(channels * width)
     if scaled < multiple or scaled % multiple or abs(scaled - channels * width) > 1e-6:
-        raise ValueError(f"encoder width {width} turns {channels} channels into {channels * width:g}, which must be a whole multiple of "
-                         f"{multiple}: use a power of two such as 0.25")
+        raise ValueError(f"encoder width {width} turns {channels} channels into {channels * width:g}, "
+                         f"which must be a whole multiple of {multiple}: use a power of two such as 0.25")
     return scaled
 
 
@@ -193,5 +195,6 @@ def make_encoder(name, width=1.0, **options):
     """
     match = re.fullmatch(r"([a-z]+)_f(8|16|32|64|128)c([1-9]\d*)", name)
     if not match or match[1] not in FAMILIES:
-        raise ValueError(f"unknown encoder '{name}': expected {'|'.join(FAMILIES)} + _f<8|16|32|64|128>c<channels>, for example dc_f32c32")
+        raise ValueError(f"unknown encoder '{name}': expected {'|'.join(FAMILIES)} + _f<8|16|32|64|128>c<channels>, "
+                         "for example dc_f32c32")
     return FAMILIES[match[1]](int(match[2]), int(match[3]), width, **options)

@@ -276,7 +276,8 @@ def load_networks(nets, lpips_weights, inception_weights, size, device, world):
 
 
 def setup(device=None):
-    """(rank, world, device). Under torchrun joins the process group: nccl on GPUs, gloo otherwise. One process needs no launcher.
+    """(rank, world, device). Under torchrun joins the process group: nccl on GPUs, gloo otherwise.
+    One process needs no launcher.
 
     device  "cuda", "mps" or "cpu"; None: the first that is there. ValueError where there is no such device.
     """
@@ -296,7 +297,8 @@ def setup(device=None):
 
 
 def guarded(main):
-    """Call main(); what the user can mend ends in one sentence and exit code 1, not in a traceback (TRACEBACK=1 shows it)."""
+    """Call main(); what the user can mend ends in one sentence and exit code 1, not in a traceback
+    (TRACEBACK=1 shows it)."""
     try:
         main()
     except (ValueError, OSError) as error:

@@ -8,7 +8,8 @@ LPIPS  Zhang et al. 2018 (arXiv 1801.03924)        REPA  Yu et al. 2024 (arXiv 2
 
     python train.py --loss eqm --c trunc --lam 1 --w_lpips 0.5 --lpips_weights vgg16-397923af.pth
 
-Conventions: images x (B, 3, H, W) in [-1, 1]; noise e ~ N(0, I); FM time t: 0 data, 1 noise; EqM level g: 0 noise, 1 data; t, g (B,).
+Conventions: images x (B, 3, H, W) in [-1, 1]; noise e ~ N(0, I); FM time t: 0 data, 1 noise; EqM level
+g: 0 noise, 1 data; t, g (B,).
 """
 import importlib.util
 import os
@@ -45,10 +46,12 @@ def fm_loss(v, x, e):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Equilibrium matching. The field lam c(g) (e - x) points from the data to the noise and vanishes at the data; x_g = g x + (1-g) e.
+# Equilibrium matching. The field lam c(g) (e - x) points from the data to the noise and vanishes at the data;
+# x_g = g x + (1-g) e.
 
 class EqM:
-    """The EqM objective for one choice of c(g) (section 3.2 of the paper): how the field's length falls to zero at the data.
+    """The EqM objective for one choice of c(g) (section 3.2 of the paper): how the field's length falls to zero at the
+    data.
 
     c    "linear"     1 - g
          "trunc"      1 up to g = a, then linear to 0
@@ -82,8 +85,10 @@ class EqM:
         return self.lam * per_image(self.c(g)) * (e - x)
 
     def predict_x(self, x_g, f, g):
-        """One-step estimate x^ = x_g - f (1-g) / (lam c(g)); exact for a perfect field, also at g = 1, where (1-g)/c is not 0/0 but its limit."""
-        ratio = torch.ones_like(g) if self.kind == "linear" else torch.where(g <= self.a, (1 - g) / self._head(g), 1 - self.a)
+        """One-step estimate x^ = x_g - f (1-g) / (lam c(g)); exact for a perfect field, also at g = 1, where (1-g)/c is
+        not 0/0 but its limit."""
+        ratio = (torch.ones_like(g) if self.kind == "linear" else
+                 torch.where(g <= self.a, (1 - g) / self._head(g), 1 - self.a))
         return x_g - f * per_image(ratio) / self.lam
 
 
@@ -111,7 +116,8 @@ LPIPS_NETS = {  # torchvision model, its weight file, ends of the five slices of
 
 
 class LPIPSLoss(nn.Module):
-    """LPIPS v0.1: distances of unit-normalised features, weighted per channel, averaged over space, summed over five layers.
+    """LPIPS v0.1: distances of unit-normalised features, weighted per channel, averaged over space,
+    summed over five layers.
 
     net      "vgg" (training) or "alex" (often quoted in evaluation); the two are not comparable
     weights  torchvision's ImageNet weights of that network as a file; None: torch hub's cache, else a download
@@ -124,15 +130,20 @@ class LPIPSLoss(nn.Module):
         name, filename, ends = LPIPS_NETS[net]
         spec = importlib.util.find_spec("lpips")
         if spec is None:
-            raise WeightsUnavailable("LPIPS needs the lpips package for its channel weights: pip install lpips, or leave LPIPS out (training: --w_lpips 0)")
-        lin = torch.load(os.path.join(spec.submodule_search_locations[0], "weights", "v0.1", f"{net}.pth"), map_location="cpu", weights_only=True)
-        state = _pretrained(filename, weights, "LPIPS", "--lpips_weights FILE", "leave LPIPS out (training: --w_lpips 0)")
+            raise WeightsUnavailable("LPIPS needs the lpips package for its channel weights: pip install lpips, "
+                                     "or leave LPIPS out (training: --w_lpips 0)")
+        lin = torch.load(os.path.join(spec.submodule_search_locations[0], "weights", "v0.1", f"{net}.pth"),
+                         map_location="cpu", weights_only=True)
+        state = _pretrained(filename, weights, "LPIPS", "--lpips_weights FILE",
+                            "leave LPIPS out (training: --w_lpips 0)")
         with torch.device("meta"):  # structure only: the weights come from the file
             features = getattr(import_torchvision().models, name)(weights=None).features
         try:
-            features.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}, assign=True)
+            features.load_state_dict({k.removeprefix("features."): v for k, v in state.items()
+                                      if k.startswith("features.")}, assign=True)
         except RuntimeError:
-            raise ValueError(f"{weights or filename} does not hold torchvision's {name} weights, which LPIPS needs") from None
+            raise ValueError(f"{weights or filename} does not hold torchvision's {name} weights, "
+                             "which LPIPS needs") from None
         for m in features:
             if isinstance(m, nn.ReLU):
                 m.inplace = False  # the slices' outputs are kept
@@ -144,7 +155,8 @@ class LPIPSLoss(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, x, y):
-        """x, y (B, 3, H, W) in [-1, 1] -> distances (B,). Sides of at least 16 (vgg) or 32 (alex) keep every layer's map non-empty."""
+        """x, y (B, 3, H, W) in [-1, 1] -> distances (B,). Sides of at least 16 (vgg) or 32 (alex) keep every layer's
+        map non-empty."""
         with torch.autocast(x.device.type, enabled=False):
             h = (torch.cat([x, y]).float() - self.shift) / self.scale
             distance = 0
@@ -168,21 +180,26 @@ class REPALoss(nn.Module):
     def __init__(self, width, weights=None):
         super().__init__()
         if importlib.util.find_spec("timm") is None:
-            raise WeightsUnavailable("REPA needs the timm package: pip install timm, or turn the loss off with --w_repa 0")
+            raise WeightsUnavailable("REPA needs the timm package: pip install timm, "
+                                     "or turn the loss off with --w_repa 0")
         import_torchvision()  # timm imports it
         import timm
         name = "vit_base_patch14_dinov2.lvd142m"
         if weights is not None and not os.path.isfile(weights):
-            raise WeightsUnavailable(f"no DINOv2 weights at {weights}: give the file with --repa_weights FILE or turn the loss off with --w_repa 0")
+            raise WeightsUnavailable(f"no DINOv2 weights at {weights}: "
+                                     "give the file with --repa_weights FILE or turn the loss off with --w_repa 0")
         try:
             dino = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True,
                                      **({"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}))
-        except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:  # offline: many classes
+        except (OSError, RuntimeError, ValueError, LookupError, EOFError,  # offline: many classes
+                pickle.UnpicklingError) as error:
             if weights:
-                raise ValueError(f"{weights} does not hold DINOv2 ViT-B/14 weights ({str(error).splitlines()[0]})") from None
-            raise WeightsUnavailable(f"REPA needs DINOv2 weights (timm/{name}), which are not in the Hugging Face cache "
-                                     f"({os.environ.get('HF_HOME', '~/.cache/huggingface')}) and could not be downloaded: "
-                                     "give them with --repa_weights FILE or turn the loss off with --w_repa 0") from None
+                raise ValueError(f"{weights} does not hold DINOv2 ViT-B/14 weights "
+                                 f"({str(error).splitlines()[0]})") from None
+            raise WeightsUnavailable(
+                f"REPA needs DINOv2 weights (timm/{name}), which are not in the Hugging Face cache "
+                f"({os.environ.get('HF_HOME', '~/.cache/huggingface')}) and could not be downloaded: "
+                "give them with --repa_weights FILE or turn the loss off with --w_repa 0") from None
         self.dino = dino.eval().requires_grad_(False)
         self.mlp = nn.Sequential(nn.Linear(width, dino.embed_dim), nn.SiLU(), nn.Linear(dino.embed_dim, dino.embed_dim))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
@@ -215,11 +232,13 @@ def _pretrained(filename, weights, what, flag, off):
     path = weights or cached
     try:
         if weights is None and not os.path.isfile(cached):
-            return torch.hub.load_state_dict_from_url(f"https://download.pytorch.org/models/{filename}", map_location="cpu",
-                                                      check_hash=True, weights_only=True)
+            return torch.hub.load_state_dict_from_url(f"https://download.pytorch.org/models/{filename}",
+                                                      map_location="cpu", check_hash=True, weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:  # no such file, no network (urllib's errors are OSErrors)
-        raise WeightsUnavailable(f"{what} needs the network weights {filename}, which are not at {path} and could not be downloaded: "
+        raise WeightsUnavailable(f"{what} needs the network weights {filename}, "
+                                 f"which are not at {path} and could not be downloaded: "
                                  f"give them with {flag} or {off}") from None
     except (RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): fetch it again or give another with {flag}") from None
+        raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): "
+                         f"fetch it again or give another with {flag}") from None

@@ -1,13 +1,16 @@
-"""The autoencoder: a deep-compression encoder and a diffusion decoder in pixel space (U-ViT), conditioned on the latent.
+"""The autoencoder: a deep-compression encoder and a diffusion decoder in pixel space (U-ViT),
+conditioned on the latent.
 
   UViT     the decoder of SSDD (Vallaeys, Verbeek, Cord 2025, arXiv 2510.04961): convolutions at full to 1/4 resolution,
            transformer blocks with windowed attention at 1/8, skip connections between
   DCSSDAE  encoder + decoder + sampler in one module, saved to and loaded from one file
 
-    python -c "import torch, model; m = model.DCSSDAE('dc_f32c32', 'XS', enc_width=0.125); z = m.encode(torch.rand(1, 3, 64, 64) * 2 - 1).mode(); print(z.shape, m.decode(z).shape)"
+    python -c "import torch, model; m = model.DCSSDAE('dc_f32c32', 'XS', enc_width=0.125); z = m.encode(torch.rand(
+        1, 3, 64, 64) * 2 - 1).mode(); print(z.shape, m.decode(z).shape)"
 
-Conventions: images (B, 3, H, W) in [-1, 1]; latents (B, c, H/f, W/f). Flow matching: t=0 is data, t=1 noise, the network predicts
-v = x - e. Equilibrium matching: no time; the network predicts a field that points from the data towards the noise.
+Conventions: images (B, 3, H, W) in [-1, 1]; latents (B, c, H/f, W/f). Flow matching: t=0 is data, t=1 noise, the
+network predicts v = x - e. Equilibrium matching: no time; the network predicts a field that points from the data
+towards the noise.
 """
 import json
 import math
@@ -36,8 +39,8 @@ SIZES = {
     "H": (192, (1, 2, 4, 4), 16),                   # 363.01   346.03
 }
 # What reading a damaged file raises, in one library or another.
-BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, pickle.UnpicklingError,
-               SafetensorError)
+BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError,
+               pickle.UnpicklingError, SafetensorError)
 FORMAT = 1  # of the files that DCSSDAE.save writes
 
 
@@ -47,8 +50,9 @@ FORMAT = 1  # of the files that DCSSDAE.save writes
 class LatentNorm(nn.Module):
     """Normalise every latent channel with running statistics; BatchNorm2d in evaluation, and its state dict.
 
-    Unlike BatchNorm it does the same in training: the statistics are constants of a step, moved once a step by `update` from the whole
-    batch. So no sample's output depends on the others, on how the batch is split over micro-batches and processes, or on the mode.
+    Unlike BatchNorm it does the same in training: the statistics are constants of a step, moved once a step by `update`
+    from the whole batch. So no sample's output depends on the others, on how the batch is split over micro-batches and
+    processes, or on the mode.
     """
 
     def __init__(self, channels, momentum=0.1, eps=1e-5):
@@ -60,12 +64,13 @@ class LatentNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, z):
-        return F.batch_norm(z, self.running_mean.to(z.dtype), self.running_var.to(z.dtype), self.weight.to(z.dtype), self.bias.to(z.dtype),
-                            training=False, eps=self.eps)
+        return F.batch_norm(z, self.running_mean.to(z.dtype), self.running_var.to(z.dtype),
+                            self.weight.to(z.dtype), self.bias.to(z.dtype), training=False, eps=self.eps)
 
     @torch.no_grad()
     def update(self, count, total, total_sq):
-        """count: number of values per channel; total, total_sq: (channels,) sums of z and z**2 over the whole batch, float64."""
+        """count: number of values per channel; total, total_sq: (channels,) sums of z and z**2 over the whole batch,
+        float64."""
         mean = total / count
         var = (total_sq / count - mean.square()).clamp(min=0) * count / max(count - 1, 1)
         self.num_batches_tracked += 1
@@ -76,7 +81,8 @@ class LatentNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """32 groups, statistics in float32 whatever the input; returns the input's dtype. (bf16 norms lose digits, and crawl on CPUs.)"""
+    """32 groups, statistics in float32 whatever the input; returns the input's dtype. (bf16 norms lose digits, and
+    crawl on CPUs.)"""
 
     def __init__(self, channels, affine=True):
         super().__init__()
@@ -118,7 +124,8 @@ class ResBlock(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention in which a token sees the tokens at most window // 2 rows and columns away, with a learned bias per offset."""
+    """Multi-head attention in which a token sees the tokens at most window // 2 rows and columns away, with a learned
+    bias per offset."""
 
     def __init__(self, dim, heads, window):
         super().__init__()
@@ -128,7 +135,8 @@ class WindowAttention(nn.Module):
         self.bias_table = nn.Parameter(torch.zeros(window, window, heads))  # [row offset, column offset, head]
 
     def bias(self, h, w):
-        """(1, heads, h*w, h*w): the bias of every pair of tokens, -inf outside the window. Depends on the table at every call."""
+        """(1, heads, h*w, h*w): the bias of every pair of tokens, -inf outside the window. Depends on the table at
+        every call."""
         r = self.window // 2
         rows, cols = (torch.arange(n, device=self.bias_table.device) for n in (h, w))
         dy, dx = rows[:, None] - rows[None], cols[:, None] - cols[None]  # (query, key) offsets
@@ -138,7 +146,8 @@ class WindowAttention(nn.Module):
         return bias.reshape(h * w, h * w, self.heads).permute(2, 0, 1)[None]
 
     def forward(self, x, h, w):
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))  # (B, heads, N, d)
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+                   for p in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(h, w).to(q.dtype))
         return self.out(out.transpose(1, 2).flatten(2))
 
@@ -159,7 +168,8 @@ class TransformerBlock(nn.Module):
 
 
 def time_embedding(t, dim):
-    """Sinusoids of 1000 t, cosines first: t (B,) in [0, 1] -> (B, dim). Vaswani et al. 2017 (arXiv 1706.03762), section 3.5."""
+    """Sinusoids of 1000 t, cosines first: t (B,) in [0, 1] -> (B, dim). Vaswani et al. 2017 (arXiv 1706.03762),
+    section 3.5."""
     freqs = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2))
     angles = 1000.0 * t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -176,8 +186,9 @@ class UViT(nn.Module):
     time_cond  True for flow matching, False for equilibrium matching
     depth      number of transformer blocks, instead of the size's own
     window     odd; a token attends to window x window tokens around it
-    skip       the field is skip * x + network(x, z, t); 0 as published. The field at the noise end is the difference of noise and image:
-               with skip = -1 (FM) or lam c(0) (EqM) the network need not carry the noise from its input to its output
+    skip       the field is skip * x + network(x, z, t); 0 as published. The field at the noise end is the difference of
+               noise and image: with skip = -1 (FM) or lam c(0) (EqM) the network need not carry the noise from its
+               input to its output
     """
 
     def __init__(self, size="S", z_dim=32, time_cond=True, depth=None, window=17, skip=0.0):
@@ -213,7 +224,8 @@ class UViT(nn.Module):
         heads = min(16, max(4, top // 64))
         self.mid_norm = GroupNorm(top)
         self.mid_in, self.mid_out = nn.Linear(top, top), nn.Linear(top, top)
-        self.blocks = nn.ModuleList(TransformerBlock(top, c, heads, window) for _ in range(blocks if depth is None else depth))
+        self.blocks = nn.ModuleList(TransformerBlock(top, c, heads, window)
+                                    for _ in range(blocks if depth is None else depth))
 
         # Up: three residual blocks a level, each with one skip connection, then nearest x2 and a convolution.
         self.up, cin = nn.ModuleList(), top
@@ -235,14 +247,17 @@ class UViT(nn.Module):
                 nn.init.zeros_(m.mlp_out.weight), nn.init.zeros_(m.mlp_out.bias)
 
     def forward(self, x, z, t=None):
-        """x (B, 3, H, W), z (B, z_dim, H/f, W/f), t (B,) in [0, 1] with time_cond -> (B, 3, H, W). ValueError on other shapes."""
+        """x (B, 3, H, W), z (B, z_dim, H/f, W/f), t (B,) in [0, 1] with time_cond -> (B, 3, H, W). ValueError on other
+        shapes."""
         return self.forward_with_tokens(x, z, t)[0]
 
     def forward_with_tokens(self, x, z, t=None):
-        """As forward, and the tokens (B, H/8 * W/8, width) after transformer block min(4, depth // 2), which REPA aligns."""
+        """As forward, and the tokens (B, H/8 * W/8, width) after transformer block min(4, depth // 2), which REPA
+        aligns."""
         H, W = x.shape[-2:]
         if H % 8 or W % 8 or H % z.shape[-2] or W % z.shape[-1]:
-            raise ValueError(f"the decoder needs image sides that are multiples of 8 and of the latent's, got {H}x{W} and a {z.shape[-2]}x{z.shape[-1]} latent")
+            raise ValueError("the decoder needs image sides that are multiples of 8 and of the latent's, "
+                             f"got {H}x{W} and a {z.shape[-2]}x{z.shape[-1]} latent")
         if (t is None) == self.time_cond:
             raise ValueError("this decoder needs t" if self.time_cond else "this decoder has no time: leave t out")
         temb = self.time(time_embedding(t, self.channels).to(x.dtype)) if self.time_cond else None
@@ -290,7 +305,8 @@ class DCSSDAE(nn.Module):
     dec, depth, window           UViT's size, number of transformer blocks and attention window
     loss                         "fm" or "eqm": what the decoder predicts and how it is sampled
     c, a, b, lam                 EqM's c(g) (losses.EqM), which the sampler's step size depends on
-    input_skip                   add the noisy image to the network's output (UViT's skip, with the value that fits the loss)
+    input_skip                   add the noisy image to the network's output (UViT's skip,
+                                 with the value that fits the loss)
     notes                        anything else worth keeping in the saved file: training size, losses left out, ...
     raises                       ValueError for unknown names
     """
@@ -300,21 +316,26 @@ class DCSSDAE(nn.Module):
         super().__init__()
         if loss not in ("fm", "eqm"):
             raise ValueError(f"unknown loss '{loss}': expected fm or eqm")
-        self.config = {"enc": enc, "dec": dec, "loss": loss, "enc_width": enc_width, "enc_options": dict(enc_options or {}), "depth": depth, "window": window,
-                           "c": c, "a": a, "b": b, "lam": lam, "input_skip": input_skip, "notes": dict(notes or {})}
+        self.config = {"enc": enc, "dec": dec, "loss": loss, "enc_width": enc_width,
+                       "enc_options": dict(enc_options or {}), "depth": depth, "window": window, "c": c, "a": a, "b": b,
+                       "lam": lam, "input_skip": input_skip, "notes": dict(notes or {})}
         self.encoder = make_encoder(enc, enc_width, **self.config["enc_options"])
-        self.field_at_noise = -1.0 if loss == "fm" else lam * (b if c == "piecewise" else 1.0)  # times (e - x); lam c(0) for EqM
-        self.decoder = UViT(dec, self.encoder.z_dim, loss == "fm", depth, window, skip=self.field_at_noise if input_skip else 0.0)
+        # times (e - x); lam c(0) for EqM
+        self.field_at_noise = -1.0 if loss == "fm" else lam * (b if c == "piecewise" else 1.0)
+        self.decoder = UViT(dec, self.encoder.z_dim, loss == "fm", depth, window,
+                            skip=self.field_at_noise if input_skip else 0.0)
 
     @property
     def downscale(self):
         return self.encoder.downscale
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> encoder.DiagonalGaussian over (B, c, H/f, W/f). ValueError if f does not divide H and W."""
+        """x (B, 3, H, W) in [-1, 1] -> encoder.DiagonalGaussian over (B, c, H/f, W/f). ValueError if f does not divide
+        H and W."""
         f = self.downscale
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(f"{self.config['enc']} encodes (B, 3, H, W) images with sides that are multiples of {f}, got {tuple(x.shape)}")
+            raise ValueError(f"{self.config['enc']} encodes (B, 3, H, W) images with sides that are multiples of {f}, "
+                             f"got {tuple(x.shape)}")
         return self.encoder(x)
 
     def decode(self, z, steps=1, noise=None, generator=None, **options):
@@ -325,7 +346,8 @@ class DCSSDAE(nn.Module):
         """As decode, and the number of network evaluations of every sample: (x, nfe (B,)).
 
         noise    starting point (B, 3, h*f, w*f); drawn from `generator` where None
-        options  FM: t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta, mu, tol (sampler.gradient_descent, sampler.nesterov)
+        options  FM: t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta, mu, tol (sampler.gradient_descent,
+                 sampler.nesterov)
         raises   ValueError for options of the other loss
         """
         cfg, f = self.config, self.downscale
@@ -335,7 +357,8 @@ class DCSSDAE(nn.Module):
         noise = noise.to(z)
         allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "mu", "tol"}
         if set(options) - allowed:
-            raise ValueError(f"a decoder trained with --loss {cfg['loss']} takes the sampler options {', '.join(sorted(allowed))}; "
+            raise ValueError(f"a decoder trained with --loss {cfg['loss']} takes the sampler options "
+                             f"{', '.join(sorted(allowed))}; "
                              f"got {', '.join(sorted(set(options) - allowed))}")
         if cfg["loss"] == "fm":
             return sampler.euler(self.decoder, noise, z, steps, **options)
@@ -349,24 +372,28 @@ class DCSSDAE(nn.Module):
     def default_eta(self, steps):
         """Step size of EqM sampling. One step: 1 / (lam c(0)), the one-step estimate from pure noise.
 
-        Several: a step of size eta removes the fraction eta lam of the noise that is left (c = linear), so that 1 % is left after all.
+        Several: a step of size eta removes the fraction eta lam of the noise that is left (c = linear), so that 1 % is
+        left after all.
         """
         return (1.0 if steps == 1 else 1.0 - 0.01 ** (1.0 / steps)) / self.field_at_noise
 
     # -- files ----------------------------------------------------------------------------------------------------
 
     def save(self, path):
-        """Write weights and configuration to one .safetensors file, through a temporary name: never half a file under `path`."""
+        """Write weights and configuration to one .safetensors file, through a temporary name: never half a file under
+        `path`."""
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         save_file(state, f"{path}.tmp", metadata={"format": str(FORMAT), "config": json.dumps(self.config)})
         os.replace(f"{path}.tmp", path)
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """The model of a file that `save` wrote, in evaluation mode. FileNotFoundError / ValueError say what is wrong with the file."""
+        """The model of a file that `save` wrote, in evaluation mode. FileNotFoundError / ValueError say what is wrong
+        with the file."""
         state, meta = read_weights(path)
         if "config" not in meta:
-            raise ValueError(f"{path} holds weights but no DC-SSDAE configuration: it is not a file that DCSSDAE.save wrote")
+            raise ValueError(f"{path} holds weights but no DC-SSDAE configuration: "
+                             "it is not a file that DCSSDAE.save wrote")
         if int(meta["format"]) > FORMAT:
             raise ValueError(f"{path} has format {meta['format']}, newer than this code's {FORMAT}: update the code")
         model = cls(**json.loads(meta["config"]))
@@ -377,7 +404,8 @@ class DCSSDAE(nn.Module):
         """Read published DC-SSDAE weights (encoder.* and decoder.* names) into this model, or a file that `save` wrote.
 
         part    "all", "encoder" or "decoder": what to read; the rest of the file is ignored
-        A dc encoder without norms in the file replaces this model's by the variant without norms; a 15 x 15 bias table fits a larger window.
+        A dc encoder without norms in the file replaces this model's by the variant without norms; a 15 x 15 bias table
+        fits a larger window.
         raises  FileNotFoundError, or ValueError naming the first differing tensors
         """
         if part not in ("all", "encoder", "decoder"):
@@ -393,7 +421,8 @@ class DCSSDAE(nn.Module):
             if norm != self.config["enc_options"].get("norm", True):
                 self.config["enc_options"]["norm"] = norm
                 old = next(self.encoder.parameters())
-                self.encoder = make_encoder(self.config["enc"], self.config["enc_width"], **self.config["enc_options"]).to(old)
+                self.encoder = make_encoder(self.config["enc"], self.config["enc_width"],
+                                            **self.config["enc_options"]).to(old)
         if part != "encoder" and "config" not in meta:
             self.config["input_skip"], self.decoder.skip = False, 0.0
         window = self.config["window"]
@@ -407,7 +436,8 @@ class DCSSDAE(nn.Module):
 def read_weights(path):
     """Tensors and metadata of a .safetensors or torch file: (dict, dict). Code in pickles is never run.
 
-    Strips leading module., _orig_mod. and model., and unwraps {"state_dict": ...}. Raises FileNotFoundError, ValueError.
+    Strips leading module., _orig_mod. and model., and unwraps {"state_dict": ...}. Raises FileNotFoundError,
+    ValueError.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no weight file at {path}")
@@ -420,7 +450,8 @@ def read_weights(path):
             state, meta = torch.load(path, map_location="cpu", weights_only=True), {}
             state = state.get("state_dict", state) if isinstance(state, dict) else state
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is refused: it is damaged, or holds more than tensors, which is never executed") from None
+        raise ValueError(f"{path} is refused: it is damaged, "
+                         "or holds more than tensors, which is never executed") from None
     except BROKEN_FILE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a readable weight file ({reason})") from None
@@ -429,7 +460,8 @@ def read_weights(path):
     return {re.sub(r"^((module|_orig_mod|model)\.)+", "", k): v for k, v in state.items()}, meta
 
 
-# Published names -> ours. The decoder's come from the diffusers library, dc's from the DC-AE repository, vq's from latent-diffusion's.
+# Published names -> ours. The decoder's come from the diffusers library, dc's from the DC-AE repository, vq's from
+# latent-diffusion's.
 RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"^decoder\.time_embedding\.linear_(\d)\.", lambda m: f"decoder.time.{2 * int(m[1]) - 2}."),
     (r"^decoder\.conv_in_img\.", "decoder.conv_in_x."),
@@ -439,18 +471,21 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"^decoder\.(down|up)_blocks\.(\d)\.resnets\.", r"decoder.\1.\2."),
     (r"^decoder\.down_blocks\.(\d)\.downsamplers\.0\.conv\.", r"decoder.down.\1.2."),
     (r"^decoder\.up_blocks\.(\d)\.upsamplers\.0\.conv\.", r"decoder.up.\1.3."),
-    (r"\.ctx_proj\.", ".proj."), (r"\.conv_shortcut\.|\.nin_shortcut\.", ".shortcut."), (r"\.time_emb_proj\.", ".time."),
+    (r"\.ctx_proj\.", ".proj."), (r"\.conv_shortcut\.|\.nin_shortcut\.", ".shortcut."),
+    (r"\.time_emb_proj\.", ".time."),
     (r"^decoder\.mid_block\.(norm|proj_in|proj_out)\.", lambda m: f"decoder.mid_{m[1].removeprefix('proj_')}."),
     (r"^decoder\.mid_block\.transformer_blocks\.", "decoder.blocks."),
     (r"\.norm1\.linear\.", ".ada."), (r"^(decoder\.blocks\.\d+)\.norm2\.", r"\1.norm."),
     (r"\.attn1\.to_([qkv])\.", r".attn.\1."), (r"\.attn1\.out_proj\.", ".attn.out."),
     (r"\.relative_position_bias\.relative_bias_table$", ".attn.bias_table"),
     (r"\.ff\.proj_in_act\.proj\.", ".mlp_in."), (r"\.ff\.proj_out\.", ".mlp_out."),
-    (r"^encoder\.project_in\.conv\.conv\.", "encoder.stem.conv."), (r"^encoder\.project_out\.op_list\.0\.conv\.", "encoder.head."),
+    (r"^encoder\.project_in\.conv\.conv\.", "encoder.stem.conv."),
+    (r"^encoder\.project_out\.op_list\.0\.conv\.", "encoder.head."),
     (r"^(encoder\.stages\.\d+)\.op_list\.(\d+)\.main\.", r"\1.\2."), (r"\.(conv1|conv2|conv)\.conv\.", r".\1."),
     (r"^(encoder\.down\.\d)\.block\.", r"\1."), (r"^(encoder\.down\.\d)\.downsample\.conv\.", r"\1.2."),
     (r"^encoder\.mid\.block_([12])\.", lambda m: f"encoder.mid.{2 * int(m[1]) - 2}."),
-    (r"^encoder\.mid\.attn_1\.", "encoder.mid.1."), (r"\.proj_out\.", ".out."), (r"^encoder\.out_proj\.", "encoder.quant."),
+    (r"^encoder\.mid\.attn_1\.", "encoder.mid.1."), (r"\.proj_out\.", ".out."),
+    (r"^encoder\.out_proj\.", "encoder.quant."),
 )]
 
 
@@ -464,9 +499,11 @@ def _load_strictly(module, state, path):
     """load_state_dict with one readable sentence where names or shapes differ."""
     own = module.state_dict()
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
-    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own
+              if k in state and state[k].shape != own[k].shape]
     if missing or extra or shapes:
         kinds = (("tensors missing", missing), ("unknown", extra), ("of another shape", shapes))
         found = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds if names]
-        raise ValueError(f"{path} does not fit this model: {'; '.join(found)}; check the encoder, decoder size, loss and width it was made with")
+        raise ValueError(f"{path} does not fit this model: {'; '.join(found)}; "
+                         "check the encoder, decoder size, loss and width it was made with")
     module.load_state_dict(state)

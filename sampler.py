@@ -1,14 +1,16 @@
 """Samplers: from noise and a latent to an image, in few network evaluations. Free functions, one signature.
 
   euler              flow matching (FM): integrates the learned velocity from t=1 (noise) to t=0 (data)
-  gradient_descent   equilibrium matching (EqM, Wang & Du 2025, arXiv 2510.02300): descends a field that does not know the time
+  gradient_descent   equilibrium matching (EqM, Wang & Du 2025, arXiv 2510.02300): descends a field that does not know
+                     the time
   nesterov           the same with Nesterov's look-ahead momentum
 
     python evaluate.py --ckpt runs/tiny/model.safetensors --data demo --steps 1 2 4 8
 
-Common arguments: field(x, z[, t]) -> same shape as x; x (B, 3, H, W) starting noise; z (B, c, h, w) the condition, row by row with x.
-Each returns (x, nfe): the images, not clamped, and the number of network evaluations of every sample, an integer tensor (B,).
-Nothing here turns gradients off: a one-step decode can be differentiated. Wrap the call in torch.no_grad() where that is not wanted.
+Common arguments: field(x, z[, t]) -> same shape as x; x (B, 3, H, W) starting noise; z (B, c, h, w) the condition, row
+by row with x. Each returns (x, nfe): the images, not clamped, and the number of network evaluations of every sample, an
+integer tensor (B,). Nothing here turns gradients off: a one-step decode can be differentiated. Wrap the call in
+torch.no_grad() where that is not wanted.
 """
 import hashlib
 import itertools
@@ -17,10 +19,12 @@ import torch
 
 
 def euler(field, x, z, steps=1, t_shift=4.0):
-    """Euler steps of dx/dt = -v, where v = x_data - noise is the network's target, on times linspace(1, 0, steps + 1) ** t_shift.
+    """Euler steps of dx/dt = -v, where v = x_data - noise is the network's target, on times
+    linspace(1, 0, steps + 1) ** t_shift.
 
     steps    number of evaluations, >= 1
-    t_shift  > 1 makes the steps near the data finer (SSDD, arXiv 2510.04961, section 3.3); one step does not depend on it
+    t_shift  > 1 makes the steps near the data finer (SSDD, arXiv 2510.04961, section 3.3); one step does not depend on
+             it
     """
     times = torch.linspace(1.0, 0.0, _at_least_one(steps) + 1, dtype=torch.float64).pow(t_shift).tolist()
     for t, t_next in itertools.pairwise(times):
@@ -34,7 +38,8 @@ def gradient_descent(field, x, z, steps=1, eta=1.0, lam=1.0, tol=0.0):
 
     eta   step size; with c = linear, eta = 1 / lam lands on the one-step estimate
     lam   the field's scale in training; only the stopping rule uses it
-    tol   adaptive stop: a sample whose rms(f) / lam falls below tol takes that last step and leaves the batch (0: never)
+    tol   adaptive stop: a sample whose rms(f) / lam falls below tol takes that last step and leaves the batch
+          (0: never)
     """
     return nesterov(field, x, z, steps, eta, 0.0, lam, tol)
 
@@ -71,6 +76,7 @@ def _at_least_one(steps):
 
 
 def seeded_generator(device, *key):
-    """A generator that depends on the key (numbers, strings) alone, so that a sample's noise does not depend on its batch or process."""
+    """A generator that depends on the key (numbers, strings) alone, so that a sample's noise does not depend on its
+    batch or process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -4,8 +4,9 @@
     torchrun train.py --enc dc_f32c32 --loss eqm --data DIR               # one GPU
     torchrun --nproc_per_node=8 train.py --enc dc_f32c32 --loss fm --data DIR --compile    # one node
 
-The objective is SSDD's (arXiv 2510.04961): FM or EqM + 0.5 LPIPS + 0.25 REPA + 1e-6 KL. Everything random - data order, crops, noise,
-times, posterior draws - is a function of (seed, step, sample), so a run does not depend on processes, micro-batches or interruptions.
+The objective is SSDD's (arXiv 2510.04961): FM or EqM + 0.5 LPIPS + 0.25 REPA + 1e-6 KL. Everything random - data order,
+crops, noise, times, posterior draws - is a function of (seed, step, sample), so a run does not depend on processes,
+micro-batches or interruptions.
 Writes to --out: model.safetensors (EMA weights), latest.pt (to resume), log.jsonl, reconstructions.png, metrics.json.
 """
 import argparse
@@ -31,8 +32,9 @@ from sampler import seeded_generator
 
 PRESETS = {
     # Two cores without GPU or network. Measured results stand in the README's quick start.
-    "tiny": {"enc": "dc_f8c16", "enc_width": 0.125, "dec": "XS", "depth": 2, "size": 32, "batch_size": 16, "steps": 950, "lr": 2e-3, "t_mean": 1.5, "warmup": 50, "decay": 0.5,
-                 "w_lpips": 0.0, "w_repa": 0.0, "ema": 0.99, "eval_every": 475, "eval_images": 256, "save_every": 475},
+    "tiny": {"enc": "dc_f8c16", "enc_width": 0.125, "dec": "XS", "depth": 2, "size": 32, "batch_size": 16, "steps": 950,
+             "lr": 2e-3, "t_mean": 1.5, "warmup": 50, "decay": 0.5, "w_lpips": 0.0, "w_repa": 0.0, "ema": 0.99,
+             "eval_every": 475, "eval_images": 256, "save_every": 475},
 }
 
 
@@ -40,59 +42,76 @@ PRESETS = {
 # Command line
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--preset", choices=sorted(PRESETS), help="named set of defaults; flags given beside it win")
 
     g = p.add_argument_group("data")
     g.add_argument("--data", default="demo", help="demo (built in), imagenette, cifar10, or a folder of images")
-    g.add_argument("--size", type=int, default=128, help="training crop, pixels a side; a multiple of 8 and of the encoder's f")
-    g.add_argument("--aug_scale", type=float, default=2.0, help="random resize of the short side in [size, size * aug_scale] before the crop")
+    g.add_argument("--size", type=int, default=128,
+                   help="training crop, pixels a side; a multiple of 8 and of the encoder's f")
+    g.add_argument("--aug_scale", type=float, default=2.0,
+                   help="random resize of the short side in [size, size * aug_scale] before the crop")
     g.add_argument("--limit", type=int, help="use only the first N training images")
-    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="data loading processes per training process")
+    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+                   help="data loading processes per training process")
 
     g = p.add_argument_group("model")
     g.add_argument("--enc", default="dc_f32c32", help="encoder, (vq|dc)_f<8|16|32|64|128>c<channels>")
-    g.add_argument("--enc_width", type=float, default=1.0, help="multiplies the encoder's widths; 0.125 is a teaching size")
-    g.add_argument("--enc_ckpt", help="start the encoder from this file: a model.safetensors of ours or a published encoder")
+    g.add_argument("--enc_width", type=float, default=1.0,
+                   help="multiplies the encoder's widths; 0.125 is a teaching size")
+    g.add_argument("--enc_ckpt",
+                   help="start the encoder from this file: a model.safetensors of ours or a published encoder")
     g.add_argument("--freeze_enc", action="store_true", help="train the decoder only; needs --enc_ckpt")
     g.add_argument("--dec", choices=list(SIZES), default="S", help="decoder size")
     g.add_argument("--depth", type=int, help="decoder transformer blocks, instead of the size's own")
 
     g.add_argument("--input_skip", action=argparse.BooleanOptionalAction, default=True,
-                   help="add the noisy image to the decoder's output (UViT's skip); off, as published, the network carries the noise itself")
+                   help="add the noisy image to the decoder's output (UViT's skip); off, as published, "
+                        "the network carries the noise itself")
 
     g = p.add_argument_group("objective")
     g.add_argument("--loss", choices=["fm", "eqm"], default="eqm", help="flow matching or equilibrium matching")
-    g.add_argument("--c", choices=["linear", "trunc", "piecewise"], default="linear", help="EqM: how the field falls to zero at the data")
+    g.add_argument("--c", choices=["linear", "trunc", "piecewise"], default="linear",
+                   help="EqM: how the field falls to zero at the data")
     g.add_argument("--a", type=float, default=0.8, help="EqM: where trunc and piecewise begin to fall to zero")
     g.add_argument("--b", type=float, default=1.4, help="EqM: piecewise's value at the noise end")
     g.add_argument("--lam", type=float, default=1.0, help="EqM: scale of the field")
-    g.add_argument("--t_mean", type=float, default=0.0, help="FM: t = sigmoid(n), n ~ N(t_mean, 1); above 0 trains more on the noise end, where one step begins")
+    g.add_argument("--t_mean", type=float, default=0.0,
+                   help="FM: t = sigmoid(n), n ~ N(t_mean, 1); above 0 trains more on the noise end, "
+                        "where one step begins")
     g.add_argument("--w_lpips", type=float, default=0.5, help="weight of LPIPS (VGG-16); 0: off")
-    g.add_argument("--lpips_weights", help="torchvision's VGG-16 weights as a file; else torch hub's cache or a download")
+    g.add_argument("--lpips_weights",
+                   help="torchvision's VGG-16 weights as a file; else torch hub's cache or a download")
     g.add_argument("--w_repa", type=float, default=0.25, help="weight of REPA (DINOv2 ViT-B/14); 0: off")
-    g.add_argument("--repa_weights", help="DINOv2 ViT-B/14 weights as a file; else the Hugging Face cache or a download")
+    g.add_argument("--repa_weights",
+                   help="DINOv2 ViT-B/14 weights as a file; else the Hugging Face cache or a download")
     g.add_argument("--w_kl", type=float, default=1e-6, help="weight of the KL term (sum over the latent)")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--batch_size", type=int, default=192, help="images per step over all processes")
-    g.add_argument("--micro_batch", type=int, help="images per forward pass and process; gradients accumulate to the whole batch")
+    g.add_argument("--micro_batch", type=int,
+                   help="images per forward pass and process; gradients accumulate to the whole batch")
     g.add_argument("--steps", type=int, default=250_000, help="optimiser steps")
     g.add_argument("--lr", type=float, default=3e-4, help="AdamW's learning rate")
     g.add_argument("--warmup", type=int, default=1000, help="steps of linear warm-up")
-    g.add_argument("--decay", type=float, default=0.0, help="last fraction of the steps in which the learning rate falls linearly to 0")
+    g.add_argument("--decay", type=float, default=0.0,
+                   help="last fraction of the steps in which the learning rate falls linearly to 0")
     g.add_argument("--weight_decay", type=float, default=1e-3, help="AdamW's weight decay")
     g.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
-    g.add_argument("--ema", type=float, default=0.999, help="decay of the weights' moving average, which is what is saved and evaluated")
+    g.add_argument("--ema", type=float, default=0.999,
+                   help="decay of the weights' moving average, which is what is saved and evaluated")
 
     g = p.add_argument_group("run")
     g.add_argument("--out", help="folder of the run [default: runs/<preset or encoder>_<loss>]")
     g.add_argument("--resume", action="store_true", help="continue the run in --out from its latest.pt")
     g.add_argument("--device", help="cuda, mps or cpu [default: the best there is]")
-    g.add_argument("--dtype", choices=["auto", "float32", "bf16"], default="auto", help="bf16: autocast; auto: bf16 where the hardware has it")
+    g.add_argument("--dtype", choices=["auto", "float32", "bf16"], default="auto",
+                   help="bf16: autocast; auto: bf16 where the hardware has it")
     g.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
     g.add_argument("--seed", type=int, default=0, help="of everything random")
-    g.add_argument("--eval_every", type=int, default=5000, help="steps between evaluations on the validation images; 0: only at the end")
+    g.add_argument("--eval_every", type=int, default=5000,
+                   help="steps between evaluations on the validation images; 0: only at the end")
     g.add_argument("--eval_images", type=int, default=64, help="validation images of these evaluations")
     g.add_argument("--eval_steps", type=int, nargs="+", default=[1, 4], help="sampler steps of these evaluations")
     g.add_argument("--save_every", type=int, default=5000, help="steps between checkpoints")
@@ -109,7 +128,8 @@ def get_args(argv=None):
 def check_size(size, model):
     unit = max(8, model.downscale)
     if size < unit or size % unit:
-        raise ValueError(f"--size {size} is not a multiple of {unit}, which {model.config['enc']} and the decoder need: "
+        raise ValueError(f"--size {size} is not a multiple of {unit}, "
+                         f"which {model.config['enc']} and the decoder need: "
                          f"take {max(1, size // unit) * unit} or {(size // unit + 1) * unit}")
 
 
@@ -118,7 +138,8 @@ def check_args(args, world):
     if args.batch_size < 1 or args.batch_size % world:
         raise ValueError(f"--batch_size {args.batch_size} must be a positive multiple of the {world} processes")
     if args.freeze_enc and not args.enc_ckpt:
-        raise ValueError("--freeze_enc without --enc_ckpt would train on the latents of a random encoder: give --enc_ckpt FILE")
+        raise ValueError("--freeze_enc without --enc_ckpt would train on the latents of a random encoder: "
+                         "give --enc_ckpt FILE")
     for name in ("steps", "log_every", "save_every", "eval_images"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -146,8 +167,8 @@ def autocast(device, dtype):
 def perceptual_losses(args, width, rank):
     """(LPIPS or None, REPA or None, {name: reason} of those left out).
 
-    A network that cannot be had stops the program, so that an objective never changes silently; only on the built-in images, which
-    anybody should be able to try offline, is the term left out, in one visible line.
+    A network that cannot be had stops the program, so that an objective never changes silently; only on the built-in
+    images, which anybody should be able to try offline, is the term left out, in one visible line.
     """
     built, left_out = [], {}
     for name, weight, build in (("lpips", args.w_lpips, lambda: LPIPSLoss("vgg", args.lpips_weights)),
@@ -166,7 +187,8 @@ def perceptual_losses(args, width, rank):
 
 
 def draw(seed, step, rows, x_shape, z_shape, device, t_mean=None):
-    """What is random in a step, per sample from (seed, step, row): noise e (B, *x_shape), posterior noise (B, *z_shape), level s (B,).
+    """What is random in a step, per sample from (seed, step, row): noise e (B, *x_shape), posterior noise
+    (B, *z_shape), level s (B,).
 
     t_mean  None: s ~ U(0, 1), EqM's g. A number: s = sigmoid(n), n ~ N(t_mean, 1), FM's t (SSDD, section 3.3).
     """
@@ -188,7 +210,8 @@ def lr_factor(step, args):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """Parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) * model; faster in the first steps."""
+    """Parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) * model; faster in
+    the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
         if a.is_floating_point():
@@ -198,7 +221,8 @@ def update_ema(ema, model, decay, step):
 
 
 def optimise(optimizer, parameters, grad_clip):
-    """Clip, step, clear. Returns the gradient norm; a non-finite one skips the step - on all ranks, which hold the same gradients."""
+    """Clip, step, clear. Returns the gradient norm; a non-finite one skips the step - on all ranks, which hold the same
+    gradients."""
     norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
     if math.isfinite(norm):
         optimizer.step()
@@ -219,7 +243,8 @@ class StopSignal:
 
 
 def save_checkpoint(out, state):
-    """latest.pt through a temporary name, the one before it kept as previous.pt. OSError says that the disk is full, say; nothing is lost."""
+    """latest.pt through a temporary name, the one before it kept as previous.pt. OSError says that the disk is full,
+    say; nothing is lost."""
     latest, temporary = os.path.join(out, "latest.pt"), os.path.join(out, "latest.pt.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -229,8 +254,8 @@ def save_checkpoint(out, state):
     except (OSError, RuntimeError) as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise OSError(f"could not write a checkpoint to {out} ({str(error).splitlines()[0]}); the earlier checkpoint is intact: "
-                      "make room and continue with --resume") from None
+        raise OSError(f"could not write a checkpoint to {out} ({str(error).splitlines()[0]}); "
+                      "the earlier checkpoint is intact: make room and continue with --resume") from None
     if os.path.exists(latest):
         os.replace(latest, os.path.join(out, "previous.pt"))
     os.replace(temporary, latest)
@@ -254,7 +279,7 @@ def load_checkpoint(out):
 def prepare_out(out, resume, rank, log_step=None):
     """Make the folder; refuse to write over another run; on resuming, drop the log lines that will be written again."""
     log = os.path.join(out, "log.jsonl")
-    if not resume and (os.path.exists(os.path.join(out, "latest.pt")) or os.path.exists(os.path.join(out, "model.safetensors"))):
+    if not resume and any(os.path.exists(os.path.join(out, name)) for name in ("latest.pt", "model.safetensors")):
         raise ValueError(f"{out} already holds a run: continue it with --resume, or choose another folder with --out")
     if rank == 0:
         os.makedirs(out, exist_ok=True)
@@ -289,7 +314,8 @@ class Objective(nn.Module):
             self.encode, self.field = torch.compile(self.encode), torch.compile(self.field)
 
     def forward(self, x, e, eps, s):
-        """x images, e noise (B, 3, H, W), eps (B, c, h, w) posterior noise, s (B,) level -> ({name: scalar}, latents (B, c, h, w))."""
+        """x images, e noise (B, 3, H, W), eps (B, c, h, w) posterior noise, s (B,) level -> ({name: scalar}, latents
+        (B, c, h, w))."""
         posterior = self.encode(x)
         z = posterior.sample(eps)
         terms = {}
@@ -321,8 +347,8 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)  # initial weights, the same on every rank
 
-    model = DCSSDAE(args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, c=args.c, a=args.a, b=args.b, lam=args.lam,
-                    input_skip=args.input_skip)
+    model = DCSSDAE(args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, c=args.c, a=args.a, b=args.b,
+                    lam=args.lam, input_skip=args.input_skip)
     check_size(args.size, model)
     checkpoint = load_checkpoint(args.out) if args.resume else None
     log_path = prepare_out(args.out, args.resume, rank, checkpoint and checkpoint["step"])
@@ -339,22 +365,26 @@ def main():
     lpips = lpips and lpips.to(device)
     objective = Objective(model, lpips, repa, args).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.99), fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.99),
+                                  fused=device.type != "mps")
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     start = 0
     if checkpoint:
         start = resume(checkpoint, args, model, ema, repa, optimizer)
     parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
-    weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "kl": 0.0 if args.freeze_enc else args.w_kl}
+    weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa,
+               "kl": 0.0 if args.freeze_enc else args.w_kl}
 
     local = args.batch_size // world
     micro = min(args.micro_batch or local, local)
     z_shape = (model.encoder.z_dim, args.size // model.downscale, args.size // model.downscale)
-    batches = iter(make_loader(dataset, args.batch_size, train=True, workers=args.workers, seed=args.seed, rank=rank, world=world, start=start))
+    batches = iter(make_loader(dataset, args.batch_size, train=True, workers=args.workers, seed=args.seed,
+                               rank=rank, world=world, start=start))
     if rank == 0:
         count = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.encoder, model.decoder)]
-        print(f"{args.enc} (x{args.enc_width:g}) {count[0]:.2f} M + U-ViT {args.dec} {count[1]:.2f} M parameters, loss {args.loss}, "
-              f"{len(dataset)} images of '{args.data}' at {args.size} px, {world} process(es) on {device.type}, {'bf16' if dtype else 'float32'} -> {args.out}")
+        print(f"{args.enc} (x{args.enc_width:g}) {count[0]:.2f} M + U-ViT {args.dec} {count[1]:.2f} M parameters, "
+              f"loss {args.loss}, {len(dataset)} images of '{args.data}' at {args.size} px, "
+              f"{world} process(es) on {device.type}, {'bf16' if dtype else 'float32'} -> {args.out}")
 
     stop, bad, clock, clock_step = StopSignal(), 0, time.time(), start
     bar = tqdm(total=args.steps, initial=start, disable=rank != 0, unit="step", dynamic_ncols=True)
@@ -368,7 +398,8 @@ def main():
         totals, moments = {}, 0
         for i in range(0, local, micro):
             xb = x[i:i + micro]
-            e, eps, s = draw(args.seed, step, rows[i:i + micro], xb.shape[1:], z_shape, device, args.t_mean if args.loss == "fm" else None)
+            e, eps, s = draw(args.seed, step, rows[i:i + micro], xb.shape[1:], z_shape, device,
+                             args.t_mean if args.loss == "fm" else None)
             share = len(xb) / local
             last = i + micro >= local
             with nullcontext() if last or world == 1 else parallel.no_sync():
@@ -383,7 +414,8 @@ def main():
 
         norm = optimise(optimizer, trained, args.grad_clip)
         # One small all-reduce a step: loss terms, the latents' moments, and whether anybody was asked to stop.
-        shared = torch.cat([torch.stack(list(totals.values())).double().cpu(), moments.flatten(), torch.tensor([float(stop.received)])])
+        shared = torch.cat([torch.stack(list(totals.values())).double().cpu(), moments.flatten(),
+                            torch.tensor([float(stop.received)])])
         if world > 1:
             shared = shared.to(device if device.type == "cuda" else "cpu")
             dist.all_reduce(shared)
@@ -397,10 +429,11 @@ def main():
         else:
             bad += 1
             if rank == 0:
-                tqdm.write(f"warning: step {step} skipped, not finite: gradient norm {norm}, " + ", ".join(f"{k} {v:.4g}" for k, v in totals.items()))
+                tqdm.write(f"warning: step {step} skipped, not finite: gradient norm {norm}, "
+                           + ", ".join(f"{k} {v:.4g}" for k, v in totals.items()))
             if bad == 10:
-                raise ValueError(f"ten steps in a row were not finite, the last is {step} with {totals}: lower --lr, or use --dtype float32; "
-                                 f"{args.out} keeps the last checkpoint")
+                raise ValueError(f"ten steps in a row were not finite, the last is {step} with {totals}: "
+                                 f"lower --lr, or use --dtype float32; {args.out} keeps the last checkpoint")
 
         done = step + 1
         bar.update()
@@ -408,11 +441,13 @@ def main():
             rate = (done - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), done
             bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
-            append_log(log_path, step=done, **totals, lr=optimizer.param_groups[0]["lr"], grad_norm=norm, images_per_s=rate)
+            append_log(log_path, step=done, **totals, lr=optimizer.param_groups[0]["lr"],
+                       grad_norm=norm, images_per_s=rate)
         stopped = shared[-1] > 0
         if (stopped or done % args.save_every == 0 or done == args.steps) and rank == 0:
-            save_checkpoint(args.out, {"step": done, "args": vars(args), "model": model.state_dict(), "ema": ema.state_dict(),
-                                           "repa": repa and repa.trained_state(), "optimizer": optimizer.state_dict()})
+            save_checkpoint(args.out, {"step": done, "args": vars(args), "model": model.state_dict(),
+                                       "ema": ema.state_dict(), "repa": repa and repa.trained_state(),
+                                       "optimizer": optimizer.state_dict()})
             ema.save(os.path.join(args.out, "model.safetensors"))
         if stopped:
             bar.close()
@@ -422,10 +457,12 @@ def main():
         if done == args.steps or (args.eval_every and done % args.eval_every == 0):
             before = time.time()
             loader = make_loader(val, args.eval_images, train=False, rank=rank, world=world)
-            result = evaluate(ema, loader, device, steps=args.eval_steps, seed=args.seed, dtype=dtype, rank=rank, world=world, progress=False)
+            result = evaluate(ema, loader, device, steps=args.eval_steps, seed=args.seed, dtype=dtype,
+                              rank=rank, world=world, progress=False)
             if rank == 0:
                 row = result["rows"][1]
-                tqdm.write(f"step {done}: one-step PSNR {row['psnr']:.2f} dB, baseline {result['rows'][0]['psnr']:.2f} dB on {result['images']} images")
+                tqdm.write(f"step {done}: one-step PSNR {row['psnr']:.2f} dB, "
+                           f"baseline {result['rows'][0]['psnr']:.2f} dB on {result['images']} images")
                 append_log(log_path, step=done, eval=result["rows"])
                 write_results(result, args.out)
             clock += time.time() - before
@@ -440,9 +477,11 @@ def main():
 def resume(checkpoint, args, model, ema, repa, optimizer):
     """Restore everything in place; the step to go on from. ValueError where the flags describe another model."""
     then = checkpoint["args"]
-    for name in ("enc", "enc_width", "dec", "depth", "loss", "c", "a", "b", "lam", "input_skip", "size", "batch_size", "seed", "data"):
+    for name in ("enc", "enc_width", "dec", "depth", "loss", "c", "a", "b", "lam", "input_skip",
+                 "size", "batch_size", "seed", "data"):
         if then[name] != getattr(args, name):
-            raise ValueError(f"--resume continues a run with --{name} {then[name]}, but --{name} {getattr(args, name)} was given: "
+            raise ValueError(f"--resume continues a run with --{name} {then[name]}, "
+                             f"but --{name} {getattr(args, name)} was given: "
                              "use the flags of the first call, or another --out")
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
