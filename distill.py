@@ -45,7 +45,7 @@ def get_args(argv=None):
     g.add_argument("--size", type=int, help="training crop, pixels a side [default: the teacher's]")
     g.add_argument("--aug_scale", type=float, default=2.0,
                    help="random resize of the short side in [size, size * aug_scale] before the crop")
-    g.add_argument("--limit", type=int, help="use only the first N training images")
+    g.add_argument("--limit", type=int, help="use only N training images, evenly spread over the set")
     g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
                    help="data loading processes per training process")
 

@@ -1,8 +1,10 @@
 """Encoders: an image becomes a diagonal Gaussian over latents, 8x to 128x smaller per side.
 
-Two families, one naming rule NAME = FAMILY_f<downscale>c<latent channels>:
+Three families, one naming rule NAME = FAMILY_f<downscale>c<latent channels>:
   vq_*  the encoder of the latent-diffusion KL-VAE (Rombach et al. 2022, arXiv 2112.10752): vq_f8c4, vq_f16c16, ...
   dc_*  the deep-compression encoder of DC-AE (Chen et al. 2024, arXiv 2410.10733), residual blocks only: dc_f32c32, ...
+  dcae_*  the published DC-AE encoders, with EfficientViT blocks: dcae_f32c32, dcae_f64c128, dcae_f128c512
+        (in-1.0 and mix-1.0), and dcae_f32c32_sana (sana-1.0)
 
     python -c "from encoder import make_encoder; print(make_encoder('dc_f32c32', width=0.125))"
 
@@ -10,6 +12,7 @@ Convention: images (B, 3, H, W) in [-1, 1], H and W multiples of the downscale f
 """
 import math
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -131,49 +134,109 @@ class DCResBlock(nn.Module):
         return x + self.norm(self.conv2(F.silu(self.conv1(x))))
 
 
-class DCDown(nn.Module):
-    """Halve the resolution: conv + space-to-channel, plus space-to-channel + channel averaging as the shortcut
-    (equation 1)."""
+class LinearAttention(nn.Module):
+    """EfficientViT's ReLU linear attention (Cai et al. 2023, arXiv 2205.14756), heads of 32 channels, linear in H*W.
 
-    def __init__(self, cin, cout, shortcut=True):
+    scales  kernel sizes of further sets of tokens: q, k, v gathered by depthwise and grouped convolutions
+    """
+
+    def __init__(self, channels, scales=()):
         super().__init__()
-        self.conv = nn.Conv2d(cin, cout // 4, 3, padding=1)
-        self.cout, self.shortcut = cout, shortcut
+        wide = 3 * channels
+        self.qkv = nn.Conv2d(channels, wide, 1, bias=False)
+        self.aggregate = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(wide, wide, k, padding=k // 2, groups=wide, bias=False),
+            nn.Conv2d(wide, wide, 1, groups=wide // 32, bias=False)) for k in scales)
+        self.proj = nn.Conv2d(channels * (1 + len(scales)), channels, 1, bias=False)
+        self.norm = RMSNorm(channels)
 
     def forward(self, x):
-        h = F.pixel_unshuffle(self.conv(x), 2)
+        h = self.qkv(x)
+        h = torch.cat([h, *(aggregate(h) for aggregate in self.aggregate)], dim=1)
+        with torch.autocast(x.device.type, enabled=False):  # sums over all pixels: float32
+            q, k, v = h.float().flatten(2).unflatten(1, (-1, 96)).chunk(3, dim=2)  # (B, heads, 32, H*W)
+            v = F.pad(v, (0, 0, 0, 1), value=1.0)  # a row of ones: its result is the normaliser
+            h = v @ F.relu(k).mT @ F.relu(q)  # (B, heads, 33, H*W)
+            h = h[:, :, :-1] / (h[:, :, -1:] + 1e-15)
+        h = h.flatten(1, 2).unflatten(2, x.shape[2:]).to(x.dtype)
+        return x + self.norm(self.proj(h))
+
+
+class GatedConv(nn.Module):
+    """Gated inverted bottleneck: 1x1 conv to 8 times the width, depthwise 3x3, one half gates the other, 1x1 conv."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.inverted = nn.Conv2d(channels, 8 * channels, 1)
+        self.depth = nn.Conv2d(8 * channels, 8 * channels, 3, padding=1, groups=8 * channels)
+        self.point = nn.Conv2d(4 * channels, channels, 1, bias=False)
+        self.norm = RMSNorm(channels)
+
+    def forward(self, x):
+        h, gate = self.depth(F.silu(self.inverted(x))).chunk(2, dim=1)
+        return x + self.norm(self.point(h * F.silu(gate)))
+
+
+class DCDown(nn.Module):
+    """Halve the resolution: conv + space-to-channel (or a strided conv), plus the shortcut without parameters (DC-AE,
+    section 3.2): space-to-channel, then the mean over groups of consecutive channels."""
+
+    def __init__(self, cin, cout, shortcut=True, strided=False):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout if strided else cout // 4, 3, stride=2 if strided else 1, padding=1)
+        self.cout, self.shortcut, self.strided = cout, shortcut, strided
+
+    def forward(self, x):
+        h = self.conv(x) if self.strided else F.pixel_unshuffle(self.conv(x), 2)
         if self.shortcut:
-            h = h + F.pixel_unshuffle(x, 2).unflatten(1, (self.cout, -1)).mean(dim=2)  # groups of consecutive channels
+            h = h + F.pixel_unshuffle(x, 2).unflatten(1, (self.cout, -1)).mean(dim=2)
         return h
 
 
 class DCEncoder(nn.Module):
-    def __init__(self, downscale, z_dim, width=1.0, norm=True):
+    """DC-AE's encoder. kind: "dc" residual blocks only, Gaussian posterior; "dcae" as published, with EfficientViT
+    blocks from the fourth stage on, deterministic; "sana" SANA's variant, with 5x5 tokens and strided convolutions."""
+
+    def __init__(self, downscale, z_dim, width=1.0, norm=True, kind="dc"):
         super().__init__()
-        self.downscale, self.z_dim = downscale, z_dim
-        levels = int(math.log2(downscale)) + 1
-        widths = [_scaled(w, width, 4) for w in (128, 256, 512, 512, 1024, 1024, 1024, 1024)[:levels]]
-        depths = (0, 5, 10, 4, 4, 4, 4, 4)[:levels]
-        self.stem = DCDown(3, widths[1], shortcut=False)  # stage 0 has no block: straight to half resolution
+        self.downscale, self.z_dim, self.deterministic = downscale, z_dim, kind != "dc"
+        stages = int(math.log2(downscale)) + 1
+        top = 1024 if kind == "dc" else 2048
+        widths = (128, 256, 512, 512, 1024, 1024, top, top)[:stages]
+        widths = [_scaled(w, width, 4 if kind == "dc" or i < 3 else 32) for i, w in enumerate(widths)]  # 32: a head
+        depths = {"dc": (0, 5, 10, 4, 4, 4, 4, 4), "dcae": (0, 4, 8, 2, 2, 2, 2, 2), "sana": (2, 2, 2, 3, 3, 3, 3, 3)}
+        depths = depths[kind]
+        scales, strided = ((5,), True) if kind == "sana" else ((), False)
+        # Where stage 0 has no block, the first convolution goes straight to half the resolution.
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1) if depths[0] else DCDown(3, widths[1], shortcut=False)
         self.stages = nn.ModuleList()
-        for i in range(levels):
-            stage = nn.Sequential(*(DCResBlock(widths[i], norm) for _ in range(depths[i])))
-            if 0 < i < levels - 1:
-                stage.append(DCDown(widths[i], widths[i + 1]))
-            self.stages.append(stage)
-        self.head = nn.Conv2d(widths[-1], 2 * z_dim, 3, padding=1)
+        for i, (w, depth) in enumerate(zip(widths, depths, strict=False)):
+            if kind == "dc" or i < 3:
+                blocks = [DCResBlock(w, norm) for _ in range(depth)]
+            else:
+                blocks = [nn.Sequential(LinearAttention(w, scales), GatedConv(w)) for _ in range(depth)]
+            if depth and i < stages - 1:
+                blocks.append(DCDown(w, widths[i + 1], strided=strided))
+            self.stages.append(nn.Sequential(*blocks))
+        self.conv_out = nn.Conv2d(widths[-1], z_dim if self.deterministic else 2 * z_dim, 3, padding=1)
+        if self.deterministic and widths[-1] % z_dim:
+            raise ValueError(f"a dcae encoder averages {widths[-1]} channels to c, which must divide them, not {z_dim}")
 
     def forward(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over (B, z_dim, H/f, W/f)."""
-        h = self.stem(x)
+        """x (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over (B, z_dim, H/f, W/f), of (almost) no width for dcae."""
+        h = self.conv_in(x)
         for stage in self.stages:
             h = stage(h)
-        return DiagonalGaussian(*self.head(h).float().chunk(2, dim=1))
+        if self.deterministic:
+            mean = (self.conv_out(h) + h.unflatten(1, (self.z_dim, -1)).mean(dim=2)).float()
+            return DiagonalGaussian(mean, torch.full_like(mean, -30.0))
+        return DiagonalGaussian(*self.conv_out(h).float().chunk(2, dim=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-FAMILIES = {"vq": VQEncoder, "dc": DCEncoder}
+FAMILIES = {"vq": VQEncoder, "dc": DCEncoder, "dcae": partial(DCEncoder, kind="dcae"),
+            "dcae_sana": partial(DCEncoder, kind="sana")}
 
 
 def _scaled(channels, width, multiple):
@@ -187,14 +250,15 @@ def _scaled(channels, width, multiple):
 def make_encoder(name, width=1.0, **options):
     """Build an encoder by name, with random weights.
 
-    name    (vq|dc)_f<8|16|32|64|128>c<latent channels>, e.g. vq_f8c4, dc_f32c32, dc_f128c512
+    name    (vq|dc|dcae)_f<8|16|32|64|128>c<latent channels>, e.g. vq_f8c4, dc_f32c32, dcae_f64c128; dcae_f32c32_sana
     width   multiplies all widths; 1.0 is the published size, 0.125 runs on a laptop
     options dc only: norm=False leaves out the RMS norms, as the published DC-SSDAE encoders do
     returns nn.Module with .downscale (f) and .z_dim (c); forward(x) -> DiagonalGaussian
     raises  ValueError for a name outside this rule or a width that gives fractional channels
     """
-    match = re.fullmatch(r"([a-z]+)_f(8|16|32|64|128)c([1-9]\d*)", name)
-    if not match or match[1] not in FAMILIES:
-        raise ValueError(f"unknown encoder '{name}': expected {'|'.join(FAMILIES)} + _f<8|16|32|64|128>c<channels>, "
-                         "for example dc_f32c32")
-    return FAMILIES[match[1]](int(match[2]), int(match[3]), width, **options)
+    match = re.fullmatch(r"([a-z]+)_f(8|16|32|64|128)c([1-9]\d*)(_sana)?", name)
+    family = FAMILIES.get(match[1] + (match[4] or "")) if match else None
+    if family is None:
+        raise ValueError(f"unknown encoder '{name}': expected (vq|dc|dcae)_f<8|16|32|64|128>c<channels>, for example "
+                         "dc_f32c32, or dcae_f32c32_sana")
+    return family(int(match[2]), int(match[3]), width, **options)

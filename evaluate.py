@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data import make_dataset, make_loader, save_grid
 from fid import InceptionFeatures, Statistics, frechet_distance
 from losses import LPIPSLoss
-from model import DCSSDAE
+from model import DCSSDAE, local_file, read_weights
 from sampler import seeded_generator
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,6 +310,32 @@ def guarded(main):
             dist.destroy_process_group()
 
 
+@torch.no_grad()
+def store_latent_moments(model, loader, device, world, args):
+    """Mean and standard deviation of the latents (posterior samples), per channel and overall, into its file."""
+    sums = torch.zeros(3, model.encoder.z_dim, dtype=torch.float64)  # count, sum, sum of squares
+    for x, index in tqdm(loader, unit="batch", disable=int(os.environ.get("RANK", "0")) > 0):
+        posterior = model.encode(x.to(device))
+        noise = image_noise(args.seed, index, posterior.mean.shape[1:]).to(device)
+        z = posterior.sample(noise).cpu().double()
+        sums += torch.stack([torch.full_like(sums[0], z[:, 0].numel()), z.sum((0, 2, 3)), z.square().sum((0, 2, 3))])
+    if world > 1:
+        sums = sums.to(device if device.type == "cuda" else "cpu")
+        dist.all_reduce(sums)
+    n, mean, square = sums.cpu()
+    std, overall = (square / n - mean.div(n).square()).clamp(min=0).sqrt(), (mean.sum() / n.sum()).item()
+    model.config["latents"] = {
+        "mean": mean.div(n).tolist(), "std": std.tolist(), "mean_all": overall,
+        "std_all": (square.sum() / n.sum() - overall ** 2).sqrt().item(), "data": args.data,
+        "values_per_channel": int(n[0])}
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    path = args.ckpt if "config" in read_weights(args.ckpt)[1] else os.path.join(args.out or ".", "model.safetensors")
+    model.save(path)
+    print(f"latents of {args.data}: mean {overall:.4f}, standard deviation {model.config['latents']['std_all']:.4f}, "
+          f"per channel {std.min():.4f} to {std.max():.4f}; stored in {path}")
+
+
 def cached_originals(folder, dataset, *protocol):
     """Path of the .npz under `folder` for the statistics of these originals, prepared in this way.
 
@@ -346,6 +372,7 @@ def main():
     add("--lpips_weights", nargs="+", metavar="FILE", help="ImageNet weights, one file for each --lpips_net")
     add("--inception", metavar="FILE", help="FID's Inception weights; default: torch.hub's cache or download")
     add("--cache", default="~/.cache/dc-ssdae", help="folder for originals' FID statistics; '' for none [%(default)s]")
+    add("--z_stats", action="store_true", help="only measure the latents' mean and std, and store them in the model")
     add("--out", help="folder of metrics.json and reconstructions.png; default: the checkpoint's")
     args = parser.parse_args()
     rank, world, device = setup(args.device)
@@ -365,7 +392,10 @@ def main():
         raise ValueError(f"--lpips_weights needs one file for each of --lpips_net {' '.join(nets)}")
     dataset = make_dataset(args.data, size, train=False, limit=args.limit, crop=args.crop)
     loader = make_loader(dataset, args.batch_size * world, train=False, workers=args.workers, rank=rank, world=world)
-    lpips, inception, unavailable = load_networks(nets, args.lpips_weights, args.inception, size, device, world)
+    if args.z_stats:
+        return store_latent_moments(model, loader, device, world, args)
+    lpips, inception, unavailable = load_networks(
+        nets, [local_file(f) for f in args.lpips_weights or []], local_file(args.inception), size, device, world)
 
     cache, originals = None, None
     if inception and args.cache:

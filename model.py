@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import re
+import struct
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +40,16 @@ SIZES = {
     "H": (192, (1, 2, 4, 4), 16),                   # 363.01   346.03
 }
 # What reading a damaged file raises, in one library or another.
-BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError,
+BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, struct.error,
                pickle.UnpicklingError, SafetensorError)
-FORMAT = 1  # of the files that DCSSDAE.save writes
+FORMAT = 2  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution
+
+
+
+def level_widths(size):
+    """Channels of the four levels, highest resolution first."""
+    channels, multipliers, _ = SIZES[size]
+    return [math.ceil(channels * m / 32) * 32 for m in multipliers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,26 +197,29 @@ class UViT(nn.Module):
     skip       the field is skip * x + network(x, z, t); 0 as published. The field at the noise end is the difference of
                noise and image: with skip = -1 (FM) or lam c(0) (EqM) the network need not carry the noise from its
                input to its output
+    joint_input  one input convolution on image and latent together, the latent not normalised: SSDD as published
     """
 
-    def __init__(self, size="S", z_dim=32, time_cond=True, depth=None, window=17, skip=0.0):
+    def __init__(self, size="S", z_dim=32, time_cond=True, depth=None, window=17, skip=0.0, joint_input=False):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"unknown decoder size '{size}': expected one of {', '.join(SIZES)}")
         if window < 1 or window % 2 == 0:
             raise ValueError(f"the attention window must be odd and positive, got {window}")
-        channels, mult, blocks = SIZES[size]
-        widths = [math.ceil(channels * m / 32) * 32 for m in mult]
+        blocks = SIZES[size][2]
+        widths = level_widths(size)
         c, top = widths[0], widths[-1]
         temb = 4 * c if time_cond else None
         self.channels, self.time_cond, self.skip = c, time_cond, skip
         if time_cond:
             self.time = nn.Sequential(nn.Linear(c, temb), nn.SiLU(), nn.Linear(temb, temb))
 
-        self.norm_z = LatentNorm(z_dim)
-        self.conv_in_x = nn.Conv2d(3, c // 2, 3, padding=1)
-        self.conv_in_z = nn.Conv2d(z_dim, c // 2, 3, padding=1)
-        self.conv_in = nn.Conv2d(c, c, 3, padding=1)
+        if joint_input:
+            self.norm_z, self.conv_in_x, self.conv_in_z = nn.Identity(), nn.Identity(), nn.Identity()
+        else:
+            self.norm_z = LatentNorm(z_dim)
+            self.conv_in_x, self.conv_in_z = nn.Conv2d(3, c // 2, 3, padding=1), nn.Conv2d(z_dim, c // 2, 3, padding=1)
+        self.conv_in = nn.Conv2d(3 + z_dim if joint_input else c, c, 3, padding=1)
         self.context = nn.Sequential(nn.Conv2d(z_dim, c, 3, padding=1), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1))
 
         # Down: two residual blocks a level, then a strided convolution. Every output is a skip connection.
@@ -305,25 +316,27 @@ class DCSSDAE(nn.Module):
     dec, depth, window           UViT's size, number of transformer blocks and attention window
     loss                         "fm" or "eqm": what the decoder predicts and how it is sampled
     c, a, b, lam                 EqM's c(g) (losses.EqM), which the sampler's step size depends on
-    input_skip                   add the noisy image to the network's output (UViT's skip,
-                                 with the value that fits the loss)
+    input_skip                   add the noisy image to the network's output (UViT's skip, of the loss's value)
+    joint_input                  UViT's, for published SSDD decoders
+    latents                      {"mean": [c], "std": [c], ...} per channel, from evaluate.py --z_stats, for normalize
     notes                        anything else worth keeping in the saved file: training size, losses left out, ...
     raises                       ValueError for unknown names
     """
 
     def __init__(self, enc="dc_f32c32", dec="S", loss="eqm", enc_width=1.0, enc_options=None, depth=None, window=17,
-                 c="linear", a=0.8, b=1.4, lam=1.0, input_skip=False, notes=None):
+                 c="linear", a=0.8, b=1.4, lam=1.0, input_skip=False, joint_input=False, latents=None, notes=None):
         super().__init__()
         if loss not in ("fm", "eqm"):
             raise ValueError(f"unknown loss '{loss}': expected fm or eqm")
         self.config = {"enc": enc, "dec": dec, "loss": loss, "enc_width": enc_width,
                        "enc_options": dict(enc_options or {}), "depth": depth, "window": window, "c": c, "a": a, "b": b,
-                       "lam": lam, "input_skip": input_skip, "notes": dict(notes or {})}
+                       "lam": lam, "input_skip": input_skip, "joint_input": joint_input, "latents": latents,
+                       "notes": dict(notes or {})}
         self.encoder = make_encoder(enc, enc_width, **self.config["enc_options"])
         # times (e - x); lam c(0) for EqM
         self.field_at_noise = -1.0 if loss == "fm" else lam * (b if c == "piecewise" else 1.0)
         self.decoder = UViT(dec, self.encoder.z_dim, loss == "fm", depth, window,
-                            skip=self.field_at_noise if input_skip else 0.0)
+                            skip=self.field_at_noise if input_skip else 0.0, joint_input=joint_input)
 
     @property
     def downscale(self):
@@ -369,6 +382,27 @@ class DCSSDAE(nn.Module):
         descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
         return descend(self.decoder, noise, z, steps, lam=cfg["lam"], **options)
 
+    def reconstruct(self, x, steps=1, noise=None, generator=None, **options):
+        """x (B, 3, H, W) of any size -> its reconstruction, same size: padded by reflection, in the end cropped."""
+        H, W = x.shape[-2:]
+        z = self.encode(pad_to_multiple(x, max(8, self.downscale))).mode()
+        return self.decode(z, steps, noise, generator, **options)[..., :H, :W]
+
+    def normalize(self, z):
+        """Latents -> mean 0, standard deviation 1 per channel over --z_stats's data: for training on latents."""
+        mean, std = self._latent_moments(z)
+        return (z - mean) / std
+
+    def denormalize(self, z):
+        """The inverse of normalize: what `decode` takes."""
+        mean, std = self._latent_moments(z)
+        return z * std + mean
+
+    def _latent_moments(self, z):
+        if not self.config["latents"]:
+            raise ValueError("this model has no latent statistics: evaluate.py --ckpt F --data D --z_stats stores them")
+        return (torch.tensor(self.config["latents"][k]).to(z)[:, None, None] for k in ("mean", "std"))
+
     def default_eta(self, steps):
         """Step size of EqM sampling. One step: 1 / (lam c(0)), the one-step estimate from pure noise.
 
@@ -388,57 +422,89 @@ class DCSSDAE(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """The model of a file that `save` wrote, in evaluation mode. FileNotFoundError / ValueError say what is wrong
-        with the file."""
+        """The model of a file that `save` wrote, or of a published file with encoder and decoder, in evaluation mode.
+
+        A published file's configuration is read off its tensors. FileNotFoundError, ValueError: what is wrong with it.
+        """
         state, meta = read_weights(path)
-        if "config" not in meta:
-            raise ValueError(f"{path} holds weights but no DC-SSDAE configuration: "
-                             "it is not a file that DCSSDAE.save wrote")
-        if int(meta["format"]) > FORMAT:
-            raise ValueError(f"{path} has format {meta['format']}, newer than this code's {FORMAT}: update the code")
-        model = cls(**json.loads(meta["config"]))
-        _load_strictly(model, state, path)
+        if "config" in meta:
+            if int(meta["format"]) > FORMAT:
+                raise ValueError(f"{path} has format {meta['format']}, newer than this code's {FORMAT}: update it")
+            model = cls(**json.loads(meta["config"]))
+        else:
+            config = infer_config(state)
+            if "enc" not in config or config.get("dec", "?") == "?":
+                raise ValueError(f"{path} has no DC-SSDAE configuration and holds {describe(config)}; a model needs an "
+                                 "encoder and a decoder")
+            config.pop("z_dim")
+            model = cls(**config)
+        model._read(state, path, "all", published="config" not in meta)
         return model.to(device).eval()
 
     def load_published(self, path, part="all"):
-        """Read published DC-SSDAE weights (encoder.* and decoder.* names) into this model, or a file that `save` wrote.
+        """Read weights into this model: from a file that `save` wrote, or in a published layout (see the README).
 
         part    "all", "encoder" or "decoder": what to read; the rest of the file is ignored
-        A dc encoder without norms in the file replaces this model's by the variant without norms; a 15 x 15 bias table
-        fits a larger window.
-        raises  FileNotFoundError, or ValueError naming the first differing tensors
+        The file decides between variants: a dc encoder with or without norms, a decoder with SSDD's joint_input;
+        published decoders have no input_skip. A 15 x 15 bias table fits a larger window.
+        raises  FileNotFoundError, or ValueError that says what the file holds and what was expected
         """
         if part not in ("all", "encoder", "decoder"):
             raise ValueError(f"unknown part '{part}': expected all, encoder or decoder")
         state, meta = read_weights(path)
-        if "config" not in meta:
-            state = {_rename(k): v for k, v in state.items()}
-        if part != "all":
-            state = {k.removeprefix(part + "."): v for k, v in state.items() if k.startswith(part + ".")}
-        prefix = {"all": "encoder.", "encoder": "", "decoder": None}[part]
-        if prefix is not None and self.config["enc"].startswith("dc_"):
-            norm = any(k.startswith(prefix + "stages.") and ".norm." in k for k in state)
-            if norm != self.config["enc_options"].get("norm", True):
-                self.config["enc_options"]["norm"] = norm
-                old = next(self.encoder.parameters())
-                self.encoder = make_encoder(self.config["enc"], self.config["enc_width"],
-                                            **self.config["enc_options"]).to(old)
-        if part != "encoder" and "config" not in meta:
-            self.config["input_skip"], self.decoder.skip = False, 0.0
-        window = self.config["window"]
+        self._read(state, path, part, published="config" not in meta)
+
+    def _read(self, state, path, part, published):
+        found, config = infer_config(state), dict(self.config)
+        if part != "decoder" and config["enc"].startswith("dc_"):
+            config["enc_options"] = found.get("enc_options", config["enc_options"])
+        if part != "encoder":
+            config["joint_input"] = found.get("joint_input", config["joint_input"])
+            config["input_skip"] = config["input_skip"] and not published
+        model = self if config == self.config else DCSSDAE(**config).to(next(self.parameters())).train(self.training)
         for k, v in state.items():
-            if k.endswith("bias_table") and v.shape[0] < window:
-                pad = (window - v.shape[0]) // 2  # exp(-1e4) is 0 in every precision: the smaller window exactly
+            if k.endswith("bias_table") and v.shape[0] < config["window"]:
+                pad = (config["window"] - v.shape[0]) // 2  # exp(-1e4) is 0 in every precision: exactly the smaller one
                 state[k] = F.pad(v, (0, 0, pad, pad, pad, pad), value=-1e4)
-        _load_strictly(self if part == "all" else getattr(self, part), state, path)
+        _load_strictly(model, state, path, part)  # where this raises, nothing has changed
+        self.config = config
+        self.encoder, self.decoder = ((self if part == other else model).get_submodule(name)
+                                      for name, other in (("encoder", "decoder"), ("decoder", "encoder")))
+
+
+def pad_to_multiple(x, unit):
+    """x (..., H, W) enlarged at the bottom and right by reflection to multiples of unit; any H, W >= 1."""
+    for dim in (-2, -1):
+        n = x.shape[dim]
+        i = torch.arange(math.ceil(n / unit) * unit, device=x.device) % max(1, 2 * (n - 1))  # up ...
+        x = x.index_select(dim, torch.minimum(i, 2 * (n - 1) - i))  # ... and down again
+    return x
+
+
+def local_file(path):
+    """hf://owner/repo/file -> that file in the Hugging Face cache, downloaded if need be; other paths as they are."""
+    if not str(path).startswith("hf://"):
+        return path
+    owner, repo, name = [*str(path)[5:].split("/", 2), "", ""][:3]
+    if not name:
+        raise ValueError(f"{path} is not of the form hf://owner/repo/file.safetensors")
+    try:
+        from huggingface_hub import hf_hub_download
+        return hf_hub_download(f"{owner}/{repo}", name)
+    except Exception as error:  # noqa: BLE001 the hub client raises many classes; all mean: no file
+        raise FileNotFoundError(f"could not get {path} ({type(error).__name__}): download {name} from "
+                                f"https://huggingface.co/{owner}/{repo} and give its path instead") from None
 
 
 def read_weights(path):
-    """Tensors and metadata of a .safetensors or torch file: (dict, dict). Code in pickles is never run.
+    """Tensors (our names) and metadata of a .safetensors or torch file, or hf:// address: (dict, dict).
+
+    Code in pickles is never run.
 
     Strips leading module., _orig_mod. and model., and unwraps {"state_dict": ...}. Raises FileNotFoundError,
     ValueError.
     """
+    path = local_file(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no weight file at {path}")
     try:
@@ -457,7 +523,7 @@ def read_weights(path):
         raise ValueError(f"{path} is not a readable weight file ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path} does not hold a flat table of tensors")
-    return {re.sub(r"^((module|_orig_mod|model)\.)+", "", k): v for k, v in state.items()}, meta
+    return our_names({re.sub(r"^((module|_orig_mod|model)\.)+", "", k): v for k, v in state.items()}), meta
 
 
 # Published names -> ours. The decoder's come from the diffusers library, dc's from the DC-AE repository, vq's from
@@ -479,31 +545,103 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"\.attn1\.to_([qkv])\.", r".attn.\1."), (r"\.attn1\.out_proj\.", ".attn.out."),
     (r"\.relative_position_bias\.relative_bias_table$", ".attn.bias_table"),
     (r"\.ff\.proj_in_act\.proj\.", ".mlp_in."), (r"\.ff\.proj_out\.", ".mlp_out."),
-    (r"^encoder\.project_in\.conv\.conv\.", "encoder.stem.conv."),
-    (r"^encoder\.project_out\.op_list\.0\.conv\.", "encoder.head."),
-    (r"^(encoder\.stages\.\d+)\.op_list\.(\d+)\.main\.", r"\1.\2."), (r"\.(conv1|conv2|conv)\.conv\.", r".\1."),
+    # dc and dcae: the DC-AE repository, then diffusers' AutoencoderDC, then our files of format 1
+    (r"^encoder\.project_in\.conv\.", "encoder.conv_in."),
+    (r"^encoder\.project_out\.(main\.)?op_list\.0\.conv\.", "encoder.conv_out."),
+    (r"^encoder\.stages\.(\d+)\.op_list\.(\d+)\.", r"encoder.stages.\1.\2."),
+    (r"^encoder\.down_blocks\.(\d+)\.(\d+)\.", r"encoder.stages.\1.\2."),
+    (r"^(encoder\.stages\.\d+\.\d+)\.(context_module\.main|attn)\.", r"\1.0."),
+    (r"^(encoder\.stages\.\d+\.\d+)\.(local_module\.main|conv_out)\.", r"\1.1."),
+    (r"^(encoder\.stages\.\d+\.\d+)\.main\.", r"\1."),
+    (r"\.(proj|conv2|point_conv)\.norm\.|\.norm_out\.(?=weight$|bias$)(?<=\.0\.norm_out\.)", ".norm."),
+    (r"\.(inverted|depth|point)_conv\.conv\.|\.conv_(inverted|depth|point)\.", lambda m: f".{m[1] or m[2]}."),
+    (r"\.(conv1|conv2|conv|qkv|proj)\.conv\.(?=weight$|bias$)", r".\1."),
+    (r"\.aggreg\.", ".aggregate."), (r"\.to_qkv_multiscale\.(\d)\.proj_(in|out)\.", 
+     lambda m: f".aggregate.{m[1]}.{int(m[2] == 'out')}."),
+    (r"^(encoder\.stages\..*)\.to_out\.", r"\1.proj."),
+    (r"^encoder\.stem\.", "encoder.conv_in."), (r"^encoder\.head\.", "encoder.conv_out."),
+    # vq: latent-diffusion, then diffusers' AutoencoderKL
     (r"^(encoder\.down\.\d)\.block\.", r"\1."), (r"^(encoder\.down\.\d)\.downsample\.conv\.", r"\1.2."),
+    (r"^encoder\.down_blocks\.(\d)\.resnets\.", r"encoder.down.\1."),
+    (r"^encoder\.down_blocks\.(\d)\.downsamplers\.0\.conv\.", r"encoder.down.\1.2."),
     (r"^encoder\.mid\.block_([12])\.", lambda m: f"encoder.mid.{2 * int(m[1]) - 2}."),
-    (r"^encoder\.mid\.attn_1\.", "encoder.mid.1."), (r"\.proj_out\.", ".out."),
-    (r"^encoder\.out_proj\.", "encoder.quant."),
+    (r"^encoder\.mid_block\.resnets\.([01])\.", lambda m: f"encoder.mid.{2 * int(m[1])}."),
+    (r"^encoder\.(mid\.attn_1|mid_block\.attentions\.0)\.", "encoder.mid.1."),
+    (r"^encoder\.mid\.1\.group_norm\.", "encoder.mid.1.norm."),
+    (r"^encoder\.mid\.1\.(to_)?([qkv])(uery|ey|alue)?\.", r"encoder.mid.1.\2."),
+    (r"^encoder\.mid\.1\.(proj_out|proj_attn|to_out\.0)\.", "encoder.mid.1.out."),
+    (r"^encoder\.conv_norm_out\.", "encoder.norm_out."), (r"^(encoder\.out_proj|quant_conv)\.", "encoder.quant."),
 )]
 
 
-def _rename(key):
-    for pattern, name in RENAMES:
-        key = pattern.sub(name, key)
-    return key
+def our_names(state):
+    """State dict of any known layout -> our names; separate q, k, v and linear layers become our convolutions."""
+    out = {}
+    for key, value in state.items():
+        for pattern, name in RENAMES:
+            key = pattern.sub(name, key)
+        if value.ndim == 2 and re.match(r"encoder\.(mid\.1|stages\..*\.0)\.(q|k|v|out|to_[qkv]|proj)\.weight$", key):
+            value = value[:, :, None, None]
+        out[key] = value
+    for key in [k for k in out if k.endswith(".to_q.weight")]:
+        parts = [out.pop(key.replace("to_q", f"to_{n}"), None) for n in "qkv"]
+        if all(p is not None for p in parts):
+            out[key.replace("to_q", "qkv")] = torch.cat(parts)
+    return out
 
 
-def _load_strictly(module, state, path):
-    """load_state_dict with one readable sentence where names or shapes differ."""
-    own = module.state_dict()
+def infer_config(state):
+    """What a state dict (our names) holds, read off names and shapes: DCSSDAE's arguments, and the decoder's z_dim."""
+    config, rows = {}, {k: v.shape[0] for k, v in state.items() if v.ndim}
+    out, first = rows.get("encoder.conv_out.weight"), rows.get("encoder.conv_in.conv.weight")
+    if "encoder.quant.weight" in rows and "encoder.conv_in.weight" in rows:
+        levels = len({k.split(".")[2] for k in rows if k.startswith("encoder.down.")})
+        config = {"enc": f"vq_f{2 ** (levels - 1)}c{rows['encoder.quant.weight'] // 2}",
+                  "enc_width": rows["encoder.conv_in.weight"] / 128}
+    elif out and any(k.startswith("encoder.stages.") for k in rows):
+        f = 2 ** max(int(k.split(".")[2]) for k in rows if k.startswith("encoder.stages."))
+        if any(".qkv." in k for k in rows):
+            config = {"enc": f"dcae_f{f}c{out}" + "_sana" * (first is None),
+                      "enc_width": first / 64 if first else rows["encoder.conv_in.weight"] / 128}
+        elif first:
+            norm = any(".norm." in k for k in rows if k.startswith("encoder."))
+            config = {"enc": f"dc_f{f}c{out // 2}", "enc_width": first / 64,
+                      "enc_options": {} if norm else {"norm": False}}
+    widths = [rows.get(f"decoder.down.{i}.0.conv1.weight") for i in range(4)]
+    if all(widths) and "decoder.context.0.weight" in state:
+        blocks = sum(k.endswith(".attn.bias_table") for k in rows)
+        fits = [s for s in SIZES if level_widths(s) == widths]
+        config["dec"] = next((s for s in fits if SIZES[s][2] == blocks), (fits + ["?"])[0])
+        config["depth"] = None if config["dec"] != "?" and SIZES[config["dec"]][2] == blocks else blocks
+        config["loss"] = "fm" if "decoder.time.0.weight" in rows else "eqm"
+        config["joint_input"] = "decoder.conv_in_x.weight" not in rows
+        config["z_dim"] = state["decoder.context.0.weight"].shape[1]
+    return config
+
+
+def describe(config):
+    """infer_config's result as words."""
+    words = []
+    if "enc" in config:
+        norms = "" if config.get("enc_options", {}).get("norm", True) else ", without norms"
+        words.append(f"an encoder {config['enc']} (width {config['enc_width']:g}{norms})")
+    if "dec" in config:
+        depth = "" if config["depth"] is None else f", {config['depth']} blocks"
+        latents = f"latents of {config['z_dim']} channels"
+        words.append(f"a decoder of size {config['dec']} ({config['loss']}{depth}, {latents})")
+    return " and ".join(words) or "no encoder or decoder in a known layout"
+
+
+def _load_strictly(model, state, path, part="all"):
+    """load_state_dict of a part; where names or shapes differ, one sentence: what the file holds, what was expected."""
+    own = {k: v for k, v in model.state_dict().items() if part == "all" or k.startswith(part + ".")}
+    state = {k: v for k, v in state.items() if part == "all" or k.startswith(part + ".")}
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
-    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own
-              if k in state and state[k].shape != own[k].shape]
+    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+              for k in own if k in state and state[k].shape != own[k].shape]
     if missing or extra or shapes:
         kinds = (("tensors missing", missing), ("unknown", extra), ("of another shape", shapes))
         found = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds if names]
-        raise ValueError(f"{path} does not fit this model: {'; '.join(found)}; "
-                         "check the encoder, decoder size, loss and width it was made with")
-    module.load_state_dict(state)
+        raise ValueError(f"{path} does not fit this model: it holds {describe(infer_config(state))}, expected was "
+                         f"{describe(infer_config(own))}; {'; '.join(found)}")
+    model.load_state_dict(state, strict=part == "all")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import make_dataset, make_loader
 from evaluate import evaluate, guarded, print_table, setup, write_results
 from losses import EqM, LPIPSLoss, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix, fm_predict_x, kl_loss
-from model import BROKEN_FILE, DCSSDAE, SIZES
+from model import BROKEN_FILE, DCSSDAE, SIZES, local_file
 from sampler import seeded_generator
 
 PRESETS = {
@@ -52,16 +52,16 @@ def get_args(argv=None):
                    help="training crop, pixels a side; a multiple of 8 and of the encoder's f")
     g.add_argument("--aug_scale", type=float, default=2.0,
                    help="random resize of the short side in [size, size * aug_scale] before the crop")
-    g.add_argument("--limit", type=int, help="use only the first N training images")
+    g.add_argument("--limit", type=int, help="use only N training images, evenly spread over the set")
     g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
                    help="data loading processes per training process")
 
     g = p.add_argument_group("model")
-    g.add_argument("--enc", default="dc_f32c32", help="encoder, (vq|dc)_f<8|16|32|64|128>c<channels>")
+    g.add_argument("--enc", default="dc_f32c32", help="(vq|dc|dcae)_f<8|16|32|64|128>c<channels>, or dcae_f32c32_sana")
     g.add_argument("--enc_width", type=float, default=1.0,
                    help="multiplies the encoder's widths; 0.125 is a teaching size")
     g.add_argument("--enc_ckpt",
-                   help="start the encoder from this file: a model.safetensors of ours or a published encoder")
+                   help="start the encoder from this file or hf://owner/repo/file: ours or a published one (README)")
     g.add_argument("--freeze_enc", action="store_true", help="train the decoder only; needs --enc_ckpt")
     g.add_argument("--dec", choices=list(SIZES), default="S", help="decoder size")
     g.add_argument("--depth", type=int, help="decoder transformer blocks, instead of the size's own")
@@ -171,8 +171,8 @@ def perceptual_losses(args, width, rank):
     images, which anybody should be able to try offline, is the term left out, in one visible line.
     """
     built, left_out = [], {}
-    for name, weight, build in (("lpips", args.w_lpips, lambda: LPIPSLoss("vgg", args.lpips_weights)),
-                                ("repa", args.w_repa, lambda: REPALoss(width, args.repa_weights))):
+    for name, weight, build in (("lpips", args.w_lpips, lambda: LPIPSLoss("vgg", local_file(args.lpips_weights))),
+                                ("repa", args.w_repa, lambda: REPALoss(width, local_file(args.repa_weights)))):
         module = None
         try:
             module = build() if weight else None
