@@ -26,7 +26,7 @@ from losses import EqM, eqm_loss, fm_loss, fm_predict_x
 from model import DCSSDAE
 
 from train import (StopSignal, append_log, autocast, check_size, draw, load_checkpoint, lr_factor,  # isort: skip
-                   optimise, perceptual_losses, pick_dtype, prepare_out, save_checkpoint, update_ema)
+                   optimise, perceptual_losses, pick_dtype, prepare_out, remaining, save_checkpoint, update_ema)
 
 
 def get_args(argv=None):
@@ -161,7 +161,7 @@ def main():
         for module, name in ((student, "model"), (ema, "ema"), (repa and repa.mlp, "repa"), (optimizer, "optimizer")):
             if module:
                 module.load_state_dict(checkpoint[name])
-        start = checkpoint["step"]
+        start = remaining(checkpoint["step"], args)
     parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
     weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa}
 
@@ -219,7 +219,7 @@ def main():
                 print(f"stopped after step {done} and saved: continue with the same command and --resume")
             sys.exit(128 + (stop.received or 15))
     bar.close()
-    result = evaluate(ema, make_loader(val, 64, train=False, rank=rank, world=world), device, steps=[1],
+    result = evaluate(ema, make_loader(val, 64 * world, train=False, rank=rank, world=world), device, steps=[1],
                       seed=args.seed, dtype=dtype, rank=rank, world=world)
     if rank == 0:
         before, after = closeness(teacher, ema, make_loader(val, 64, train=False), args.teacher_steps,

@@ -293,6 +293,13 @@ def prepare_out(out, resume, rank, log_step=None):
     return log
 
 
+def remaining(step, args):
+    """The step to go on from; ValueError where nothing is left to do."""
+    if step >= args.steps:
+        raise ValueError(f"the run in {args.out} has done its {step} steps: give a larger --steps to continue it")
+    return step
+
+
 def append_log(path, **values):
     with open(path, "a") as file:
         file.write(json.dumps(values) + "\n")
@@ -359,7 +366,7 @@ def main():
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
     lpips, repa, left_out = perceptual_losses(args, model.decoder.mid_in.out_features, rank)
     model.config["notes"] = {"size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
-                                 "w_repa": 0.0 if repa is None else args.w_repa, "left_out": left_out}
+                             "w_repa": 0.0 if repa is None else args.w_repa, "left_out": left_out}
 
     model.to(device, memory_format=torch.channels_last)
     lpips = lpips and lpips.to(device)
@@ -422,8 +429,7 @@ def main():
         shared = shared.cpu()
         totals = dict(zip(totals, shared.tolist()))
         if math.isfinite(norm) and shared.isfinite().all():
-            mean, square = shared[len(totals):-1].to(device, torch.float32).view(2, -1)
-            model.decoder.norm_z.update(args.batch_size * z_shape[1] * z_shape[2], mean, square)
+            model.decoder.norm_z.update(args.batch_size * z_shape[1] * z_shape[2], *shared[len(totals):-1].view(2, -1))
             update_ema(ema, model, args.ema, step)
             bad = 0
         else:
@@ -456,7 +462,7 @@ def main():
             sys.exit(128 + (stop.received or signal.SIGTERM))
         if done == args.steps or (args.eval_every and done % args.eval_every == 0):
             before = time.time()
-            loader = make_loader(val, args.eval_images, train=False, rank=rank, world=world)
+            loader = make_loader(val, 64 * world, train=False, rank=rank, world=world)
             result = evaluate(ema, loader, device, steps=args.eval_steps, seed=args.seed, dtype=dtype,
                               rank=rank, world=world, progress=False)
             if rank == 0:
@@ -488,7 +494,7 @@ def resume(checkpoint, args, model, ema, repa, optimizer):
     if repa:
         repa.mlp.load_state_dict(checkpoint["repa"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["step"]
+    return remaining(checkpoint["step"], args)
 
 
 if __name__ == "__main__":
