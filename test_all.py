@@ -1959,7 +1959,7 @@ def test_processes_and_micro_batches_do_not_change_the_run(tmp_path):
     weights = [torch.load(tmp_path / name / "latest.pt", weights_only=True)["model"]
                for name in ("one", "two", "micro")]
     one, two, micro = (torch.cat([v.flatten() for v in w.values() if v.is_floating_point()]) for w in weights)
-    assert relative_error(two, one) < 3e-5 and relative_error(micro, one) < 3e-5  # Adam enlarges rounding of tiny gradients
+    assert max(relative_error(two, one), relative_error(micro, one)) < 3e-5  # Adam enlarges tiny gradients' rounding
 
 
 def test_the_plain_command_runs_offline_under_torchrun(tmp_path):
