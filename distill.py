@@ -26,11 +26,13 @@ from losses import EqM, eqm_loss, fm_loss, fm_predict_x
 from model import DCSSDAE
 
 from train import (StopSignal, append_log, autocast, check_size, draw, load_checkpoint, lr_factor,  # isort: skip
-                   optimise, perceptual_losses, pick_dtype, prepare_out, remaining, save_checkpoint, update_ema)
+                   optimise, perceptual_losses, pick_dtype, prepare_out, remaining, save_checkpoint,
+                   shared_arguments, update_ema)
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                epilog="--size and --w_lpips are the teacher's unless they are given.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", required=True, help="the teacher: a model.safetensors of train.py")
 
@@ -40,44 +42,8 @@ def get_args(argv=None):
     g.add_argument("--eta", type=float, help="EqM: of the teacher's gradient descent")
     g.add_argument("--mu", type=float, help="EqM: Nesterov momentum of the teacher")
 
-    g = p.add_argument_group("data")
-    g.add_argument("--data", default="demo", help="demo (built in), imagenette, cifar10, or a folder of images")
-    g.add_argument("--size", type=int, help="training crop, pixels a side [default: the teacher's]")
-    g.add_argument("--aug_scale", type=float, default=2.0,
-                   help="random resize of the short side in [size, size * aug_scale] before the crop")
-    g.add_argument("--limit", type=int, help="use only N training images, evenly spread over the set")
-    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
-                   help="data loading processes per training process")
-
-    g = p.add_argument_group("objective and optimisation")
-    g.add_argument("--w_lpips", type=float,
-                   help="weight of LPIPS(x_T, x^) [default: 0.5, or 0 where the teacher trained without]")
-    g.add_argument("--lpips_weights",
-                   help="torchvision's VGG-16 weights as a file; else torch hub's cache or a download")
-    g.add_argument("--w_repa", type=float, default=0.0, help="weight of REPA (DINOv2 ViT-B/14)")
-    g.add_argument("--repa_weights",
-                   help="DINOv2 ViT-B/14 weights as a file; else the Hugging Face cache or a download")
-    g.add_argument("--batch_size", type=int, default=192, help="images per step over all processes")
-    g.add_argument("--steps", type=int, default=10_000, help="optimiser steps")
-    g.add_argument("--lr", type=float, default=1e-4, help="AdamW's learning rate")
-    g.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
-    g.add_argument("--decay", type=float, default=0.5,
-                   help="last fraction of the steps in which the learning rate falls linearly to 0")
-    g.add_argument("--weight_decay", type=float, default=1e-3, help="AdamW's weight decay")
-    g.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
-    g.add_argument("--ema", type=float, default=0.999,
-                   help="decay of the weights' moving average, which is what is saved and evaluated")
-
-    g = p.add_argument_group("run")
-    g.add_argument("--out", help="folder of the run [default: the teacher's folder + _distilled]")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out from its latest.pt")
-    g.add_argument("--device", help="cuda, mps or cpu [default: the best there is]")
-    g.add_argument("--dtype", choices=["auto", "float32", "bf16"], default="auto",
-                   help="bf16: autocast; auto: bf16 where the hardware has it")
-    g.add_argument("--seed", type=int, default=0, help="of everything random")
-    g.add_argument("--eval_images", type=int, default=64, help="validation images of the closing comparison")
-    g.add_argument("--save_every", type=int, default=2000, help="steps between checkpoints")
-    g.add_argument("--log_every", type=int, default=50, help="steps between lines of log.jsonl")
+    shared_arguments(p)
+    p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000)
     args = p.parse_args(argv)
     args.out = args.out or os.path.dirname(os.path.abspath(args.ckpt)) + "_distilled"
     return args

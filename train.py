@@ -46,16 +46,6 @@ def get_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--preset", choices=sorted(PRESETS), help="named set of defaults; flags given beside it win")
 
-    g = p.add_argument_group("data")
-    g.add_argument("--data", default="demo", help="demo (built in), imagenette, cifar10, or a folder of images")
-    g.add_argument("--size", type=int, default=128,
-                   help="training crop, pixels a side; a multiple of 8 and of the encoder's f")
-    g.add_argument("--aug_scale", type=float, default=2.0,
-                   help="random resize of the short side in [size, size * aug_scale] before the crop")
-    g.add_argument("--limit", type=int, help="use only N training images, evenly spread over the set")
-    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
-                   help="data loading processes per training process")
-
     g = p.add_argument_group("model")
     g.add_argument("--enc", default="dc_f32c32", help="(vq|dc|dcae)_f<8|16|32|64|128>c<channels>, or dcae_f32c32_sana")
     g.add_argument("--enc_width", type=float, default=1.0,
@@ -80,18 +70,47 @@ def get_args(argv=None):
     g.add_argument("--t_mean", type=float, default=0.0,
                    help="FM: t = sigmoid(n), n ~ N(t_mean, 1); above 0 trains more on the noise end, "
                         "where one step begins")
+    g.add_argument("--w_kl", type=float, default=1e-6, help="weight of the KL term (sum over the latent)")
+
+    shared_arguments(p)
+    g = p.add_argument_group("training only")
+    g.add_argument("--micro_batch", type=int,
+                   help="images per forward pass and process; gradients accumulate to the whole batch")
+    g.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
+    g.add_argument("--eval_every", type=int, default=5000,
+                   help="steps between evaluations on the validation images; 0: only at the end")
+    g.add_argument("--eval_steps", type=int, nargs="+", default=[1, 4], help="sampler steps of these evaluations")
+
+    preset = p.parse_known_args(argv)[0].preset
+    if preset:
+        p.set_defaults(**PRESETS[preset])
+    args = p.parse_args(argv)
+    args.out = args.out or os.path.join("runs", f"{args.preset or args.enc}_{args.loss}")
+    return args
+
+
+def shared_arguments(p):
+    """The flags that train.py and distill.py have in common, with the defaults of train.py."""
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default="demo", help="demo (built in), imagenette, cifar10, or a folder of images")
+    g.add_argument("--size", type=int, default=128,
+                   help="training crop, pixels a side; a multiple of 8 and of the encoder's f")
+    g.add_argument("--aug_scale", type=float, default=2.0,
+                   help="random resize of the short side in [size, size * aug_scale] before the crop")
+    g.add_argument("--limit", type=int, help="use only N training images, evenly spread over the set")
+    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+                   help="data loading processes per training process")
+
+    g = p.add_argument_group("losses in the features of pretrained networks")
     g.add_argument("--w_lpips", type=float, default=0.5, help="weight of LPIPS (VGG-16); 0: off")
     g.add_argument("--lpips_weights",
                    help="torchvision's VGG-16 weights as a file; else torch hub's cache or a download")
     g.add_argument("--w_repa", type=float, default=0.25, help="weight of REPA (DINOv2 ViT-B/14); 0: off")
     g.add_argument("--repa_weights",
                    help="DINOv2 ViT-B/14 weights as a file; else the Hugging Face cache or a download")
-    g.add_argument("--w_kl", type=float, default=1e-6, help="weight of the KL term (sum over the latent)")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--batch_size", type=int, default=192, help="images per step over all processes")
-    g.add_argument("--micro_batch", type=int,
-                   help="images per forward pass and process; gradients accumulate to the whole batch")
     g.add_argument("--steps", type=int, default=250_000, help="optimiser steps")
     g.add_argument("--lr", type=float, default=3e-4, help="AdamW's learning rate")
     g.add_argument("--warmup", type=int, default=1000, help="steps of linear warm-up")
@@ -103,26 +122,15 @@ def get_args(argv=None):
                    help="decay of the weights' moving average, which is what is saved and evaluated")
 
     g = p.add_argument_group("run")
-    g.add_argument("--out", help="folder of the run [default: runs/<preset or encoder>_<loss>]")
+    g.add_argument("--out", help="folder of the run [default: named after what is trained]")
     g.add_argument("--resume", action="store_true", help="continue the run in --out from its latest.pt")
     g.add_argument("--device", help="cuda, mps or cpu [default: the best there is]")
     g.add_argument("--dtype", choices=["auto", "float32", "bf16"], default="auto",
                    help="bf16: autocast; auto: bf16 where the hardware has it")
-    g.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
     g.add_argument("--seed", type=int, default=0, help="of everything random")
-    g.add_argument("--eval_every", type=int, default=5000,
-                   help="steps between evaluations on the validation images; 0: only at the end")
-    g.add_argument("--eval_images", type=int, default=64, help="validation images of these evaluations")
-    g.add_argument("--eval_steps", type=int, nargs="+", default=[1, 4], help="sampler steps of these evaluations")
+    g.add_argument("--eval_images", type=int, default=64, help="validation images of evaluations")
     g.add_argument("--save_every", type=int, default=5000, help="steps between checkpoints")
     g.add_argument("--log_every", type=int, default=50, help="steps between lines of log.jsonl")
-
-    preset = p.parse_known_args(argv)[0].preset
-    if preset:
-        p.set_defaults(**PRESETS[preset])
-    args = p.parse_args(argv)
-    args.out = args.out or os.path.join("runs", f"{args.preset or args.enc}_{args.loss}")
-    return args
 
 
 def check_size(size, model):
