@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 distill.py --ckpt runs/dc_f32c32_eqm/model.safetensors --data DIR
 
 The frozen teacher decodes z from noise e in N steps to x_T. The student starts from the same e and z and takes one step
-from pure noise to x^ (SSDD, arXiv 2510.04961, section 3.4). Loss: its own matching loss with x_T in the place of the
+from pure noise to x^ (SSDD, arXiv 2510.04961). Loss: its own matching loss with x_T in the place of the
 data, plus LPIPS(x_T, x^) and REPA. Works for flow matching (t = 1) and equilibrium matching (g = 0). Writes
 model.safetensors, reconstructions.png, metrics.json, log.jsonl.
 """

@@ -107,7 +107,7 @@ class VQEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# dc_*: the deep-compression encoder. Each halving of the resolution has a shortcut without parameters (section 3.1).
+# dc_*: the deep-compression encoder. Each halving of the resolution has a shortcut without parameters.
 
 class RMSNorm(nn.Module):
     """Divide by the root mean square over channels, per pixel; then weight and bias."""
@@ -178,8 +178,8 @@ class GatedConv(nn.Module):
 
 
 class DCDown(nn.Module):
-    """Halve the resolution: conv + space-to-channel (or a strided conv), plus the shortcut without parameters (DC-AE,
-    section 3.2): space-to-channel, then the mean over groups of consecutive channels."""
+    """Halve the resolution: conv + space-to-channel (or a strided conv), plus the shortcut without parameters (DC-AE):
+    space-to-channel, then the mean over groups of consecutive channels."""
 
     def __init__(self, cin, cout, shortcut=True, strided=False):
         super().__init__()

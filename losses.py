@@ -51,7 +51,7 @@ def fm_loss(v, x, e):
 # x_g = g x + (1-g) e.
 
 class EqM:
-    """The EqM objective for one choice of c(g) (section 3.2 of the paper): how the field's length falls to zero at the
+    """The EqM objective for one choice of c(g) (arXiv 2510.02300): how the field's length falls to zero at the
     data.
 
     c    "linear"     1 - g

@@ -28,7 +28,7 @@ from torch import nn
 import sampler
 from encoder import make_encoder
 
-# Decoder sizes (SSDD, table 5). Parameters in millions at z_dim 4, window 17: with time (FM) and without (EqM).
+# Decoder sizes, as SSDD names them. Parameters in millions at z_dim 4, window 17: with time (FM) and without (EqM).
 SIZES = {
     #      channels, multipliers, transformer blocks     FM       EqM
     "XS": (32, (1, 2, 3, 3), 8),                    #   5.00     4.61
@@ -92,14 +92,15 @@ class GroupNorm(nn.Module):
     """32 groups, statistics in float32 whatever the input; returns the input's dtype. (bf16 norms lose digits, and
     crawl on CPUs.)"""
 
-    def __init__(self, channels, affine=True):
+    def __init__(self, channels, affine=True, eps=1e-5):
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
 
     def forward(self, x):
         affine = () if self.weight is None else (self.weight.float(), self.bias.float())
-        return F.group_norm(x.float(), 32, *affine).to(x.dtype)
+        return F.group_norm(x.float(), 32, *affine, eps=self.eps).to(x.dtype)
 
 
 class AdaGN(nn.Module):
@@ -233,7 +234,7 @@ class UViT(nn.Module):
             self.down.append(level)
 
         heads = min(16, max(4, top // 64))
-        self.mid_norm = GroupNorm(top)
+        self.mid_norm = GroupNorm(top, eps=1e-6)
         self.mid_in, self.mid_out = nn.Linear(top, top), nn.Linear(top, top)
         self.blocks = nn.ModuleList(TransformerBlock(top, c, heads, window)
                                     for _ in range(blocks if depth is None else depth))

@@ -23,7 +23,7 @@ def euler(field, x, z, steps=1, t_shift=4.0):
     linspace(1, 0, steps + 1) ** t_shift.
 
     steps    number of evaluations, >= 1
-    t_shift  > 1 makes the steps near the data finer (SSDD, arXiv 2510.04961, section 3.3); one step does not depend on
+    t_shift  > 1 makes the steps near the data finer (SSDD, arXiv 2510.04961); one step does not depend on
              it
     """
     times = torch.linspace(1.0, 0.0, _at_least_one(steps) + 1, dtype=torch.float64).pow(t_shift).tolist()

@@ -293,8 +293,6 @@ def published_decoder_shapes(widths, blocks, z_dim, time, window=15, heads=4):
             skips.append(cout)
     for name in ("norm", "proj_in", "proj_out"):
         layer(f"mid_block.{name}", *((top,) if name == "norm" else (top, top)))
-    if True:
-        shapes["mid_block.norm.bias"] = (top,)
     for k in range(blocks):
         b = f"mid_block.transformer_blocks.{k}"
         layer(f"{b}.norm1.linear", 2 * top, c)
@@ -393,7 +391,7 @@ def reference_decoder(p, x, z, t=None, window=15):
             skips.append(h)
     rows, cols = h.shape[2:]
     tokens_ctx = resize(ctx, h).flatten(2).mT
-    u = F.group_norm(h, 32, p["mid_block.norm.weight"], p["mid_block.norm.bias"])
+    u = F.group_norm(h, 32, p["mid_block.norm.weight"], p["mid_block.norm.bias"], eps=1e-6)
     u = linear("mid_block.proj_in", u.flatten(2).mT)
     for k in range(sum(name.endswith("bias_table") for name in p)):
         b = f"mid_block.transformer_blocks.{k}"

@@ -55,7 +55,6 @@ def get_args(argv=None):
     g.add_argument("--freeze_enc", action="store_true", help="train the decoder only; needs --enc_ckpt")
     g.add_argument("--dec", choices=list(SIZES), default="S", help="decoder size")
     g.add_argument("--depth", type=int, help="decoder transformer blocks, instead of the size's own")
-
     g.add_argument("--input_skip", action=argparse.BooleanOptionalAction, default=True,
                    help="add the noisy image to the decoder's output (UViT's skip); off, as published, "
                         "the network carries the noise itself")
@@ -198,7 +197,7 @@ def draw(seed, step, rows, x_shape, z_shape, device, t_mean=None):
     """What is random in a step, per sample from (seed, step, row): noise e (B, *x_shape), posterior noise
     (B, *z_shape), level s (B,).
 
-    t_mean  None: s ~ U(0, 1), EqM's g. A number: s = sigmoid(n), n ~ N(t_mean, 1), FM's t (SSDD, section 3.3).
+    t_mean  None: s ~ U(0, 1), EqM's g. A number: s = sigmoid(n), n ~ N(t_mean, 1), FM's t (SSDD).
     """
     e, eps, s = [], [], []
     for row in rows:
