@@ -88,32 +88,99 @@ class LatentNorm(nn.Module):
         self.running_var.lerp_(var.to(self.running_var), momentum)
 
 
-class GroupNorm(nn.Module):
-    """32 groups, statistics in float32 whatever the input; returns the input's dtype. (bf16 norms lose digits, and
-    crawl on CPUs.)"""
+class NormSiLU(torch.autograd.Function):
+    """silu(GroupNorm32(x) * scale + shift) for x (B, C, H, W) and scale, shift (B or 1, C, h, w) that are constant over
+    blocks of x: they are never enlarged, only x is kept for the backward pass, and that takes few passes over x.
 
-    def __init__(self, channels, affine=True, eps=1e-5):
+    Statistics are computed in float32. The plain form is the oracle in test_all.py.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, eps=1e-5):
+        B, C, H, W = x.shape
+        scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+        if len(scale) == scale[0, 0].numel() == 1:  # the same everywhere: group norm's own weights
+            y, mean, rstd = torch.native_group_norm(x, scale.flatten(), shift.flatten(), B, C, H * W, 32, eps)
+        else:
+            y, mean, rstd = torch.native_group_norm(x, None, None, B, C, H * W, 32, eps)
+            v = blocks(y, scale)
+            y = unblock(torch.addcmul(per_block(shift), v, per_block(scale), out=v), y.shape)
+        ctx.save_for_backward(x, scale, shift, mean, rstd)
+        return F.silu(y, inplace=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, shift, mean, rstd = ctx.saved_tensors
+        B, C, H, W = x.shape
+        mean, rstd = (t.float().repeat_interleave(C // 32, 1)[:, :, None, None] for t in (mean, rstd))  # (B, C, 1, 1)
+        v, a = blocks(x, scale), rstd * scale
+        y = torch.addcmul(per_block((shift - mean * a).to(x.dtype)), v, per_block(a.to(x.dtype)))
+        g = torch.ops.aten.silu_backward(blocks(grad, scale), y)
+        # With x^ = (x - mean) rstd and y = scale x^ + shift, sums over every block of pixels: (B, C, h, w)
+        dshift, g_x = (t.sum(4).float().sum(2).permute(0, 3, 1, 2) for t in (g, torch.mul(g, v, out=y)))
+        dscale = (g_x - mean * dshift) * rstd
+        # dx = rstd (scale g - mean(scale g) - x^ mean(scale g x^)), means over a group's pixels and channels
+        m, m_xhat = ((scale * t).sum((2, 3)).unflatten(1, (32, -1)).sum(2).repeat_interleave(C // 32, 1)[:, :, None, None]
+                     / (C // 32 * H * W) for t in (dshift, dscale))
+        slope = -rstd.square() * m_xhat
+        constant = -rstd * m - mean * slope
+        dx = torch.addcmul(per_block(constant.to(x.dtype)), v, per_block(slope.to(x.dtype)), out=y)
+        dx = unblock(dx.addcmul_(g, per_block(a.to(x.dtype))), x.shape)
+        return dx, *(t.sum_to_size(scale.shape).to(scale.dtype) for t in (dscale, dshift)), None
+
+
+def blocks(x, scale):
+    """(B, C, H, W) -> (B, h, H/h, w, W/w, C), a view of channels_last maps, for scale (., C, h, w)."""
+    (B, C, H, W), (h, w) = x.shape, scale.shape[-2:]
+    return x.permute(0, 2, 3, 1).reshape(B, h, H // h, w, W // w, C)
+
+
+def per_block(scale):
+    """(B, C, h, w) -> (B, h, 1, w, 1, C)."""
+    return scale.permute(0, 2, 3, 1)[:, :, None, :, None]
+
+
+def unblock(x, shape):
+    """The inverse of `blocks`."""
+    B, C, H, W = shape
+    return x.reshape(B, H, W, C).permute(0, 3, 1, 2)
+
+
+def modulate(x, scale, shift):
+    """x * (1 + scale) + shift, with scale and shift constant over blocks of x, as in NormSiLU."""
+    return unblock(torch.addcmul(per_block(shift), blocks(x, scale), per_block(1 + scale)), x.shape)
+
+
+def linear(x, layer):
+    """A Linear layer over the channels of a map (B, C, h, w), as a 1x1 convolution: on CPUs oneDNN beats MKL's
+    matmul."""
+    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+
+
+class GroupNorm(nn.Module):
+    """Weight and bias of a group norm of 32 groups; called with SiLU after it: see NormSiLU."""
+
+    def __init__(self, channels, eps=1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x):
-        affine = () if self.weight is None else (self.weight.float(), self.bias.float())
-        return F.group_norm(x.float(), 32, *affine, eps=self.eps).to(x.dtype)
+    def forward(self, x, scale=0.0, shift=0.0):
+        """scale, shift: (B, C) of the time's modulation, * (1 + scale) + shift."""
+        scale, shift = self.weight * (1 + scale), self.bias * (1 + scale) + shift
+        return NormSiLU.apply(x, *(t.reshape(-1, x.shape[1], 1, 1) for t in (scale, shift)), self.eps)
 
 
 class AdaGN(nn.Module):
-    """Group norm whose scale and shift come from the latent's context map (B, ctx, h, w), nearest-resized to x."""
+    """Group norm, scale and shift from the latent's context map (B, ctx, h, w), nearest-resized to x, then SiLU."""
 
     def __init__(self, channels, ctx):
         super().__init__()
-        self.norm = GroupNorm(channels, affine=False)
         self.proj = nn.Conv2d(ctx, 2 * channels, 1)
 
-    def forward(self, x, ctx):
-        scale, shift = F.interpolate(self.proj(ctx), size=x.shape[-2:], mode="nearest").chunk(2, dim=1)
-        return self.norm(x) * (1 + scale) + shift
+    def forward(self, x, mod):  # mod: proj(ctx)
+        scale, shift = mod.chunk(2, dim=1)
+        return NormSiLU.apply(x, 1 + scale, shift)
 
 
 class ResBlock(nn.Module):
@@ -124,12 +191,73 @@ class ResBlock(nn.Module):
         self.time = nn.Linear(temb, 2 * cout) if temb else None
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
-    def forward(self, x, ctx, temb=None):
-        h = self.norm2(self.conv1(F.silu(self.norm1(x, ctx))))
-        if self.time is not None:
-            scale, shift = self.time(F.silu(temb))[:, :, None, None].chunk(2, dim=1)
-            h = h * (1 + scale) + shift
-        return self.shortcut(x) + self.conv2(F.silu(h))
+    def forward(self, x, mod, temb=None):
+        time = () if self.time is None else self.time(F.silu(temb)).chunk(2, dim=1)
+        h = self.norm2(self.conv1(self.norm1(x, mod)), *time)
+        return self.conv2(h).add_(self.shortcut(x))
+
+
+class Upsample(nn.Conv2d):
+    """Nearest x2, then this 3x3 convolution, as one transposed convolution: 16 weights for 4 pixels instead of 36."""
+
+    def forward(self, x):
+        # The two taps that read the same pixel after enlarging are added up: (w2, w1 + w2, w0 + w1, w0) per axis.
+        w = F.pad(self.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+        w = w[:, :, :-1] + w[:, :, 1:]
+        return F.conv_transpose2d(x, w[..., :-1] + w[..., 1:], self.bias, stride=2, padding=1)
+
+
+class Windows:
+    """Which tokens of an h x w grid are attended together: blocks of queries, and the keys that their windows reach.
+
+    An axis longer than a block's reach is cut into blocks of max(8, r) queries, r = window // 2; a block's keys are the
+    block + 2 r positions around it, moved inwards at the borders. So cost and memory are linear in h w, no key is
+    padding, and blocks at the same distance from the borders share one table of biases.
+    """
+
+    def __init__(self, h, w, window, device):
+        r = self.r = window // 2
+        axes = []
+        for n in (h, w):
+            block = max(8, r)
+            keys = block + 2 * r
+            if n <= keys:
+                block = keys = n
+            starts = [min(i * block, n - block) for i in range(-(-n // block))]        # of the blocks
+            reach = [min(max(q - r, 0), n - keys) for q in starts]                     # of their keys
+            kinds = sorted({q - k for q, k in zip(starts, reach)})
+            where = [min(p // block, len(starts) - 1) for p in range(n)]               # block of every position
+            axes.append((starts, reach, block, keys, kinds, where))
+        self.block, self.keys = ((axes[0][i], axes[1][i]) for i in (2, 3))
+
+        def index(values, device=device):
+            return torch.tensor(values, device=device)
+
+        def tokens(starts, length):  # (blocks, tokens of one)
+            y, x = ((index(s)[:, None] + torch.arange(n, device=device)) for s, n in zip(starts, length))
+            return (y[:, None, :, None] * w + x[None, :, None, :]).flatten(2).flatten(0, 1)
+
+        self.single = len(axes[0][0]) == len(axes[1][0]) == 1
+        self.q = tokens([a[0] for a in axes], self.block)
+        self.kv = tokens([a[1] for a in axes], self.keys)
+        # Where every token's result stands among the blocks' results.
+        (y, iy), (x, ix) = ((index(a[5]), torch.arange(n, device=device) - index(a[0])[index(a[5])])
+                            for a, n in zip(axes, (h, w)))
+        block = y[:, None] * len(axes[1][0]) + x
+        self.back = (block * self.q.shape[1] + iy[:, None] * self.block[1] + ix).flatten()
+        kind = [index([a[4].index(q - k) for q, k in zip(a[0], a[1])]) for a in axes]
+        self.kind = (kind[0][:, None] * len(axes[1][4]) + kind[1]).flatten()           # of every block
+        self.rows = [(k + r - index(a[4])[:, None] - torch.arange(b, device=device)).flatten()
+                     for a, b, k in zip(axes, self.block, self.keys)]
+
+    def biases(self, tables):
+        """tables (layers, window, window, heads) -> (layers, kinds of blocks, heads, queries, keys); -1e9 outside the
+        window."""
+        (ky, kx), (by, bx), (iy, ix) = self.keys, self.block, self.rows
+        t = F.pad(tables.flip(1, 2).permute(0, 3, 1, 2), (kx, kx, ky, ky), value=-1e9)  # by key - query
+        t = t.unfold(2, ky, 1).unfold(3, kx, 1)[:, :, iy[:, None], ix]       # (layers, heads, kinds * block, ... , k, k)
+        t = t.unflatten(2, (-1, by)).unflatten(4, (-1, bx))                  # (layers, heads, uy, by, ux, bx, ky, kx)
+        return t.permute(0, 2, 4, 1, 3, 5, 6, 7).flatten(6).flatten(4, 5).flatten(1, 2)
 
 
 class WindowAttention(nn.Module):
@@ -143,22 +271,19 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.bias_table = nn.Parameter(torch.zeros(window, window, heads))  # [row offset, column offset, head]
 
-    def bias(self, h, w):
-        """(1, heads, h*w, h*w): the bias of every pair of tokens, -inf outside the window. Depends on the table at
-        every call."""
-        r = self.window // 2
-        rows, cols = (torch.arange(n, device=self.bias_table.device) for n in (h, w))
-        dy, dx = rows[:, None] - rows[None], cols[:, None] - cols[None]  # (query, key) offsets
-        inside = (dy.abs() <= r)[:, None, :, None] & (dx.abs() <= r)[None, :, None, :]  # (h, w, h, w)
-        iy, ix = (dy.clamp(-r, r) + r)[:, None, :, None], (dx.clamp(-r, r) + r)[None, :, None, :]
-        bias = self.bias_table[iy, ix].masked_fill(~inside[..., None], float("-inf"))
-        return bias.reshape(h * w, h * w, self.heads).permute(2, 0, 1)[None]
-
-    def forward(self, x, h, w):
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-                   for p in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(h, w).to(q.dtype))
-        return self.out(out.transpose(1, 2).flatten(2))
+    def forward(self, x, windows, bias):
+        """x (B, C, h, w); windows Windows(h, w, ...); bias (kinds, heads, queries, keys) of this layer."""
+        q = linear(x, self.q).flatten(2).mT                                              # (B, N, C)
+        kv = F.conv2d(x, torch.cat([self.k.weight, self.v.weight])[:, :, None, None]).flatten(2).mT
+        blocks = len(windows.kind)
+        if not windows.single:
+            q, kv = q[:, windows.q].flatten(0, 1), kv[:, windows.kv].flatten(0, 1)       # (B * blocks, tokens, ...)
+            bias = bias[windows.kind.repeat(len(x))]
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, dim=-1)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)).transpose(1, 2).flatten(2)
+        if not windows.single:
+            out = out.unflatten(0, (-1, blocks)).flatten(1, 2)[:, windows.back]
+        return linear(out.mT.unflatten(2, x.shape[2:]), self.out)
 
 
 class TransformerBlock(nn.Module):
@@ -169,11 +294,12 @@ class TransformerBlock(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mlp_in, self.mlp_out = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x, ctx, h, w):  # x (B, h*w, dim), ctx (B, h*w, C)
-        shift, scale = self.ada(F.silu(ctx)).chunk(2, dim=-1)
-        x = x + self.attn(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift, h, w)
-        value, gate = self.mlp_in(self.norm(x)).chunk(2, dim=-1)
-        return x + self.mlp_out(value * F.gelu(gate))
+    def forward(self, x, mod, windows, bias):  # x (B, dim, h, w); mod: ada(silu(ctx))
+        h = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
+        shift, scale = mod.chunk(2, dim=1)
+        x = x + self.attn(modulate(h, scale, shift), windows, bias)
+        value, gate = linear(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), self.mlp_in).chunk(2, dim=1)
+        return x + linear(value * F.gelu(gate), self.mlp_out)
 
 
 def time_embedding(t, dim):
@@ -234,7 +360,7 @@ class UViT(nn.Module):
             self.down.append(level)
 
         heads = min(16, max(4, top // 64))
-        self.mid_norm = GroupNorm(top, eps=1e-6)
+        self.mid_norm = nn.GroupNorm(32, top, eps=1e-6)
         self.mid_in, self.mid_out = nn.Linear(top, top), nn.Linear(top, top)
         self.blocks = nn.ModuleList(TransformerBlock(top, c, heads, window)
                                     for _ in range(blocks if depth is None else depth))
@@ -247,7 +373,7 @@ class UViT(nn.Module):
                 level.append(ResBlock(cin + skips.pop(), cout, c, temb))
                 cin = cout
             if i < 3:
-                level.append(nn.Conv2d(cout, cout, 3, padding=1))
+                level.append(Upsample(cout, cout, 3, padding=1))
             self.up.append(level)
         self.norm_out = GroupNorm(c)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
@@ -259,52 +385,75 @@ class UViT(nn.Module):
                 nn.init.zeros_(m.mlp_out.weight), nn.init.zeros_(m.mlp_out.bias)
 
     def forward(self, x, z, t=None):
-        """x (B, 3, H, W), z (B, z_dim, H/f, W/f), t (B,) in [0, 1] with time_cond -> (B, 3, H, W). ValueError on other
-        shapes."""
+        """x (B, 3, H, W), z (B, z_dim, H/f, W/f) or `condition` of it, t (B,) in [0, 1] with time_cond -> (B, 3, H, W).
+        ValueError on other shapes."""
         return self.forward_with_tokens(x, z, t)[0]
+
+    def condition(self, z, H, W):
+        """All that depends on the latent alone, for images of H x W: computed once, used by every sampling step.
+
+        Returns [input map (B, C, H, W), scales and shifts of all AdaGN, of all AdaLN: (B, ..., h, w)].
+        """
+        h, w = z.shape[-2:]
+        if H % (8 * h) or W % (8 * w):
+            raise ValueError("the decoder needs image sides that are multiples of 8 and of the latent's, by a factor "
+                             f"that is a multiple of 8; got {H}x{W} and a {h}x{w} latent")
+        z = self.norm_z(z)
+        ctx = self.context(z)  # (B, C, h, w)
+        projections = [m.proj for m in self.modules() if isinstance(m, AdaGN)]
+        mods = F.conv2d(ctx, *(torch.cat([getattr(p, name) for p in projections]) for name in ("weight", "bias")))
+        ada = [b.ada for b in self.blocks]
+        mods_mid = F.conv2d(F.silu(ctx), torch.cat([a.weight for a in ada])[:, :, None, None],
+                            torch.cat([a.bias for a in ada])) if ada else ctx[:, :0]
+        # The input convolutions on the enlarged latent: two 3x3 convolutions of a map that is constant over blocks of
+        # >= 8 x 8 pixels have at most 5 different values a block and axis, so 5 x 5 pixels a block are enough.
+        z = self.conv_in_z(F.interpolate(z, scale_factor=5, mode="nearest"))
+        z = F.conv2d(z, self.conv_in.weight[:, -z.shape[1]:], self.conv_in.bias, padding=1)
+        z = z.permute(0, 2, 3, 1)
+        for dim, n, cells in ((2, W, w), (1, H, h)):
+            p = torch.arange(n, device=z.device)
+            p, inside = p // (n // cells), p % (n // cells)
+            z = z.index_select(dim, 5 * p + torch.where(inside < 2, inside, (inside - n // cells + 5).clamp(min=2)))
+        return [z.permute(0, 3, 1, 2), mods, mods_mid]
 
     def forward_with_tokens(self, x, z, t=None):
         """As forward, and the tokens (B, H/8 * W/8, width) after transformer block min(4, depth // 2), which REPA
         aligns."""
         H, W = x.shape[-2:]
-        if H % 8 or W % 8 or H % z.shape[-2] or W % z.shape[-1]:
-            raise ValueError("the decoder needs image sides that are multiples of 8 and of the latent's, "
-                             f"got {H}x{W} and a {z.shape[-2]}x{z.shape[-1]} latent")
         if (t is None) == self.time_cond:
             raise ValueError("this decoder needs t" if self.time_cond else "this decoder has no time: leave t out")
         temb = self.time(time_embedding(t, self.channels).to(x.dtype)) if self.time_cond else None
+        z, mods, mods_mid = self.condition(z, H, W) if isinstance(z, torch.Tensor) else z
+        mods = iter(mods.split([m.proj.out_channels for m in self.modules() if isinstance(m, AdaGN)], dim=1))
 
-        z = self.norm_z(z)
-        ctx = self.context(z)  # (B, C, h, w)
-        h = torch.cat([self.conv_in_x(x), self.conv_in_z(F.interpolate(z, size=(H, W), mode="nearest"))], dim=1)
-        h = self.conv_in(h)
-
+        h = self.conv_in_x(x)
+        h = F.conv2d(h, self.conv_in.weight[:, :h.shape[1]], padding=1).add_(z)
         skips = [h]
         for level in self.down:
             for block in level[:2]:
-                h = block(h, ctx, temb)
+                h = block(h, next(mods), temb)
                 skips.append(h)
             if len(level) == 3:
                 h = level[2](h)
                 skips.append(h)
 
-        rows, cols = h.shape[-2:]  # H/8, W/8
-        ctx_tokens = F.interpolate(ctx, size=(rows, cols), mode="nearest").flatten(2).mT  # (B, N, C)
-        u = self.mid_in(self.mid_norm(h).flatten(2).mT)  # (B, N, width)
-        tokens = u
-        for i, block in enumerate(self.blocks):
-            u = block(u, ctx_tokens, rows, cols)
-            if i + 1 == min(4, len(self.blocks) // 2):
-                tokens = u
-        h = h + self.mid_out(u).mT.unflatten(2, (rows, cols))
+        u = tokens = linear(self.mid_norm(h), self.mid_in)  # (B, width, H/8, W/8)
+        if self.blocks:
+            windows = Windows(*u.shape[2:], self.blocks[0].attn.window, u.device)
+            biases = windows.biases(torch.stack([b.attn.bias_table for b in self.blocks]))
+            for i, (block, mod, bias) in enumerate(zip(self.blocks, mods_mid.chunk(len(self.blocks), dim=1), biases)):
+                u = block(u, mod, windows, bias)
+                if i + 1 == min(4, len(self.blocks) // 2):
+                    tokens = u
+        h = h + linear(u, self.mid_out)
 
         for level in self.up:
             for block in level[:3]:
-                h = block(torch.cat([h, skips.pop()], dim=1), ctx, temb)
+                h = block(torch.cat([h, skips.pop()], dim=1), next(mods), temb)
             if len(level) == 4:
-                h = level[3](F.interpolate(h, scale_factor=2, mode="nearest"))
-        out = self.conv_out(F.silu(self.norm_out(h)))
-        return (out + self.skip * x if self.skip else out), tokens
+                h = level[3](h)
+        out = self.conv_out(self.norm_out(h))
+        return (out + self.skip * x if self.skip else out), tokens.flatten(2).mT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,7 +517,7 @@ class DCSSDAE(nn.Module):
         if noise is None:
             shape = (len(z), 3, z.shape[2] * f, z.shape[3] * f)
             noise = torch.randn(shape, generator=generator, device=generator.device if generator else z.device)
-        noise = noise.to(z)
+        noise, z = noise.to(z), self.decoder.condition(z, *noise.shape[-2:])
         allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "mu", "tol"}
         if set(options) - allowed:
             raise ValueError(f"a decoder trained with --loss {cfg['loss']} takes the sampler options "

@@ -63,7 +63,8 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0):
         moving = f.flatten(1).float().square().mean(dim=1).sqrt() / lam >= tol  # (alive,)
         if tol > 0 and not moving.all():
             out = out.index_copy(0, alive[~moving], x[~moving])
-            alive, x, previous, z = alive[moving], x[moving], previous[moving], z[moving]
+            alive, x, previous = alive[moving], x[moving], previous[moving]
+            z = z[moving] if isinstance(z, torch.Tensor) else [part[moving] for part in z]
             if len(alive) == 0:
                 break
     return out.index_copy(0, alive, x), nfe
