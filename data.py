@@ -190,19 +190,24 @@ def prepare_train(image, size, short, u):
 
 class ImageDataset(torch.utils.data.Dataset):
     """Item i (of epoch 0) or (epoch, i) -> (float32 (3, size, size) in [-1, 1], i). `images` is an array: file names as
-    bytes, pictures (n, h, w, 3) uint8, or indices of built-in images.
+    bytes, pictures (n, h, w, 3) uint8, or indices of built-in images of `split`; `labels` (n,) int64, -1: no class.
 
     A file that cannot be decoded is named once on stderr and flagged in `skipped`, (n,) uint8 in shared memory, so that
     the finds of all workers add up in int(dataset.skipped.sum()). In training the next readable image stands in for it,
     in evaluation the item is None. ValueError where training finds nothing readable at all."""
 
-    def __init__(self, images, name, size, train, aug_scale=2.0, seed=0, crop="center"):
-        self.images, self.name, self.size, self.train = images, name, size, train
-        self.aug_scale, self.seed, self.crop = aug_scale, seed, crop
+    def __init__(self, images, labels, name, size, train, aug_scale=2.0, seed=0, crop="center", split="val"):
+        self.images, self.labels, self.name, self.size, self.train = images, labels, name, size, train
+        self.aug_scale, self.seed, self.crop, self.split = aug_scale, seed, crop, split
         self.skipped = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
 
     def __len__(self):
         return len(self.images)
+
+    def subset(self, i):
+        """-> ImageDataset of the images `i` (indices or a slice), numbered from 0."""
+        return ImageDataset(self.images[i], self.labels[i], self.name, self.size, self.train, self.aug_scale, self.seed,
+                            self.crop, self.split)
 
     def nothing_readable(self):
         return ValueError(f"none of the {len(self)} images of {self.name} can be decoded: check the files named above")
@@ -211,7 +216,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """Image j -> PIL RGB image, short side >= `short` if the file has that much; None if it is unreadable."""
         source = self.images[j]
         if isinstance(source, np.integer):
-            return Image.fromarray(demo_image(self.size, self.seed, "train" if self.train else "val", int(source)))
+            return Image.fromarray(demo_image(self.size, self.seed, self.split, int(source)))
         if isinstance(source, np.ndarray):
             return Image.fromarray(source)
         if self.skipped[j]:
@@ -265,9 +270,9 @@ def list_images(root):
     return sorted(names)
 
 
-def download(spec, train):
-    """-> uint8 (n, 32, 32, 3) for cifar10, the folder of the split for imagenette (the copy with a short side of 320).
-    Kept in $DCSSDAE_DATA, else ~/.cache/dc-ssdae. OSError, one sentence, if it cannot be had."""
+def download(spec, split):
+    """-> uint8 (n, 32, 32, 3) and labels for cifar10, the split's folder for imagenette (the copy with a short side of
+    320). Kept in $DCSSDAE_DATA, else ~/.cache/dc-ssdae. OSError, one sentence, if it cannot be had."""
     root = os.environ.get("DCSSDAE_DATA") or os.path.join(os.path.expanduser("~"), ".cache", "dc-ssdae")
     datasets = import_torchvision().datasets
     try:
@@ -277,8 +282,8 @@ def download(spec, train):
                 import fcntl
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if spec == "cifar10":
-                return datasets.CIFAR10(root, train=train, download=True).data
-            split = "train" if train else "val"
+                found = datasets.CIFAR10(root, train=split == "train", download=True)
+                return found.data, found.targets
             datasets.Imagenette(root, split=split, size="320px", download=True)
             return os.path.join(root, "imagenette2-320", split)
     except (OSError, RuntimeError) as error:                 # RuntimeError: torchvision on a damaged archive
@@ -286,11 +291,13 @@ def download(spec, train):
         raise OSError(f"cannot get {spec} into {root} ({reason}): check the network or give an image folder") from error
 
 
-def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="center"):
+def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="center", split=None):
     """-> ImageDataset. spec: `demo`, `imagenette`, `cifar10`, or a folder (`./demo` for one of that name) holding
     .jpg .jpeg .png .webp .bmp at any depth; with both train/ and val/ in it `train` picks, else all images serve both.
     Training: short side uniform in [size, aug_scale size], random crop, mirror. Evaluation: prepare_eval with `crop`.
     `demo` is drawn at `size`, so aug_scale has no effect there. limit: that many images, evenly spread over the set.
+    split: train or val, where `train` does not say it: train=False, split="train" puts training images through
+    prepare_eval. Labels: cifar10's, or the rank of a file's topmost folder among its likes (ImageNet's layout), or -1.
     ValueError (bad number, no images), FileNotFoundError, NotADirectoryError, OSError (download), one sentence each."""
     if int(size) != size or size <= 0:
         raise ValueError(f"size is {size}: use a positive whole number of pixels")
@@ -300,13 +307,14 @@ def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="cen
         raise ValueError(f"seed is {seed} and limit is {limit}: use seed >= 0 and limit >= 1 or none")
     if crop not in ("center", "adm"):
         raise ValueError(f"crop is {crop!r}: use center or adm")
-    split = "train" if train else "val"
+    split = split or ("train" if train else "val")
     if spec == "demo":
         images, aug_scale = np.arange(DEMO_LENGTH[split]), 1.0
+        labels = np.full(len(images), -1)
     elif spec == "cifar10":
-        images = download(spec, train)
+        images, labels = download(spec, split)
     else:
-        folder = download(spec, train) if spec == "imagenette" else os.path.expanduser(spec)
+        folder = download(spec, split) if spec == "imagenette" else os.path.expanduser(spec)
         if not os.path.exists(folder):
             raise FileNotFoundError(f"there is no folder {spec}: give demo, imagenette, cifar10 or a folder of images")
         if not os.path.isdir(folder):
@@ -317,9 +325,12 @@ def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="cen
         if not names:
             raise ValueError(f"no images in {folder}: it needs files ending in {' '.join(EXTENSIONS)}, at any depth")
         images = np.array([os.fsencode(f) for f in names])   # one block: workers would copy a list, bit by bit
-    if limit is not None and limit < len(images):
-        images = images[np.arange(limit) * len(images) // limit]
-    return ImageDataset(images, spec, int(size), train, aug_scale, seed, crop)
+        parts = [f[len(folder):].lstrip(os.sep).split(os.sep) for f in names]
+        classes = {c: k for k, c in enumerate(sorted({p[0] for p in parts if len(p) > 1}))}
+        labels = [classes[p[0]] if len(p) > 1 else -1 for p in parts]
+    dataset = ImageDataset(images, np.array(labels), spec, int(size), train, aug_scale, seed, crop, split)
+    n = len(dataset)
+    return dataset if limit is None or limit >= n else dataset.subset(np.arange(limit) * n // limit)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,15 +1,20 @@
-"""Frechet Inception Distance between two sets of images, from scratch. This file stands alone: torch, numpy and PIL.
+"""Frechet distance of two sets of images (FID, FD-DINOv2), from scratch. Needs none of our other files.
 
 FID (Heusel et al. 2017, arXiv 1706.08500) fits a Gaussian to 2048 features of each image set and measures the distance
 of the two Gaussians; rFID is the FID between images and their reconstructions. Small differences of protocol move it
 more than many papers' gains. Ours, the same as pytorch-fid's (whose numbers and .npz files it reproduces):
 - network: FID's own Inception-v3, the TensorFlow graph of 2015 as ported in pt_inception-2015-12-05-6726825d.pth, in
-  float32 without TF32. torchvision's Inception has other weights and other pooling: its "FID" is another number.
-- input: 8-bit RGB, resized to 299 x 299 bilinearly, no antialiasing, half-pixel centres, then scaled to [-1, 1].
+  float32 without TF32. torchvision's Inception has other weights and other pooling: its "FID" is another number. The
+  SHA-256 of the weight file is printed with every number.
+- input: RGB clamped and rounded to 8 bit, resized to 299 x 299 bilinearly, no antialiasing, half-pixel centres, not
+  rounded again, then scaled to [-1, 1].
 - statistics: mean and covariance (N - 1) in float64; under 10,000 images FID is visibly biased upwards, and at 2048 or
   fewer the covariance is rank-deficient: compare only numbers with the same N.
 - both sets are prepared in the same way. Here: images as stored (EXIF rotation applied), or --size S: short side to S
-  by PIL bilinear, centre crop, which is evaluate.py's --crop center. Raw files against crops is a classic mistake.
+  by PIL bilinear, centre crop, which is evaluate.py's --crop center (SSDD); its --crop adm (box halving, bicubic,
+  centre crop) is DC-AE's. Raw files against crops is a classic mistake.
+--features dinov2 is FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675) as edm2 computes it; a TorchScript file gives the
+distance in features of your own. Neither is FID or rFID, or can be compared with them.
 
     python fid.py originals/ reconstructions/                 # two folders, searched recursively
     python fid.py imagenet/val --size 256 --save val256.npz   # statistics once ...
@@ -28,10 +33,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 from torch import nn
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
+DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 IMAGES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,27 +116,35 @@ class Mixed(nn.Module):
         return torch.cat(out, 1)
 
 
-class InceptionFeatures(nn.Module):
-    """The 2048 features FID is defined on.
+class Features(nn.Module):
+    """A network whose features a Frechet distance compares.
 
-    weights: path of pt_inception-2015-12-05-6726825d.pth; None looks in torch.hub's cache, then downloads it there.
-    Raises FileNotFoundError when the file can be had nowhere, ValueError when it holds something else.
-    .dim is 2048; .sha256 is the digest of the weight file: quote it beside the number.
+    weights: path; None looks in torch.hub's cache, then downloads the file there. Raises FileNotFoundError when it can
+    be had nowhere, ValueError when it holds something else.
+    .dim is the number of features; .sha256 the digest of the weight file: quote it beside the number.
     forward: (B, 3, H, W) uint8, or float in [-1, 1] (clamped and rounded to 8 bit here: FID is defined on 8-bit
-    images) -> (B, 2048) float32. Any H, W.
+    images) -> (B, dim) float32. Any H, W.
     """
+
+    @torch.no_grad()
+    def forward(self, images):
+        if images.dtype != torch.uint8:
+            images = (images.float().clamp(-1, 1) * 127.5 + 127.5).round()
+        with (torch.autocast(images.device.type, enabled=False),
+              torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
+            return self.features(images.float() / 255)                 # in [0, 1]
+
+
+class InceptionFeatures(Features):
+    """The 2048 features FID is defined on. weights: pt_inception-2015-12-05-6726825d.pth."""
 
     dim = 2048
 
     def __init__(self, weights=None):
         super().__init__()
-        path = find_weights(weights)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)  # before building: a bad file fails fast
-            state = {k: v for k, v in state.items() if not k.startswith(("fc.", "AuxLogits."))}
-        except Exception as error:  # noqa: BLE001 torch.load raises half a dozen types for a foreign file
-            raise ValueError(f"{path} is not a PyTorch weight file ({type(error).__name__})") from None
-        with torch.device("meta"):  # no random initialisation of 22 M parameters that the file replaces
+        path, state, self.sha256 = read_weights(weights, URL, "--inception")  # before building: a bad file fails fast
+        state = {k: v for k, v in state.items() if not k.startswith(("fc.", "AuxLogits."))}
+        with torch.device("meta"):  # no random initialisation that the file replaces
             self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, padding=0)   # 299 -> 149
             self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)            # 147
             self.Conv2d_2b_3x3 = Conv(32, 64, 3)                       # 147, pool -> 73
@@ -144,39 +159,100 @@ class InceptionFeatures(nn.Module):
             raise ValueError(f"{path} does not hold FID's Inception-v3: {len(wrong)} tensors differ, e.g. {wrong[0]}")
         self.load_state_dict(state, assign=True)
         self.float().eval().requires_grad_(False)
+
+    def features(self, x):
+        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
+        x = F.max_pool2d(x, 3, stride=2)                               # (B, 192, 35, 35)
+        for name, *_ in MIXED:
+            x = getattr(self, name)(x)
+        return x.mean((2, 3))                                          # (B, 2048, 8, 8) -> (B, 2048)
+
+
+class DINOv2Features(Features):
+    """The 1024 features of FD-DINOv2: the class token of ViT-L/14 after the last norm. ImportError without timm.
+
+    As DINOv2Detector in edm2's calculate_metrics.py: 224 x 224 by bicubic with antialiasing, not rounded; ImageNet's
+    mean and deviation; position embeddings from 37 x 37 to 16 x 16 by a factor of 16.1 / 37, bicubic without
+    antialiasing, as in DINOv2's code (timm's way of resizing them gives other features).
+    weights: dinov2_vitl14_pretrain.pth, or timm's file.
+    """
+
+    dim = 1024
+
+    def __init__(self, weights=None):
+        super().__init__()
+        try:
+            import timm
+        except (ImportError, RuntimeError) as error:                   # RuntimeError: torchvision of another build
+            raise ImportError(f"FD-DINOv2 needs the timm package: pip install timm ({error})") from None
+        path, state, self.sha256 = read_weights(weights, DINO_URL, "--dinov2")
+        state.pop("mask_token", None)                                  # timm's file is the same without
+        with torch.device("meta"):
+            self.vit = timm.create_model("vit_large_patch14_dinov2.lvd142m", num_classes=0, img_size=224)
+        try:
+            first, grid = state["pos_embed"].split([1, 37 * 37], dim=1)
+            grid = F.interpolate(grid.mT.unflatten(2, (37, 37)), scale_factor=16.1 / 37, mode="bicubic")
+            self.vit.load_state_dict(state | {"pos_embed": torch.cat([first, grid.flatten(2).mT], 1)}, assign=True)
+        except (KeyError, RuntimeError):
+            raise ValueError(f"{path} does not hold the weights of DINOv2 ViT-L/14") from None
+        self.float().eval().requires_grad_(False)
+
+    def features(self, x):
+        x = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True)
+        mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        return self.vit.forward_features((x - mean) / std)[:, 0]
+
+
+class FileFeatures(Features):
+    """Features of your own: a TorchScript file that maps (B, 3, H, W) in [-1, 1] to (B, D) for any B; H = W = size is
+    tried. Pickled and exported modules are refused: reading them runs code in the file."""
+
+    def __init__(self, path, size=256):
+        super().__init__()
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"--features {path}: neither inception nor dinov2 nor a file")
+        try:
+            self.network = torch.jit.load(path, map_location="cpu").eval()
+            (one, self.dim), (two, _) = (self.network(torch.zeros(n, 3, size, size)).shape for n in (1, 2))
+            if (one, two) != (1, 2):
+                raise ValueError("not one row an image")
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is refused: not a TorchScript network of images (B, 3, {size}, {size}) to "
+                             f"features (B, D) ({str(error).strip().splitlines()[-1]})") from None
         self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-    @torch.no_grad()
-    def forward(self, images):
-        if images.dtype != torch.uint8:
-            images = (images.float().clamp(-1, 1) * 127.5 + 127.5).round()
-        device = images.device.type
-        with torch.autocast(device, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
-            x = F.max_pool2d(x, 3, stride=2)                           # (B, 192, 35, 35)
-            for name, *_ in MIXED:
-                x = getattr(self, name)(x)
-            return x.mean((2, 3))                                      # (B, 2048, 8, 8) -> (B, 2048)
+    def features(self, x):
+        return self.network(2 * x - 1)
 
 
-def find_weights(weights=None):
-    """Path of the Inception weight file: the given one, torch.hub's cache, or a download. FileNotFoundError if none."""
-    name = URL.rsplit("/", 1)[1]
-    cached = Path(torch.hub.get_dir(), "checkpoints", name)
-    path = Path(weights) if weights else cached
-    if path.is_file():
-        return path
-    if weights:
-        raise FileNotFoundError(f"no Inception weight file {weights}")
+def load_features(name, inception=None, dinov2=None, size=256):
+    """The network of --features `name`: "inception", "dinov2" (their weight files: the next two) or a file."""
+    if name == "inception":
+        return InceptionFeatures(inception)
+    return DINOv2Features(dinov2) if name == "dinov2" else FileFeatures(name, size)
+
+
+def read_weights(weights, url, flag):
+    """(path, tensors, SHA-256) of a weight file: the given one, or `url` through torch.hub's cache. FileNotFoundError
+    if there is none, ValueError if it holds something else. Code in pickles is never run."""
+    path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1]))
+    if weights and not path.is_file():
+        raise FileNotFoundError(f"{flag}: no weight file {weights}")
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(cached), hash_prefix="6726825d", progress=sys.stderr.isatty())
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            prefix = "6726825d" if url == URL else None
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
     except Exception as error:  # noqa: BLE001 no network, no space, a proxy's error page: no file
-        raise FileNotFoundError(f"{name} is neither in {cached.parent} nor could it be downloaded from github.com "
-                                f"({type(error).__name__}): give it with --inception FILE") from None
-    return cached
+        raise FileNotFoundError(f"{path.name} is neither in {path.parent} nor could it be downloaded from "
+                                f"{url.split('/')[2]} ({type(error).__name__}): give it with {flag} FILE") from None
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        return path, dict(state.items()), hashlib.sha256(path.read_bytes()).hexdigest()
+    except Exception as error:  # noqa: BLE001 both raise half a dozen types for a foreign file
+        raise ValueError(f"{path} is not a PyTorch weight file ({type(error).__name__})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,17 +368,15 @@ def folder_statistics(folder, network, device="cpu", batch_size=32, size=None):
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGES)
     if not paths:
         raise FileNotFoundError(f"{folder} is not a folder with images")
-    statistics, skipped = Statistics(device=device), 0
+    statistics, skipped = Statistics(network.dim, device), 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(paths), batch_size):
             images = list(pool.map(lambda path: read_image(path, size), paths[start:start + batch_size]))
             skipped += sum(image is None for image in images)
-            by_shape = {}                                              # images of one size go through together
-            for image in images:
-                if image is not None:
-                    by_shape.setdefault(image.shape, []).append(image)
-            for group in by_shape.values():
-                statistics.update(network(torch.stack(group).to(device)))
+            images = [image for image in images if image is not None]
+            for shape in {image.shape for image in images}:            # images of one size go through together
+                group = torch.stack([image for image in images if image.shape == shape])
+                statistics.update(network(group.to(device)))
             print(f"\r{folder}: {min(start + batch_size, len(paths))}/{len(paths)}", end="", file=sys.stderr)
     print(f"\nwarning: skipped {skipped} unreadable images in {folder}" if skipped else "", file=sys.stderr)
     return statistics
@@ -310,15 +384,20 @@ def folder_statistics(folder, network, device="cpu", batch_size=32, size=None):
 
 def main():
     parser = argparse.ArgumentParser(description="FID between two image folders or saved statistics (.npz).")
-    parser.add_argument("a", metavar="A", help="folder of images, or .npz statistics")
-    parser.add_argument("b", metavar="B", nargs="?", help="the other set; may be left out with --save")
-    parser.add_argument("--inception", metavar="FILE", help="Inception weights; default: torch.hub's cache or download")
-    parser.add_argument("--size", type=int, help="resize the short side and centre-crop first; default: as stored")
-    parser.add_argument("--batch_size", type=int, default=32, help="images read and run at a time [%(default)s]")
-    parser.add_argument("--save", metavar="FILE", help="write the statistics of A to this .npz")
+    add = parser.add_argument
+    add("a", metavar="A", help="folder of images, or .npz statistics")
+    add("b", metavar="B", nargs="?", help="the other set; may be left out with --save")
+    add("--features", default="inception", metavar="F", help="inception (FID), dinov2 (FD-DINOv2) or a TorchScript "
+        "file that maps (B, 3, H, W) in [-1, 1] to (B, D) [%(default)s]")
+    add("--inception", metavar="FILE", help="Inception weights; default: torch.hub's cache or download")
+    add("--dinov2", metavar="FILE", help="DINOv2 ViT-L/14 weights; default: torch.hub's cache or download")
+    add("--size", type=int, help="resize the short side and centre-crop first; default: as stored")
+    add("--batch_size", type=int, default=32, help="images read and run at a time [%(default)s]")
+    add("--save", metavar="FILE", help="write the statistics of A to this .npz")
     args = parser.parse_args()
     if args.b is None and not args.save:
         parser.error("give two sets A B, or A and --save FILE")
+    name = {"inception": "FID", "dinov2": "FD-DINOv2"}.get(args.features) or f"FD {Path(args.features).stem}"
     try:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         network, sets, sources = None, [], [source for source in (args.a, args.b) if source]
@@ -329,20 +408,22 @@ def main():
             if source.endswith(".npz"):
                 sets.append(Statistics.load(source))
             else:
-                network = network or InceptionFeatures(args.inception).to(device)
+                files = args.inception, args.dinov2
+                network = network or load_features(args.features, *files, args.size or 256).to(device)
                 sets.append(folder_statistics(source, network, device, args.batch_size, args.size))
         if args.save:
             sets[0].save(args.save)
         if args.b is not None:
-            print(f"FID {frechet_distance(sets[0].mu, sets[0].sigma, sets[1].mu, sets[1].sigma):.4f}")
-    except (ValueError, OSError) as error:
+            print(f"{name} {frechet_distance(sets[0].mu, sets[0].sigma, sets[1].mu, sets[1].sigma):.4f}")
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"N = {' and '.join(str(s.n or 'unknown') for s in sets)}; " + (
-        f"Inception sha256 {network.sha256}" if network else "features from .npz files"))
+        f"features of {args.features} sha256 {network.sha256}" if network else "features from .npz files"))
     smallest = min((s.n for s in sets if s.n), default=10_000)
     if smallest < 10_000:
-        print(f"warning: FID of {smallest} images is biased upwards" + (
-            ", and its covariance is rank-deficient" if smallest <= 2048 else "") + ": compare only at the same N")
+        print(f"warning: {name} of {smallest} images is biased upwards" + (
+            ", and its covariance is rank-deficient" if smallest <= sets[0].mu.size else "")
+            + ": compare only at the same N")
 
 
 if __name__ == "__main__":

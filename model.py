@@ -18,12 +18,14 @@ import os
 import pickle
 import re
 import struct
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sampler
 from encoder import make_encoder
@@ -111,7 +113,7 @@ class NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, scale, shift, mean, rstd = ctx.saved_tensors
-        B, C, H, W = x.shape
+        C, H, W = x.shape[1:]
         mean, rstd = (t.float().repeat_interleave(C // 32, 1)[:, :, None, None] for t in (mean, rstd))  # (B, C, 1, 1)
         v, a = blocks(x, scale), rstd * scale
         y = torch.addcmul(per_block((shift - mean * a).to(x.dtype)), v, per_block(a.to(x.dtype)))
@@ -120,8 +122,8 @@ class NormSiLU(torch.autograd.Function):
         dshift, g_x = (t.sum(4).float().sum(2).permute(0, 3, 1, 2) for t in (g, torch.mul(g, v, out=y)))
         dscale = (g_x - mean * dshift) * rstd
         # dx = rstd (scale g - mean(scale g) - x^ mean(scale g x^)), means over a group's pixels and channels
-        m, m_xhat = ((scale * t).sum((2, 3)).unflatten(1, (32, -1)).sum(2).repeat_interleave(C // 32, 1)[:, :, None, None]
-                     / (C // 32 * H * W) for t in (dshift, dscale))
+        m, m_xhat = (((scale * t).sum((2, 3)).unflatten(1, (32, -1)).sum(2) / (C // 32 * H * W))
+                     .repeat_interleave(C // 32, 1)[:, :, None, None] for t in (dshift, dscale))
         slope = -rstd.square() * m_xhat
         constant = -rstd * m - mean * slope
         dx = torch.addcmul(per_block(constant.to(x.dtype)), v, per_block(slope.to(x.dtype)), out=y)
@@ -255,7 +257,7 @@ class Windows:
         window."""
         (ky, kx), (by, bx), (iy, ix) = self.keys, self.block, self.rows
         t = F.pad(tables.flip(1, 2).permute(0, 3, 1, 2), (kx, kx, ky, ky), value=-1e9)  # by key - query
-        t = t.unfold(2, ky, 1).unfold(3, kx, 1)[:, :, iy[:, None], ix]       # (layers, heads, kinds * block, ... , k, k)
+        t = t.unfold(2, ky, 1).unfold(3, kx, 1)[:, :, iy[:, None], ix]       # (layers, heads, uy by, ux bx, ky, kx)
         t = t.unflatten(2, (-1, by)).unflatten(4, (-1, bx))                  # (layers, heads, uy, by, ux, bx, ky, kx)
         return t.permute(0, 2, 4, 1, 3, 5, 6, 7).flatten(6).flatten(4, 5).flatten(1, 2)
 
@@ -275,14 +277,13 @@ class WindowAttention(nn.Module):
         """x (B, C, h, w); windows Windows(h, w, ...); bias (kinds, heads, queries, keys) of this layer."""
         q = linear(x, self.q).flatten(2).mT                                              # (B, N, C)
         kv = F.conv2d(x, torch.cat([self.k.weight, self.v.weight])[:, :, None, None]).flatten(2).mT
-        blocks = len(windows.kind)
         if not windows.single:
             q, kv = q[:, windows.q].flatten(0, 1), kv[:, windows.kv].flatten(0, 1)       # (B * blocks, tokens, ...)
             bias = bias[windows.kind.repeat(len(x))]
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, dim=-1)))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)).transpose(1, 2).flatten(2)
         if not windows.single:
-            out = out.unflatten(0, (-1, blocks)).flatten(1, 2)[:, windows.back]
+            out = out.unflatten(0, (len(x), -1)).flatten(1, 2)[:, windows.back]
         return linear(out.mT.unflatten(2, x.shape[2:]), self.out)
 
 
@@ -338,6 +339,7 @@ class UViT(nn.Module):
         c, top = widths[0], widths[-1]
         temb = 4 * c if time_cond else None
         self.channels, self.time_cond, self.skip = c, time_cond, skip
+        self.checkpointing = False  # True: training keeps only the residual blocks' inputs, and computes the rest twice
         if time_cond:
             self.time = nn.Sequential(nn.Linear(c, temb), nn.SiLU(), nn.Linear(temb, temb))
 
@@ -395,6 +397,7 @@ class UViT(nn.Module):
         Returns [input map (B, C, H, W), scales and shifts of all AdaGN, of all AdaLN: (B, ..., h, w)].
         """
         h, w = z.shape[-2:]
+        z = z.to(self.conv_out.weight.dtype)
         if H % (8 * h) or W % (8 * w):
             raise ValueError("the decoder needs image sides that are multiples of 8 and of the latent's, by a factor "
                              f"that is a multiple of 8; got {H}x{W} and a {h}x{w} latent")
@@ -419,19 +422,20 @@ class UViT(nn.Module):
     def forward_with_tokens(self, x, z, t=None):
         """As forward, and the tokens (B, H/8 * W/8, width) after transformer block min(4, depth // 2), which REPA
         aligns."""
-        H, W = x.shape[-2:]
         if (t is None) == self.time_cond:
             raise ValueError("this decoder needs t" if self.time_cond else "this decoder has no time: leave t out")
-        temb = self.time(time_embedding(t, self.channels).to(x.dtype)) if self.time_cond else None
-        z, mods, mods_mid = self.condition(z, H, W) if isinstance(z, torch.Tensor) else z
+        dtype = self.conv_out.weight.dtype
+        temb = self.time(time_embedding(t, self.channels).to(dtype)) if self.time_cond else None
+        z, mods, mods_mid = self.condition(z, *x.shape[-2:]) if isinstance(z, torch.Tensor) else z
         mods = iter(mods.split([m.proj.out_channels for m in self.modules() if isinstance(m, AdaGN)], dim=1))
 
-        h = self.conv_in_x(x)
+        h = self.conv_in_x(x.to(dtype))
         h = F.conv2d(h, self.conv_in.weight[:, :h.shape[1]], padding=1).add_(z)
         skips = [h]
+        run = partial(checkpoint, use_reentrant=False) if self.checkpointing and self.training else lambda f, *a: f(*a)
         for level in self.down:
             for block in level[:2]:
-                h = block(h, next(mods), temb)
+                h = run(block, h, next(mods), temb)
                 skips.append(h)
             if len(level) == 3:
                 h = level[2](h)
@@ -449,11 +453,11 @@ class UViT(nn.Module):
 
         for level in self.up:
             for block in level[:3]:
-                h = block(torch.cat([h, skips.pop()], dim=1), next(mods), temb)
+                h = run(block, torch.cat([h, skips.pop()], dim=1), next(mods), temb)
             if len(level) == 4:
                 h = level[3](h)
         out = self.conv_out(self.norm_out(h))
-        return (out + self.skip * x if self.skip else out), tokens.flatten(2).mT
+        return (out + self.skip * x if self.skip else out.to(x.dtype)), tokens.flatten(2).mT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,7 +503,7 @@ class DCSSDAE(nn.Module):
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"{self.config['enc']} encodes (B, 3, H, W) images with sides that are multiples of {f}, "
                              f"got {tuple(x.shape)}")
-        return self.encoder(x)
+        return self.encoder(x.to(next(self.encoder.parameters()).dtype))
 
     def decode(self, z, steps=1, noise=None, generator=None, **options):
         """z (B, c, h, w) -> images (B, 3, h*f, w*f), nominally in [-1, 1], not clamped. Arguments as in `sample`."""
@@ -517,7 +521,7 @@ class DCSSDAE(nn.Module):
         if noise is None:
             shape = (len(z), 3, z.shape[2] * f, z.shape[3] * f)
             noise = torch.randn(shape, generator=generator, device=generator.device if generator else z.device)
-        noise, z = noise.to(z), self.decoder.condition(z, *noise.shape[-2:])
+        noise, z = noise.to(z.device), self.decoder.condition(z, *noise.shape[-2:])  # the sum of steps in float32
         allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "mu", "tol"}
         if set(options) - allowed:
             raise ValueError(f"a decoder trained with --loss {cfg['loss']} takes the sampler options "

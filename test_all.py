@@ -7,6 +7,10 @@ Tests that compare with another library are skipped where it is not installed. N
 downloaded (VGG-16, DINOv2, Inception) stand here with random weights, given as files.
 """
 import builtins
+import contextlib
+import csv
+import functools
+import hashlib
 import inspect
 import json
 import math
@@ -26,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import evaluate
@@ -34,7 +39,20 @@ import losses
 import sampler
 from encoder import DiagonalGaussian, make_encoder
 from losses import EqM
-from model import DCSSDAE, SIZES, LatentNorm, UViT, local_file, our_names, pad_to_multiple, read_weights
+from model import (
+    DCSSDAE,
+    SIZES,
+    LatentNorm,
+    NormSiLU,
+    Upsample,
+    UViT,
+    WindowAttention,
+    Windows,
+    local_file,
+    our_names,
+    pad_to_multiple,
+    read_weights,
+)
 from train import load_checkpoint, save_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -595,8 +613,8 @@ def test_decode_is_reproducible_differentiable_and_says_what_it_takes():
         model.decode(z, method="adam")
     with pytest.raises(ValueError, match="takes the sampler options t_shift"):
         DCSSDAE("dc_f16c4", "XS", "fm", enc_width=0.0625, depth=1).decode(z, eta=0.1)
-    half = model.bfloat16()
-    assert half.decode(z.detach().bfloat16(), steps=2).dtype == torch.bfloat16
+    half = model.bfloat16()  # weights and maps; the image is summed up in float32
+    assert half.decode(z.detach().bfloat16(), steps=2).dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1276,6 +1294,7 @@ class FakeTorchvision:
             def __init__(self, root, train, download):
                 assert download
                 self.data = np.random.default_rng(int(train)).integers(0, 256, (9 if train else 5, 32, 32, 3), np.uint8)
+                self.targets = [0] * len(self.data)
 
         class Imagenette:
             def __init__(self, root, split, size, download):
@@ -1675,7 +1694,7 @@ def batches_of(x, batch):
 def test_evaluate_gives_the_expected_numbers():
     x = demo_batch(6, 32)
     result = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 4), steps=(1, 4),
-                               lpips={"vgg": lambda a, b: (a - b).abs().mean((1, 2, 3))})
+                               distances={"lpips_vgg": lambda a, b: (a - b).abs().mean((1, 2, 3))})
     baseline, one, four = result["rows"]
     assert result["images"] == 6 and (baseline["steps"], one["steps"], four["steps"]) == (0, 1, 4)
     assert one["psnr"] == pytest.approx(100) and one["ssim"] == pytest.approx(1) and one["hf"] == pytest.approx(1)
@@ -1715,13 +1734,15 @@ def test_noise_depends_on_seed_and_index_alone():
 
 def test_rfid_of_a_perfect_decoder_is_zero_and_originals_are_reused():
     x, network = demo_batch(3, 16), TinyInception()
-    result = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 2), inception=network)
+    result = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 2), features={"rfid": network})
     baseline, one = (row["rfid"] for row in result["rows"])
     assert baseline > 1e-4 and 0 <= one < 1e-9
-    again = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 2), inception=network, originals=result["originals"])
+    again = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 2), features={"rfid": network},
+                              originals=result["originals"])
     assert again["rows"][0]["rfid"] == pytest.approx(baseline, rel=1e-6)
     with pytest.raises(ValueError, match="3 originals for 2 images"):
-        evaluate.evaluate(FakeAutoencoder(), batches_of(x[:2], 2), inception=network, originals=result["originals"])
+        evaluate.evaluate(FakeAutoencoder(), batches_of(x[:2], 2), features={"rfid": network},
+                          originals=result["originals"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1799,7 +1820,7 @@ def test_two_processes_equal_one(tmp_path, checkpoint):
     (tmp_path / "images" / "0.png").write_bytes((tmp_path / "images" / "0.png").read_bytes()[:200])
     (tmp_path / "run.py").write_text(
         "import torch\nfrom torch import nn\n\nimport evaluate\n\n\n" + inspect.getsource(TinyInception)
-        + "\n\nevaluate.InceptionFeatures = TinyInception\nevaluate.guarded(evaluate.main)\n")
+        + "\n\nfid.InceptionFeatures = TinyInception\nevaluate.guarded(evaluate.main)\n")
     reports = []
     for n in (1, 2):
         # batches of 1: other batch sizes round convolutions differently, and a level may flip
@@ -1832,7 +1853,7 @@ def test_evaluate_command_reports_what_is_unavailable(tmp_path, checkpoint, offl
     assert Image.open(tmp_path / "o" / "reconstructions.png").height > 4 * 32  # originals, baseline, 1 and 2 steps
 
     # With a network, and twice: the second run takes the originals' statistics from the cache.
-    monkeypatch.setattr(evaluate, "InceptionFeatures", TinyInception)
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
     rfid = []
     for _ in range(2):
         run_main(evaluate, monkeypatch, *common, "--cache", tmp_path / "c", "--lpips_net", "vgg")
@@ -2085,3 +2106,593 @@ def test_help_explains_every_flag():
                  "--lr", "--weight_decay", "--grad_clip", "--ema", "--dtype", "--compile", "--seed", "--out",
                  "--resume", "--eval_every", "--save_every", "--log_every"]:
         assert flag in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frechet distances in other features, DreamSim
+
+
+def script(path, dim=5, module=None):
+    """A TorchScript file: averages of random linear functions of the pixels, for any size."""
+    torch.manual_seed(1)
+    net = module or nn.Sequential(nn.Conv2d(3, dim, 8, bias=False), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        torch.jit.trace(net, torch.zeros(2, 3, 16, 16)).save(path)
+    return net
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_dinov2_features_are_those_of_the_original_code(tmp_path, monkeypatch, offline):
+    """Two of the 24 blocks, random weights: written out here after DINOv2's vision_transformer.py."""
+    data.import_torchvision()
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
+    with torch.device("meta"):
+        state = timm.create_model("vit_large_patch14_dinov2.lvd142m", num_classes=0).state_dict()
+    g = torch.Generator().manual_seed(0)
+    p = {k: torch.randn(v.shape, generator=g) * 0.03 + (".gamma" in k or "norm" in k and "weight" in k)
+         for k, v in state.items()}
+    torch.save(p | {"mask_token": torch.zeros(1, 1024)}, tmp_path / "original.pth")
+    image = torch.randint(0, 256, (2, 3, 40, 56), generator=g, dtype=torch.uint8)
+    network = fid.DINOv2Features(tmp_path / "original.pth")
+    got = network(image)
+
+    x = F.interpolate(image.float(), size=(224, 224), mode="bicubic", antialias=True) / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    x = F.conv2d(x, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=14).flatten(2).transpose(1, 2)
+    x = torch.cat([p["cls_token"].expand(2, -1, -1), x], 1)
+    grid = p["pos_embed"][:, 1:].reshape(1, 37, 37, 1024).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=((16 + 0.1) / 37, (16 + 0.1) / 37), mode="bicubic")
+    x = x + torch.cat([p["pos_embed"][:, :1], grid.permute(0, 2, 3, 1).reshape(1, 256, 1024)], 1)
+    for i in range(2):
+        def layer(name, y, i=i):
+            return F.linear(y, p[f"blocks.{i}.{name}.weight"], p[f"blocks.{i}.{name}.bias"])
+
+        def norm(name, y, i=i):
+            return F.layer_norm(y, (1024,), p[f"blocks.{i}.{name}.weight"], p[f"blocks.{i}.{name}.bias"], 1e-6)
+
+        q, k, v = layer("attn.qkv", norm("norm1", x)).reshape(2, 257, 3, 16, 64).permute(2, 0, 3, 1, 4)
+        attended = (q @ k.transpose(-1, -2) / 8).softmax(-1) @ v
+        x = x + p[f"blocks.{i}.ls1.gamma"] * layer("attn.proj", attended.transpose(1, 2).reshape(2, 257, 1024))
+        x = x + p[f"blocks.{i}.ls2.gamma"] * layer("mlp.fc2", F.gelu(layer("mlp.fc1", norm("norm2", x))))
+    want = F.layer_norm(x, (1024,), p["norm.weight"], p["norm.bias"], 1e-6)[:, 0]
+    assert got.shape == (2, 1024) and got.dtype == torch.float32 and want.std() > 0.1
+    assert relative_error(got, want) < 1e-4
+    assert torch.equal(network(image / 127.5 - 1 + 0.001), got)  # floats are rounded to 8 bit
+    digest = hashlib.sha256((tmp_path / "original.pth").read_bytes()).hexdigest()
+    assert network.dim == 1024 and network.sha256 == digest
+
+    save_file(p, tmp_path / "timm.safetensors")  # timm's layout and format: the same network
+    assert torch.equal(fid.load_features("dinov2", dinov2=tmp_path / "timm.safetensors")(image), got)
+    torch.save({k: v for k, v in p.items() if k != "norm.bias"}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match="part.pth does not hold the weights of DINOv2"):
+        fid.DINOv2Features(tmp_path / "part.pth")
+    with pytest.raises(FileNotFoundError, match="missing.pth"):
+        fid.DINOv2Features(tmp_path / "missing.pth")
+    with pytest.raises(FileNotFoundError, match=r"dinov2_vitl14_pretrain.pth .*fbaipublicfiles.*--dinov2 FILE"):
+        fid.DINOv2Features()
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="timm"):
+        fid.DINOv2Features(tmp_path / "original.pth")
+
+
+class Bomb(nn.Module):
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_features_from_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net = script(tmp_path / "mine.ts")
+    network = fid.load_features("mine.ts", size=24)
+    image = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
+    with torch.no_grad():
+        want = net(image / 255 * 2 - 1)
+    assert network.dim == 5 and torch.allclose(network(image), want, atol=1e-6)
+    assert network.sha256 == hashlib.sha256((tmp_path / "mine.ts").read_bytes()).hexdigest()
+
+    torch.save(Bomb(), "bomb.ts")
+    (tmp_path / "text.ts").write_text("hello")
+    script("map.ts", module=nn.Conv2d(3, 4, 3))
+    script("fixed.ts", module=nn.Sequential(nn.Flatten(0), nn.Linear(2 * 3 * 16 * 16, 4)))
+    for name in ("bomb.ts", "text.ts", "map.ts", "fixed.ts"):
+        with pytest.raises(ValueError, match=f"{name} is refused.*TorchScript") as stop:
+            fid.load_features(name, size=16)
+        assert "\n" not in str(stop.value)
+    assert not os.path.exists("exploded")
+    with pytest.raises(FileNotFoundError, match="neither inception nor dinov2 nor a file"):
+        fid.load_features("none.ts")
+
+    for name, n in (("a", 6), ("b", 5)):
+        folder_of(tmp_path / name, n, (24, 24))
+    Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(tmp_path / "b" / "black.png")
+    run_main(fid, monkeypatch, "a", "b", "--features", "mine.ts")
+    text = capsys.readouterr().out
+    images = [[np.array(Image.open(file)) for file in sorted((tmp_path / name).iterdir())] for name in "ab"]
+    f = [net(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2) / 127.5 - 1).detach().numpy() for x in images]
+    want = fid.frechet_distance(*(s for x in f for s in (x.mean(0), np.cov(x, rowvar=False))))
+    assert want > 1e-3 and float(re.match(r"FD mine ([\d.]+)\n", text)[1]) == pytest.approx(want, abs=6e-5)
+    assert f"mine.ts sha256 {network.sha256}" in text and "N = 6 and 6" in text and "biased" in text
+    assert "refused" in sentence(fid, monkeypatch, "a", "b", "--features", "text.ts")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_several_features_and_dreamsim_in_one_pass(tmp_path, checkpoint, offline, monkeypatch, capsys):
+    script(tmp_path / "mine.ts")
+    calls = []
+
+    def dreamsim(pretrained, device, cache_dir):
+        assert pretrained and device == "cpu" and cache_dir.startswith(str(tmp_path))
+
+        def network(x, y):
+            assert x.shape[1:] == y.shape[1:] == (3, 224, 224) and 0 <= x.min() and y.max() <= 1
+            calls.append(len(x))
+            return (x - y).abs().mean((1, 2, 3)).squeeze()  # the package gives () for one image
+        return network, None
+
+    monkeypatch.setitem(sys.modules, "dreamsim", types.SimpleNamespace(dreamsim=dreamsim))
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
+    command = ["--ckpt", checkpoint, "--limit", 5, "--batch_size", 4, "--workers", 0, "--device", "cpu", "--out",
+               tmp_path / "o", "--cache", tmp_path / "c", "--features", "inception", tmp_path / "mine.ts", "dinov2",
+               "--dreamsim"]
+    rows = []
+    for _ in range(2):  # the second time with the cached statistics of the originals: one file a network
+        run_main(evaluate, monkeypatch, *command)
+        report = json.loads((tmp_path / "o" / "metrics.json").read_text())
+        rows.append(report["rows"])
+        assert len(os.listdir(tmp_path / "c")) == 2
+    text = capsys.readouterr().out
+    for head in ("rFID (biased, N=5)", "FD mine (biased, N=5)", "FD-DINOv2: unavailable: dinov2_vitl14", "DreamSim",
+                 "inception features sha256 " + "0" * 64, "mine.ts features sha256 ", "; dreamsim; "):
+        assert head in text
+    for a, b in zip(*rows, strict=True):
+        assert a["rfid"] > 0 and a["fd_mine"] > 0 and a["fd_dinov2"] is None
+        assert (a["rfid"], a["fd_mine"]) == (pytest.approx(b["rfid"], rel=1e-6), pytest.approx(b["fd_mine"], rel=1e-6))
+    assert calls == [4, 4, 1, 1] * 2  # baseline and one step, batches of 4 and 1
+    x = torch.stack([data.make_dataset("demo", 32, False, limit=5)[i][0] for i in range(5)])
+    y = evaluate.to8bit(evaluate.shrink_enlarge(x, 8))
+    small = [F.interpolate(v / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1) for v in (x, y)]
+    want = (small[0] - small[1]).abs().mean((1, 2, 3))
+    assert rows[0][0]["dreamsim"] == pytest.approx(float(want.mean()), rel=1e-4)
+    assert rows[0][0]["dreamsim_se"] == pytest.approx(float(want.std() / 5**0.5), rel=1e-3)
+    monkeypatch.setitem(sys.modules, "dreamsim", None)
+    run_main(evaluate, monkeypatch, *command[:-5], "--dreamsim", "--features")
+    text = capsys.readouterr().out
+    assert "DreamSim: unavailable: " in text and "pip install dreamsim" in text and "FID" not in text
+    assert "two of one name" in sentence(evaluate, monkeypatch, *command, "--features", "a/x.ts", "b/x.ts")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --sweep
+
+class Quadratic:
+    """A model for calibrate: descent on sum of a (x - x*)^2 / 2 over two directions, starting at distance 1."""
+
+    def __init__(self, *curvatures):
+        self.a, self.config = curvatures, {"loss": "eqm"}
+
+    def default_eta(self, n):
+        return 1.0
+
+    def measure(self, runs):
+        for n, o in runs.values():
+            loss = 0.0
+            for a in self.a:
+                x = previous = 1.0
+                for _ in range(n):
+                    y = x + o.get("mu", 0) * (x - previous)
+                    previous, x = x, y - o["eta"] * a * y
+                loss += x * x
+            yield {"psnr_pooled": -10 * np.log10(loss) if loss < 1e30 else float("nan")}
+
+
+def test_calibration_finds_the_best_step_sizes():
+    model = Quadratic(1.0, 4.0)
+    best = evaluate.calibrate(model, [1, 2, 8], lambda runs: list(model.measure(runs)))
+    assert set(best) == {(s, n) for s in ("gd", "nesterov") for n in (1, 2, 8)}
+    one = best["gd", 1][1]
+    assert one["method"] == "gd" and one["eta"] == pytest.approx(5 / 17, rel=0.05)  # minimum of (1-e)^2 + (1-4e)^2
+    for (name, n), (score, options) in best.items():  # no worse than a fine grid, but for the resolution of 2^(1/8)
+        fine = [{"eta": eta, "mu": mu} for eta in np.geomspace(0.02, 2, 400)
+                for mu in ((0,) if name == "gd" else (0.3, 0.6, 0.9))]
+        grid = [row["psnr_pooled"] for row in model.measure({i: (n, o) for i, o in enumerate(fine)})]
+        assert score >= np.nanmax(grid) - (0.2 if n < 8 else 2), (sampler, n, options)
+    assert best["nesterov", 8][0] > best["gd", 8][0] + 3  # momentum pays on an ill-conditioned problem
+    runs = evaluate.sweep_runs(best)
+    assert len(runs) == 6 + 4 and runs["gd 1 eta " + f"{one['eta']:.3g}"] == (1, one)
+    assert [o for _, o in runs.values()][-1] == best["nesterov", 8][1] | {"tol": 0.02}
+    diverging = Quadratic(1e6)
+    assert np.isfinite(evaluate.calibrate(diverging, [9], lambda r: list(diverging.measure(r)))["gd", 9][1]["eta"])
+
+
+def test_sweep_answers_follow_from_the_rows():
+    def row(method, steps, psnr, lpips=None, nfe=None, **more):
+        return {"name": f"{method} {steps}", "method": method, "steps": steps, "nfe": nfe or steps, "psnr": psnr,
+                "hf": 0.1 * steps, "lpips_vgg": lpips, **more}
+
+    rows = [{"name": "baseline", "steps": 0, "psnr": 99.0},
+            row("gd", 1, 20.0, 0.5), row("gd", 4, 24.0, 0.3), row("gd", 8, 25.0, 0.2),
+            row("nesterov", 1, 20.0, 0.5), row("nesterov", 4, 25.3, 0.201), row("nesterov", 8, 25.5, 0.19),
+            row("nesterov", 8, 22.0, nfe=2.5, tol=0.2), row("nesterov", 8, 25.41, nfe=6.0, tol=0.1),
+            row("nesterov", 8, 25.45, nfe=7.0, tol=0.05)]
+    answers = list(evaluate.sweep_answers(rows))
+    assert answers[0] == "PSNR within 0.1 dB of nesterov 8 (25.5), fewest evaluations: gd never, nesterov 8"
+    assert answers[1] == "PSNR within 0.1 dB of gd 8 (25), fewest evaluations: gd 8, nesterov 4"
+    assert "LPIPS vgg within 2 % of gd 8 (0.2), fewest evaluations: gd 8, nesterov 4" in answers
+    assert "HF ratio at least 95 % of gd 8 (0.8), fewest evaluations: gd 8, nesterov 8" in answers
+    assert answers[-1].startswith("adaptive stop, within 0.1 dB of nesterov 8 (25.50 dB): saves evaluations "
+                                  "at tol 0.1: 6.0 for 25.41 dB, 25% fewer; ")
+    assert answers[-1].endswith("gd never, nesterov 8")
+    rows[-2:] = []
+    assert "saves evaluations at no tol: 8.0 for 25.50 dB, 0% fewer" in list(evaluate.sweep_answers(rows))[-1]
+    euler = [{"name": "baseline", "psnr": 1.0}, {"name": "euler 1", "steps": 1, "nfe": 1, "psnr": 20.0}]
+    assert list(evaluate.sweep_answers(euler)) == ["PSNR within 0.1 dB of euler 1 (20), fewest evaluations: euler 1"]
+
+
+def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
+    """In two processes as in one; on images apart from the calibration's."""
+    seen, subset = [], data.ImageDataset.subset
+
+    def recorded(self, i):
+        seen.append(set(self.images[i].tolist()))
+        return subset(self, i)
+
+    monkeypatch.setattr(data.ImageDataset, "subset", recorded)
+    pytest.importorskip("matplotlib")
+    common = ["--ckpt", checkpoint, "--sweep", 2, 1, "--calibrate", 3, "--limit", 4, "--batch_size", 1, "--workers", 0,
+              "--device", "cpu", "--features", "--lpips_net", "vgg"]
+    run_main(evaluate, monkeypatch, *common, "--plot", "--out", tmp_path / "1")
+    text = capsys.readouterr().out
+    assert len(seen) == 2 and len(seen[0]) == 3 and len(seen[1]) == 4 and not seen[0] & seen[1]
+    assert "PSNR within 0.1 dB of " in text and "adaptive stop" in text and "on 3 other images" in text
+    assert Image.open(tmp_path / "1" / "sweep.png").width > 600
+    cli("evaluate.py", *common, "--out", tmp_path / "2", nproc=2)
+    tables = []
+    for n in "12":
+        with open(tmp_path / n / "sweep.csv", newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+        rows = json.loads((tmp_path / n / "metrics.json").read_text())["rows"]
+        assert [row["name"] for row in tables[-1]] == [row["name"] for row in rows] and len(rows) == 1 + 4 + 4
+        for line, row in zip(tables[-1], rows, strict=True):
+            assert float(line["psnr"]) == row["psnr"] and line["lpips_vgg"] == ""
+            assert line["nfe"] == str(row.get("nfe", ""))
+    for a, b in zip(*tables, strict=True):
+        assert a["name"] == b["name"]
+        for key in a.keys() - {"name", "method", "ms"}:
+            assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-6), key
+    for row in rows[1:]:  # the numbers are evaluate's for these options
+        assert row["steps"] in (1, 2) and row["eta"] > 0 and row["nfe"] <= row["steps"]
+    assert "leave out eta" in sentence(evaluate, monkeypatch, *common, "--eta", 1)
+    folder_of(tmp_path / "one", 1)
+    assert "at least 2 images" in sentence(evaluate, monkeypatch, *common, "--data", tmp_path / "one")
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    assert "matplotlib" in sentence(evaluate, monkeypatch, *common, "--plot")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --images
+
+def test_own_pictures(tmp_path, checkpoint, monkeypatch, capsys):
+    sizes = {"a.png": (37, 50), "b.jpg": (64, 24), "c.webp": (5, 3)}
+    for k, (name, size) in enumerate(sizes.items()):
+        photo(*size, seed=k).save(tmp_path / name)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    files = [tmp_path / name for name in ("a.png", "broken.jpg", "b.jpg", "none.png", "c.webp")]
+    before = (tmp_path / "a.png").read_bytes()
+    run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--images", files[0], "--out", tmp_path / "bf16", "--device",
+             "cpu", "--dtype", "bf16")
+    assert "PSNR" in capsys.readouterr().out and os.listdir(tmp_path / "bf16") == ["a.png.reconstruction.png"]
+    message = sentence(evaluate, monkeypatch, "--ckpt", checkpoint, "--images", *files, "--steps", 2, "--out", tmp_path,
+                       "--device", "cpu")
+    assert message.startswith("error: 2 of 5 --images could not be read: ")
+    assert "broken.jpg" in message and "none.png" in message
+    lines = capsys.readouterr().out.splitlines()
+    model = DCSSDAE.load(checkpoint)
+    assert len(lines) == 3 and (tmp_path / "a.png").read_bytes() == before
+    for line, (name, (w, h)), k in zip(lines, sizes.items(), (0, 2, 4), strict=True):
+        x = torch.from_numpy(np.array(Image.open(tmp_path / name).convert("RGB"))).permute(2, 0, 1)[None].float()
+        generator = evaluate.seeded_generator("cpu", 0, k)
+        with torch.no_grad():
+            y = model.reconstruct(x / 127.5 - 1, 2, generator=generator)
+        y = (y.clamp(-1, 1) * 127.5 + 127.5).round()
+        grid = np.asarray(Image.open(tmp_path / f"{name}.reconstruction.png")).astype(int)
+        assert grid.shape == (h + 4, 3 * w + 8, 3)
+        a, b, error = (grid[2:2 + h, 2 + k * (w + 2):2 + k * (w + 2) + w] for k in range(3))
+        assert np.array_equal(a, x[0].permute(1, 2, 0).numpy()) and abs(b - y[0].permute(1, 2, 0).numpy()).max() <= 1
+        assert np.array_equal(error, np.minimum(4 * abs(a - b), 255))
+        db = 10 * np.log10(255**2 / ((a - b) ** 2).mean())
+        rows, columns = -(-h // 8), -(-w // 8)
+        assert f"{w} x {h}, PSNR {db:.2f} dB, SSIM " in line and f"latent 4 x {rows} x {columns} of 16 bit" in line
+        assert f"{3 * h * w} : {8 * rows * columns} bytes = {3 * h * w / (8 * rows * columns):.1f}" in line
+    assert "one name" in sentence(evaluate, monkeypatch, "--ckpt", checkpoint, "--images", "a.png", "sub/a.png",
+                                  "--device", "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --latents
+
+READER = '''
+class Latents(torch.utils.data.Dataset):
+    def __init__(self, folder):
+        with open(f"{folder}/manifest.json") as file:
+            self.manifest = json.load(file)
+        self.z = [np.load(f"{folder}/{s['latents']}", mmap_mode="r") for s in self.manifest["shards"]]
+        self.labels = np.concatenate([np.load(f"{folder}/{s['labels']}") for s in self.manifest["shards"]])
+        self.ends = np.cumsum([s["count"] for s in self.manifest["shards"]])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):                                # -> latent (c, h, w), with --flip (2, c, h, w); label
+        k = np.searchsorted(self.ends, i, side="right")
+        return torch.from_numpy(self.z[k][i - self.ends[k]].astype(np.float32)), int(self.labels[i])
+'''
+
+
+def files_of(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
+    """Same bytes by one process, by two, and after an interruption; labels; the reader; refusals."""
+    for k, name in enumerate(("cat", "dog", "dog/puppy")):
+        folder_of(tmp_path / "images" / "train" / name, 3, (40, 32))
+    folder_of(tmp_path / "images" / "val", 2)
+    for broken in sorted((tmp_path / "images" / "train" / "cat").iterdir())[:2]:  # all of the first shard
+        broken.write_bytes(b"broken")
+    common = ["--ckpt", checkpoint, "--data", tmp_path / "images", "--shard", 2, "--batch_size", 2, "--workers", 0,
+              "--device", "cpu", "--latents"]
+    run_main(evaluate, monkeypatch, *common, tmp_path / "one")
+    assert "mean" in capsys.readouterr().out
+    cli("evaluate.py", *common, tmp_path / "two", nproc=2)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+    write, calls = evaluate.write_whole, []
+
+    def interrupted(path, content):
+        calls.append(path)
+        if len(calls) == 6:  # the second shard's labels are there, its latents half written
+            (tmp_path / "three" / "latents_00002.npy.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(evaluate, "write_whole", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(evaluate, monkeypatch, *common, tmp_path / "three")
+    monkeypatch.setattr(evaluate, "write_whole", write)
+    assert "latents_00001.npy" in files_of(tmp_path / "three")
+    assert "latents_00002.npy" not in files_of(tmp_path / "three")
+    assert "shards" not in json.loads((tmp_path / "three" / "manifest.json").read_text())
+    finished = os.stat(tmp_path / "three" / "latents_00001.npy").st_mtime_ns
+    for change, word in ((["--size", 40], "size"), (["--data", "demo", "--limit", 9], "data"), (["--flip"], "shape"),
+                         (["--latents_sample"], "values"), (["--part", "val"], "part"), (["--shard", 3], "shard")):
+        assert word in sentence(evaluate, monkeypatch, *common, tmp_path / "three", *change)
+    run_main(evaluate, monkeypatch, *common, tmp_path / "three")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
+    assert os.stat(tmp_path / "three" / "latents_00001.npy").st_mtime_ns == finished
+
+    namespace = {"np": np, "torch": torch, "json": json}
+    exec(READER, namespace)  # noqa: S102
+    latents = namespace["Latents"](tmp_path / "one")
+    assert isinstance(latents.z[0], np.memmap) and latents.z[0].dtype == np.float16
+    dataset = data.make_dataset(str(tmp_path / "images"), 32, train=False, split="train")
+    items = [item for item in (dataset[i] for i in range(len(dataset))) if item]
+    assert len(latents) == len(items) == len(dataset) - 2 == 7 and len(latents.z) == 4
+    assert latents.labels.tolist() == [dataset.labels[i] for _, i in items] and set(latents.labels.tolist()) == {0, 1}
+    with torch.no_grad():
+        want = DCSSDAE.load(checkpoint).encode(torch.stack([x for x, _ in items])).mode()
+    got = torch.stack([latents[i][0] for i in range(len(latents))])
+    assert torch.allclose(got, want, atol=2e-3 * float(want.abs().max()))
+    m = latents.manifest
+    assert np.allclose(m["mean"], got.mean((0, 2, 3)), atol=1e-6)
+    assert np.allclose(m["std"], got.transpose(0, 1).flatten(1).std(1, correction=0), rtol=1e-5)
+    assert m["model_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest() and m["shape"] == [4, 4, 4]
+
+
+def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, monkeypatch):
+    common = ["--ckpt", checkpoint, "--limit", 5, "--workers", 0, "--device", "cpu", "--latents"]
+    run_main(evaluate, monkeypatch, *common, tmp_path / "z", "--latents_sample", "--flip", "--shard", 3,
+             "--batch_size", 3)
+    z = np.concatenate([np.load(tmp_path / "z" / f"latents_0000{k}.npy", mmap_mode="r") for k in range(2)])
+    assert z.shape == (5, 2, 4, 4, 4) and (np.load(tmp_path / "z" / "labels_00000.npy") == -1).all()
+    dataset = data.make_dataset("demo", 32, False, limit=5, split="train")
+    x = torch.stack([dataset[i][0] for i in range(5)])
+    noise = evaluate.image_noise(0, range(5), (2, 4, 4, 4))
+    model = DCSSDAE.load(checkpoint)
+    for k, v in enumerate((x, x.flip(3))):
+        with torch.no_grad():
+            want = model.encode(v).sample(noise[:, k])
+        assert torch.allclose(torch.from_numpy(z[:, k]).float(), want, rtol=2e-3, atol=2e-3)
+    assert not np.allclose(z[:, 0], z[:, 1], atol=0.05)
+    run_main(evaluate, monkeypatch, *common, tmp_path / "bf16", "--dtype", "bf16")
+    half = torch.from_numpy(np.load(tmp_path / "bf16" / "latents_00000.npy")).float()
+    with torch.no_grad():
+        want = model.encode(x).mode()
+    assert 1e-4 < relative_error(half, want) < 0.05
+    large = types.SimpleNamespace(mode=lambda: torch.full((3, 4, 4, 4), 7e4))
+    monkeypatch.setattr(DCSSDAE, "encode", lambda self, x: large)
+    assert "float16 ends at 65504" in sentence(evaluate, monkeypatch, *common, tmp_path / "large")
+    assert os.listdir(tmp_path / "large") == ["manifest.json"]
+
+
+def test_training_images_without_augmentation_and_labels(tmp_path, monkeypatch):
+    for part in ("train", "val"):
+        folder_of(tmp_path / part / "n02" / "x", 2, (50, 40))
+        folder_of(tmp_path / part / "n01", 1, (40, 50))
+    folder_of(tmp_path / "train", 1, (40, 40))
+    for root in (str(tmp_path), f"{tmp_path}/"):
+        dataset = data.make_dataset(root, 24, train=False, split="train")
+        names = [os.path.relpath(os.fsdecode(f), tmp_path) for f in dataset.images]
+        assert dataset.labels.tolist() == [(-1, 0, 1)[f.count("/") - 1] for f in names] and len(names) == 4
+        for i, name in enumerate(names):
+            want = np.asarray(data.prepare_eval(Image.open(tmp_path / name), 24)).transpose(2, 0, 1)
+            assert np.allclose(dataset[i][0] * 127.5 + 127.5, want, atol=1e-3)
+    demo = data.make_dataset("demo", 16, train=False, split="train", limit=3)
+    assert demo.labels.tolist() == [-1] * 3
+    want = data.demo_image(16, 0, "train", int(demo.images[1]))
+    assert np.allclose(demo[1][0] * 127.5 + 127.5, want.transpose(2, 0, 1), atol=1e-3)
+
+
+def test_evaluate_help_is_in_groups(monkeypatch, capsys):
+    with contextlib.suppress(SystemExit):
+        run_main(evaluate, monkeypatch, "--help")
+    text = capsys.readouterr().out
+    for title in ("data:", "sampler:", "metrics that need a network:", "other tasks:"):
+        assert f"\n{title}\n" in text
+    assert all(flag in text for flag in ("--features", "--dreamsim", "--sweep", "--images", "--latents", "--z_stats"))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fast forms of the decoder against the simple ones
+
+def dense_attention(attn, x):
+    """WindowAttention in its plain form: every pair of tokens, masked."""
+    h, w = x.shape[2:]
+    r, tokens = attn.window // 2, x.flatten(2).mT
+    q, k, v = (p(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.q, attn.k, attn.v))
+    y, x_ = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+    dy, dx = y[:, None] - y, x_[:, None] - x_                                              # query - key
+    bias = attn.bias_table[dy.clamp(-r, r) + r, dx.clamp(-r, r) + r].permute(2, 0, 1)
+    bias = bias.masked_fill((dy.abs() > r) | (dx.abs() > r), float("-inf"))
+    p = (q @ k.mT / q.shape[-1] ** 0.5 + bias).softmax(-1)
+    return attn.out((p @ v).transpose(1, 2).flatten(2)).mT.unflatten(2, (h, w))
+
+
+@pytest.mark.parametrize("h, w, window", [(1, 1, 17), (3, 40, 17), (24, 25, 17), (33, 26, 17), (41, 48, 17), (32, 9, 17),
+                                          (19, 30, 9), (17, 16, 1), (30, 31, 13), (29, 40, 5), (70, 10, 21), (9, 9, 99)])
+def test_windowed_attention_equals_the_dense_masked_form(h, w, window):
+    torch.manual_seed(0)
+    attn = WindowAttention(16, 2, window).double()
+    nn.init.normal_(attn.bias_table)
+    windows = Windows(h, w, window, "cpu")
+    x, grad = torch.randn(2, 2, 16, h, w, dtype=torch.float64).requires_grad_(), torch.randn(2, 16, h, w).double()
+
+    def run(form):
+        attn.zero_grad()
+        y = form(x[0])
+        (dx,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+        (y * grad).sum().backward(inputs=list(attn.parameters()))
+        return [y, dx, *(p.grad.clone() for p in attn.parameters())]
+
+    fast = run(lambda x: attn(x, windows, windows.biases(attn.bias_table[None])[0]))
+    for a, b in zip(fast, run(lambda x: dense_attention(attn, x)), strict=True):
+        assert (a - b).norm() <= 1e-9 * (b.norm() + 1e-3)
+    seen = {(int(a), int(b)) for q, k in zip(windows.q, windows.kv) for a in q for b in k}
+    assert len(windows.kind) * windows.kv.shape[1] <= 3 * (2 * (window // 2) + 8) ** 2 * (1 + h * w / 64) and seen
+
+
+def plain_norm_silu(x, scale, shift, eps=1e-5):
+    """AdaGN in its plain form: normalise, enlarge scale and shift to the map, SiLU."""
+    scale, shift = (F.interpolate(m.expand(len(x), -1, -1, -1), size=x.shape[2:], mode="nearest") for m in (scale, shift))
+    return F.silu(F.group_norm(x, 32, eps=eps) * scale + shift)
+
+
+@pytest.mark.parametrize("batch, h, w", [(2, 2, 3), (1, 1, 1), (2, 1, 1)])
+def test_norm_silu_equals_the_plain_form(batch, h, w):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(2, 64, 4, 6, dtype=torch.float64) + 1).requires_grad_()
+    scale, shift = (torch.randn(batch, 64, h, w, dtype=torch.float64).requires_grad_() for _ in range(2))
+    fast, plain = NormSiLU.apply(x, scale, shift), plain_norm_silu(x, scale, shift)
+    grad = torch.randn_like(plain)
+    assert torch.allclose(fast, plain, rtol=1e-9, atol=1e-9)
+    for a, b in zip(*(torch.autograd.grad(y, (x, scale, shift), grad) for y in (fast, plain)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-9)
+    with torch.no_grad():  # works in place on its own result, never on x
+        before = x.clone()
+        for y in (x, x.contiguous(memory_format=torch.channels_last)):
+            assert torch.allclose(NormSiLU.apply(y, scale, shift), plain) and torch.equal(x, before)
+        half = NormSiLU.apply(x.bfloat16(), scale.bfloat16(), shift.bfloat16()).double()
+        assert relative_error(half, plain) < 1e-2
+
+
+def test_upsample_equals_nearest_and_convolution():
+    torch.manual_seed(0)
+    up, x = Upsample(6, 5, 3, padding=1).double(), torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), up.weight, up.bias, padding=1)
+    assert torch.allclose(up(x), plain, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(plain)
+    for a, b in zip(*(torch.autograd.grad(y, up.parameters(), grad) for y in (up(x), plain)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (32, 64), (128, 64)])
+def test_condition_is_the_plain_input_layer_and_computed_once(joint, size):
+    torch.manual_seed(0)
+    unet = UViT("XS", 4, time_cond=False, depth=1, joint_input=joint).double().eval()
+    x, z = torch.randn(2, 3, *size, dtype=torch.float64), torch.randn(2, 4, size[0] // 8, max(1, size[1] // 32)).double()
+    up = F.interpolate(unet.norm_z(z), size=size, mode="nearest")
+    plain = unet.conv_in(torch.cat([unet.conv_in_x(x), unet.conv_in_z(up)], dim=1))
+    x_part = unet.conv_in_x(x)
+    fast = F.conv2d(x_part, unet.conv_in.weight[:, :x_part.shape[1]], padding=1) + unet.condition(z, *size)[0]
+    assert torch.allclose(fast, plain, rtol=1e-10, atol=1e-10)
+    assert torch.equal(unet(x, unet.condition(z, *size)), unet(x, z))
+
+
+def test_latent_work_is_done_once_per_decode_and_in_float32_sums(monkeypatch):
+    model = seeded(DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1)).eval()
+    calls = []
+    monkeypatch.setattr(model.decoder.context, "forward", lambda z, f=model.decoder.context.forward: calls.append(1) or f(z))
+    z, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        x, nfe = model.sample(z, steps=5, noise=noise, method="nesterov", mu=0.3, eta=0.3, tol=1e-6)
+        assert len(calls) == 1 and nfe.tolist() == [5] * 3
+        # samples that stop leave the prepared condition too: each ends as it does alone
+        f = model.decoder(noise, z).flatten(1).square().mean(1).sqrt()
+        together = model.sample(z, steps=4, noise=noise, eta=0.1, tol=float(f.median()))
+        assert len(set(together[1].tolist())) > 1
+        for i in range(3):
+            alone = model.sample(z[i:i + 1], steps=4, noise=noise[i:i + 1], eta=0.1, tol=float(f.median()))
+            assert alone[1] == together[1][i] and relative_error(alone[0], together[0][i:i + 1]) < 1e-5
+        half = model.bfloat16().sample(z, steps=5, noise=noise, method="nesterov", mu=0.3, eta=0.3, tol=1e-6)[0]
+    assert half.dtype == torch.float32 and relative_error(half, x) < 0.05
+
+
+def test_compiles_without_graph_breaks_and_checkpointing_changes_nothing():
+    x, z, t = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 4, 4), torch.rand(2)
+    unet = seeded(UViT("XS", 4, depth=1)).train()
+    for enc in ("dc_f8c4", "vq_f8c4", "dcae_f32c32"):
+        encoder = make_encoder(enc, width=0.125)
+        fast = torch.compile(lambda x, encoder=encoder: encoder(x).mean, fullgraph=True, backend="aot_eager")
+        assert relative_error(fast(x), encoder(x).mean) < 1e-5
+
+    def gradients(field):
+        unet.zero_grad()
+        field(x, z, t).square().sum().backward()
+        return [p.grad.clone() for p in unet.parameters()]
+
+    plain = gradients(unet)
+    for other in (gradients(torch.compile(unet, fullgraph=True, backend="aot_eager")),
+                  gradients(lambda *a: setattr(unet, "checkpointing", True) or unet(*a))):
+        assert all((a - b).norm() <= 1e-5 * (b.norm() + 1e-2) for a, b in zip(other, plain, strict=True))
+    saved = []
+    for unet.checkpointing in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            unet(x, z, t)
+        saved.append(sum(sizes))
+    assert saved[1] < 0.5 * saved[0]
+
+
+def test_cost_and_memory_of_decoding_are_linear_in_pixels():
+    unet = UViT("XS", 4, time_cond=False, depth=2).eval().to(memory_format=torch.channels_last)
+    flop, memory = [], []
+    with torch.no_grad():
+        for size in (128, 256, 512):  # 16, 32 and 64 tokens a side: one block of attention, then many
+            x, z = torch.randn(1, 3, size, size), torch.randn(1, 4, size // 8, size // 8)
+            with FlopCounterMode(display=False) as counter:
+                unet(x, z)
+            flop.append(counter.get_total_flops())
+            memory.append(evaluate.peak_memory(lambda x=x, z=z: unet(x, z), torch.device("cpu")))
+    assert 3.5 < flop[1] / flop[0] < 4.3 and 3.5 < flop[2] / flop[1] < 4.3
+    assert 3.5 < memory[2] / memory[1] < 4.3
+    block = 4 * 64 * 512 * 512  # bytes of one map at full resolution in the widest layer
+    assert memory[2] < 16 * block
+
+
+def test_bench_command():
+    text = cli("evaluate.py", "--bench", "decode", "train", "input", "--size", 32, "--dec", "XS", "--enc", "dc_f8c4",
+               "--dtype", "float32", "bf16", "--checkpointing")
+    rows = [line for line in text.splitlines() if line.startswith("U-ViT XS")]
+    assert len(rows) == 2 + 8 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
+    assert len(re.findall(r"^input, JPEG .* x$", text, re.MULTILINE)) == 2
