@@ -8,16 +8,15 @@ from pure noise to x^ (SSDD, arXiv 2510.04961). Loss: its own matching loss with
 data, plus LPIPS(x_T, x^) and REPA. Works for flow matching (t = 1) and equilibrium matching (g = 0). Writes
 model.safetensors, reconstructions.png, metrics.json, log.jsonl.
 """
-import argparse
 import copy
 import math
 import os
-import sys
 import time
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import make_dataset, make_loader
@@ -25,22 +24,19 @@ from evaluate import evaluate, guarded, image_noise, print_table, setup, write_r
 from losses import EqM, eqm_loss, fm_loss, fm_predict_x
 from model import DCSSDAE
 
-from train import (StopSignal, append_log, autocast, check_size, draw, load_checkpoint, lr_factor,  # isort: skip
-                   optimise, perceptual_losses, pick_dtype, prepare_out, remaining, save_checkpoint,
-                   shared_arguments, update_ema)
+from train import (StopSignal, append_log, autocast, bad_step, check_shared, check_size, draw, leave,  # isort: skip
+                   lr_factor, make_parser, open_board, open_run, peak_memory, perceptual_losses, pick_dtype,
+                   save_checkpoint, shared_arguments, training_batches, update_ema)
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                epilog="--size and --w_lpips are the teacher's unless they are given.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--ckpt", required=True, help="the teacher: a model.safetensors of train.py")
-
-    g = p.add_argument_group("teacher")
-    g.add_argument("--teacher_steps", type=int, default=8, help="steps of the teacher's sampler")
-    g.add_argument("--t_shift", type=float, help="FM: of the teacher's Euler times")
-    g.add_argument("--eta", type=float, help="EqM: of the teacher's gradient descent")
-    g.add_argument("--mu", type=float, help="EqM: Nesterov momentum of the teacher")
+    p = make_parser(__doc__, "--size and --w_lpips are the teacher's unless they are given.")
+    add = p.add_argument_group("teacher").add_argument
+    add("--ckpt", metavar="FILE", type=str, required=True, help="a model.safetensors of train.py")
+    add("--teacher_steps", type=int, default=8, help="steps of the teacher's sampler [%(default)s]")
+    add("--t_shift", type=float, help="FM: of the teacher's Euler times")
+    add("--eta", type=float, help="EqM: of the teacher's gradient descent")
+    add("--mu", type=float, help="EqM: Nesterov momentum of the teacher")
 
     shared_arguments(p)
     p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000)
@@ -104,11 +100,9 @@ def main():
     if args.w_lpips is None:  # a teacher that was trained without LPIPS has a student without
         args.w_lpips = 0.5 if notes.get("w_lpips", 0.5) else 0.0
     check_size(args.size, teacher)
-    if args.batch_size < 1 or args.batch_size % world:
-        raise ValueError(f"--batch_size {args.batch_size} must be a positive multiple of the {world} processes")
+    check_shared(args, world)
     options = {k: getattr(args, k) for k in ("t_shift", "eta", "mu") if getattr(args, k) is not None}
-    checkpoint = load_checkpoint(args.out) if args.resume else None
-    log_path = prepare_out(args.out, args.resume, rank, checkpoint and checkpoint["step"])
+    checkpoint, log_path, _ = open_run(args, rank, world)
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
     lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank)
@@ -122,25 +116,24 @@ def main():
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.99),
                                   fused=device.type != "mps")
-    start = 0
-    if checkpoint:
-        for module, name in ((student, "model"), (ema, "ema"), (repa and repa.mlp, "repa"), (optimizer, "optimizer")):
-            if module:
-                module.load_state_dict(checkpoint[name])
-        start = remaining(checkpoint["step"], args)
+    parts = {"model": student, "ema": ema, "repa": repa and repa.mlp, "optimizer": optimizer}
+    for name, part in parts.items() if checkpoint else ():
+        if part:
+            part.load_state_dict(checkpoint[name])
+    start, skipped = (checkpoint["step"], checkpoint.get("skipped", 0)) if checkpoint else (0, 0)
     parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
     weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa}
 
     local = args.batch_size // world
     z_shape = (teacher.encoder.z_dim, args.size // teacher.downscale, args.size // teacher.downscale)
-    batches = iter(make_loader(dataset, args.batch_size, train=True, workers=args.workers, seed=args.seed,
-                               rank=rank, world=world, start=start))
+    batches = training_batches(args, dataset, rank, world, start)
+    board = open_board(args, start) if rank == 0 else None
     stop, bad, clock, clock_step = StopSignal(), 0, time.time(), start
     bar = tqdm(total=args.steps, initial=start, disable=rank != 0, unit="step", dynamic_ncols=True)
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * lr_factor(step, args)
-        x, _ = next(batches)
+        x, index = next(batches)
         x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
         e, eps, _ = draw(args.seed, step, range(rank * local, (rank + 1) * local), x.shape[1:], z_shape, device)
         e = e.contiguous(memory_format=torch.channels_last)
@@ -151,19 +144,21 @@ def main():
             terms = parallel(z, e, target)
         loss = sum(weights[name] * term for name, term in terms.items())
         loss.backward()
-        norm = optimise(optimizer, trained, args.grad_clip)
+        norm = clip_grad_norm_(trained, args.grad_clip).item()
 
         shared = torch.stack([t.detach().float() for t in (*terms.values(), loss)]
                              + [torch.tensor(float(stop.received > 0), device=device)])
         if world > 1:
             dist.all_reduce(shared)
         totals = dict(zip([*terms, "loss"], (shared[:-1] / world).tolist()))
-        bad = 0 if math.isfinite(norm) else bad + 1
-        if bad == 0:
-            update_ema(ema, student, args.ema, step)
-        elif bad == 10:
-            raise ValueError(f"ten steps in a row were not finite, the last is {step} with {totals}: "
-                             "lower --lr, or use --dtype float32")
+        if math.isfinite(norm) and shared.isfinite().all():
+            optimizer.step()
+            update_ema(ema, student, args.ema, step - args.ema_start)
+            bad = 0
+        else:
+            bad, skipped = bad + 1, skipped + 1
+            bad_step(step, bad, norm, totals, index, rank, world)
+        optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
         bar.update()
@@ -171,19 +166,14 @@ def main():
             rate = (done - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), done
             bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
-            append_log(log_path, step=done, **totals, lr=optimizer.param_groups[0]["lr"],
-                       grad_norm=norm, images_per_s=rate)
+            append_log(log_path, board, done, **totals, lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
+                       skipped=skipped, images_per_s=rate, peak_mib=peak_memory(device))
         stopped = shared[-1] > 0
         if rank == 0 and (stopped or done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(args.out, {"step": done, "args": vars(args), "model": student.state_dict(),
-                                       "ema": ema.state_dict(), "repa": repa and repa.trained_state(),
-                                       "optimizer": optimizer.state_dict()})
-            ema.save(os.path.join(args.out, "model.safetensors"))
+            state = {name: part and part.state_dict() for name, part in parts.items()}
+            save_checkpoint(args.out, {"step": done, "skipped": skipped, "args": vars(args), **state}, args.keep, ema)
         if stopped:
-            bar.close()
-            if rank == 0:
-                print(f"stopped after step {done} and saved: continue with the same command and --resume")
-            sys.exit(128 + (stop.received or 15))
+            leave(bar, done, stop, rank, world)
     bar.close()
     result = evaluate(ema, make_loader(val, 64 * world, train=False, rank=rank, world=world), device, steps=[1],
                       seed=args.seed, dtype=dtype, rank=rank, world=world)
@@ -191,8 +181,9 @@ def main():
         before, after = closeness(teacher, ema, make_loader(val, 64, train=False), args.teacher_steps,
                                   options, device, dtype, args.seed)
         result["mse_to_teacher"] = {"teacher_steps": args.teacher_steps, "undistilled": before, "distilled": after}
-        append_log(log_path, step=args.steps, eval=result["rows"], mse_to_teacher=result["mse_to_teacher"])
         write_results(result, args.out)
+        append_log(log_path, board, args.steps, result["pictures"], eval=result["rows"],
+                   mse_to_teacher=result["mse_to_teacher"])
         print_table(result)
         print(f"mean squared distance of one step to the teacher's {args.teacher_steps} steps, same noise: "
               f"{before:.6f} undistilled, {after:.6f} distilled")

@@ -350,7 +350,10 @@ def setup(device=None):
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Keys of its own for each restart by torchrun: the store may still hold the addresses of the processes before.
+        store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
+                                 next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 
 

@@ -1,6 +1,6 @@
-"""Training objectives: flow matching, equilibrium matching, LPIPS, REPA, KL.
+"""Training objectives: flow matching, equilibrium matching, LPIPS, REPA, KL; a GAN term, off by default.
 
-  total = (FM or EqM) + 0.5 LPIPS(x, x^) + 0.25 REPA + 1e-6 KL          x^: the one-step estimate of the image
+  total = (FM or EqM) + 0.5 LPIPS(x, x^) + 0.25 REPA + 1e-6 KL (+ w_gan GAN)     x^: the one-step estimate of the image
 
 FM     Lipman et al. 2022 (arXiv 2210.02747), as SSDD trains its decoder (arXiv 2510.04961)
 EqM    Wang, Du 2025 (arXiv 2510.02300)
@@ -101,6 +101,38 @@ def eqm_loss(f, x, e, g, eqm):
 def kl_loss(posterior):
     """KL of an encoder.DiagonalGaussian to N(0, I), in nats: summed over c, h, w, mean over the batch."""
     return posterior.kl().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GAN, on the one-step estimate. Constant weight, as in SSDD's gan block; VQGAN's adaptive one needs further gradients.
+
+class PatchGAN(nn.Module):
+    """Discriminator of pix2pix (arXiv 1611.07004) and VQGAN (arXiv 2012.09841): a logit for each patch of 70 x 70
+    pixels. Images (B, 3, H, W), clamped to [-1, 1], sides of at least 24 -> logits (B, 1, H/8 - 2, W/8 - 2).
+
+    GroupNorm, not BatchNorm: a logit depends on its image alone, not on how the batch is split over processes and
+    micro-batches. (Spectral normalisation would keep a state that moves with every call.)
+    """
+
+    def __init__(self, channels=64):
+        super().__init__()
+        layers, c = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)], channels
+        for stride in (2, 2, 1):
+            layers += [nn.Conv2d(c, 2 * c, 4, stride, 1), nn.GroupNorm(32, 2 * c), nn.LeakyReLU(0.2)]
+            c *= 2
+        self.layers = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, 1, 1))
+        for m in self.layers:
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0.0, 0.02)
+
+    def forward(self, x):
+        return self.layers(x.clamp(-1, 1)).float()
+
+
+def hinge_loss(real, fake):
+    """The discriminator's loss (Lim, Ye 2017, arXiv 1705.02894) from its logits of images and of estimates: a scalar.
+    The estimate's own is -fake.mean()."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,10 +252,6 @@ class REPALoss(nn.Module):
     def forward(self, tokens, x):
         """tokens (B, H/8 * W/8, width) of the decoder, x (B, 3, H, W) clean images in [-1, 1] -> scalar in [0, 2]."""
         return 1 - F.cosine_similarity(self.mlp(tokens).float(), self.target(x).float(), dim=-1).mean()
-
-    def trained_state(self):
-        """What a checkpoint keeps: the MLP without DINOv2."""
-        return self.mlp.state_dict()
 
 
 def _pretrained(filename, weights, what, flag, off):

@@ -114,12 +114,13 @@ class NormSiLU(torch.autograd.Function):
     def backward(ctx, grad):
         x, scale, shift, mean, rstd = ctx.saved_tensors
         C, H, W = x.shape[1:]
-        mean, rstd = (t.float().repeat_interleave(C // 32, 1)[:, :, None, None] for t in (mean, rstd))  # (B, C, 1, 1)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        mean, rstd = (t.to(exact).repeat_interleave(C // 32, 1)[:, :, None, None] for t in (mean, rstd))  # (B, C, 1, 1)
         v, a = blocks(x, scale), rstd * scale
         y = torch.addcmul(per_block((shift - mean * a).to(x.dtype)), v, per_block(a.to(x.dtype)))
         g = torch.ops.aten.silu_backward(blocks(grad, scale), y)
         # With x^ = (x - mean) rstd and y = scale x^ + shift, sums over every block of pixels: (B, C, h, w)
-        dshift, g_x = (t.sum(4).float().sum(2).permute(0, 3, 1, 2) for t in (g, torch.mul(g, v, out=y)))
+        dshift, g_x = (t.sum(4).to(exact).sum(2).permute(0, 3, 1, 2) for t in (g, torch.mul(g, v, out=y)))
         dscale = (g_x - mean * dshift) * rstd
         # dx = rstd (scale g - mean(scale g) - x^ mean(scale g x^)), means over a group's pixels and channels
         m, m_xhat = (((scale * t).sum((2, 3)).unflatten(1, (32, -1)).sum(2) / (C // 32 * H * W))

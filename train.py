@@ -7,12 +7,18 @@
 The objective is SSDD's (arXiv 2510.04961): FM or EqM + 0.5 LPIPS + 0.25 REPA + 1e-6 KL. Everything random - data order,
 crops, noise, times, posterior draws - is a function of (seed, step, sample), so a run does not depend on processes,
 micro-batches or interruptions.
-Writes to --out: model.safetensors (EMA weights), latest.pt (to resume), log.jsonl, reconstructions.png, metrics.json.
+Writes to --out: model.safetensors (EMA weights), latest.pt and previous.pt (to resume), log.jsonl, reconstructions.png,
+metrics.json.
 """
 import argparse
+import atexit
 import copy
+import functools
+import glob
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -21,14 +27,18 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import make_dataset, make_loader
 from evaluate import evaluate, guarded, print_table, setup, write_results
-from losses import EqM, LPIPSLoss, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix, fm_predict_x, kl_loss
-from model import BROKEN_FILE, DCSSDAE, SIZES, local_file
+from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, local_file
 from sampler import seeded_generator
+
+from losses import (EqM, LPIPSLoss, PatchGAN, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix,  # isort: skip
+                    fm_predict_x, hinge_loss, kl_loss)
 
 PRESETS = {
     # Two cores without GPU or network. Measured results stand in the README's quick start.
@@ -37,99 +47,128 @@ PRESETS = {
              "eval_every": 475, "eval_images": 256, "save_every": 475},
 }
 
+# DC-AE's decoupled high-resolution adaptation (arXiv 2410.10733): its learning rates; batch and steps are our choice.
+PHASES = {
+    1: {"size": 256, "lr": 6.4e-5},                                          # everything, at low resolution
+    2: {"size": 512, "lr": 1.6e-5, "aug_scale": 1.0, "batch_size": 48, "steps": 25_000},    # the latent, at high
+    3: {"size": 256, "lr": 5.4e-5, "steps": 50_000, "w_repa": 0.0},          # details, at low: later layers than REPA's
+}
+# What --init_from's file decides; and what --resume may change, being neither model nor samples nor objective.
+MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "loss", "c", "a", "b", "lam", "input_skip")
+FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights", "workers", "steps", "lr", "warmup",
+              "decay", "weight_decay", "grad_clip", "ema", "ema_start", "micro_batch", "out", "resume", "keep", "dtype",
+              "device", "compile", "eval_every", "eval_steps", "eval_images", "save_every", "log_every", "tensorboard")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--preset", choices=sorted(PRESETS), help="named set of defaults; flags given beside it win")
+    p = make_parser(__doc__, "Flags win over --preset, --preset over --phase, and that over the defaults in [].")
+    add = p.add_argument
+    add("--preset", type=str, choices=sorted(PRESETS), help="named set of defaults")
+    add("--phase", type=int, choices=sorted(PHASES), help="DC-AE's training in three: 1 everything at 256 px, 2 the "
+        "latent at 512 px, 3 the decoder's last layers at 256 px; without it SSDD's: everything at 128 px")
+    add("--init_from", metavar="FILE", type=str, help="start from a run's model.safetensors, which decides the model")
 
-    g = p.add_argument_group("model")
-    g.add_argument("--enc", default="dc_f32c32", help="(vq|dc|dcae)_f<8|16|32|64|128>c<channels>, or dcae_f32c32_sana")
-    g.add_argument("--enc_width", type=float, default=1.0,
-                   help="multiplies the encoder's widths; 0.125 is a teaching size")
-    g.add_argument("--enc_ckpt",
-                   help="start the encoder from this file or hf://owner/repo/file: ours or a published one (README)")
-    g.add_argument("--freeze_enc", action="store_true", help="train the decoder only; needs --enc_ckpt")
-    g.add_argument("--dec", choices=list(SIZES), default="S", help="decoder size")
-    g.add_argument("--depth", type=int, help="decoder transformer blocks, instead of the size's own")
-    g.add_argument("--input_skip", action=argparse.BooleanOptionalAction, default=True,
-                   help="add the noisy image to the decoder's output (UViT's skip); off, as published, "
-                        "the network carries the noise itself")
+    add = p.add_argument_group("model").add_argument
+    add("--enc", metavar="NAME", type=str, default="dc_f32c32",
+        help="(vq|dc|dcae)_f<8|16|32|64|128>c<channels>, or dcae_f32c32_sana [%(default)s]")
+    add("--enc_width", type=float, default=1.0, help="multiplies the encoder's widths; to teach: 0.125 [%(default)s]")
+    add("--enc_ckpt", metavar="FILE", type=str, help="start the encoder from a file or hf://owner/repo/file (README)")
+    add("--freeze_enc", action="store_true", help="train the decoder only, on a given encoder")
+    add("--dec", type=str, choices=list(SIZES), default="S", help="decoder size [%(default)s]")
+    add("--depth", type=int, help="decoder transformer blocks, instead of the size's own")
+    add("--input_skip", action=argparse.BooleanOptionalAction, default=True, help="add the noisy image to the "
+        "decoder's output (UViT's skip); off, as published, the network carries the noise itself [on]")
 
-    g = p.add_argument_group("objective")
-    g.add_argument("--loss", choices=["fm", "eqm"], default="eqm", help="flow matching or equilibrium matching")
-    g.add_argument("--c", choices=["linear", "trunc", "piecewise"], default="linear",
-                   help="EqM: how the field falls to zero at the data")
-    g.add_argument("--a", type=float, default=0.8, help="EqM: where trunc and piecewise begin to fall to zero")
-    g.add_argument("--b", type=float, default=1.4, help="EqM: piecewise's value at the noise end")
-    g.add_argument("--lam", type=float, default=1.0, help="EqM: scale of the field")
-    g.add_argument("--t_mean", type=float, default=0.0,
-                   help="FM: t = sigmoid(n), n ~ N(t_mean, 1); above 0 trains more on the noise end, "
-                        "where one step begins")
-    g.add_argument("--w_kl", type=float, default=1e-6, help="weight of the KL term (sum over the latent)")
+    add = p.add_argument_group("objective").add_argument
+    add("--loss", type=str, choices=["fm", "eqm"], default="eqm", help="flow or equilibrium matching [%(default)s]")
+    add("--c", type=str, choices=["linear", "trunc", "piecewise"], default="linear",
+        help="EqM: how the field falls to zero at the data [%(default)s]")
+    add("--a", type=float, default=0.8, help="EqM: where trunc and piecewise begin to fall to zero [%(default)s]")
+    add("--b", type=float, default=1.4, help="EqM: piecewise's value at the noise end [%(default)s]")
+    add("--lam", type=float, default=1.0, help="EqM: scale of the field [%(default)s]")
+    add("--t_mean", type=float, default=0.0, help="FM: t = sigmoid(n), n ~ N(t_mean, 1); above 0 trains more on the "
+        "noise end, where one step begins [%(default)s]")
+    add("--w_kl", type=float, default=1e-6, help="weight of the KL term (sum over the latent) [%(default)s]")
+    add("--w_gan", type=float, default=0.0, help="weight of a PatchGAN on the one-step estimate; 0: off [%(default)s]")
+    add("--gan_start", type=int, default=0, help="first step with the GAN [%(default)s]")
 
-    shared_arguments(p)
-    g = p.add_argument_group("training only")
-    g.add_argument("--micro_batch", type=int,
-                   help="images per forward pass and process; gradients accumulate to the whole batch")
-    g.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
-    g.add_argument("--eval_every", type=int, default=5000,
-                   help="steps between evaluations on the validation images; 0: only at the end")
-    g.add_argument("--eval_steps", type=int, nargs="+", default=[1, 4], help="sampler steps of these evaluations")
+    optimisation, run = shared_arguments(p)
+    optimisation("--micro_batch", type=int, help="images per forward pass and process; gradients add up to the batch's")
+    run("--compile", action="store_true", help="torch.compile encoder and decoder")
+    run("--eval_every", type=int, default=5000, help="steps between evaluations; 0: only at the end [%(default)s]")
+    run("--eval_steps", type=int, nargs="+", default=[1, 4], help="sampler steps of evaluations %(default)s")
 
-    preset = p.parse_known_args(argv)[0].preset
-    if preset:
-        p.set_defaults(**PRESETS[preset])
+    known = p.parse_known_args(argv)[0]
+    p.set_defaults(**{**PHASES.get(known.phase, {}), **PRESETS.get(known.preset, {})})
+    config = DCSSDAE.load(known.init_from).config if known.init_from else {}
+    p.set_defaults(**{name: config[name] for name in MODEL_FLAGS if config})
     args = p.parse_args(argv)
-    args.out = args.out or os.path.join("runs", f"{args.preset or args.enc}_{args.loss}")
+    differ = [name for name in MODEL_FLAGS if config and config[name] != getattr(args, name)]
+    if differ:
+        raise ValueError(f"--init_from {args.init_from} holds a model with{flags(config, differ)}, "
+                         f"but{flags(vars(args), differ)} was given: leave it out, the file decides")
+    name = f"{args.preset or args.enc}_{args.loss}" + (f"_phase{args.phase}" if args.phase else "")
+    args.out = args.out or os.path.join("runs", name)
     return args
 
 
+def make_parser(doc, epilog):
+    formatter = functools.partial(argparse.MetavarTypeHelpFormatter, max_help_position=26)  # float, int: not the name
+    return argparse.ArgumentParser(description=doc.split("\n\n")[0], epilog=epilog, usage="%(prog)s [flags]",
+                                   formatter_class=formatter)
+
+
+def flags(values, names):
+    """The named values as they stand on a command line, each after a space."""
+    return "".join(f" --{name} {values[name]}" for name in names)
+
+
 def shared_arguments(p):
-    """The flags that train.py and distill.py have in common, with the defaults of train.py."""
-    g = p.add_argument_group("data")
-    g.add_argument("--data", default="demo", help="demo (built in), imagenette, cifar10, or a folder of images")
-    g.add_argument("--size", type=int, default=128,
-                   help="training crop, pixels a side; a multiple of 8 and of the encoder's f")
-    g.add_argument("--aug_scale", type=float, default=2.0,
-                   help="random resize of the short side in [size, size * aug_scale] before the crop")
-    g.add_argument("--limit", type=int, help="use only N training images, evenly spread over the set")
-    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
-                   help="data loading processes per training process")
+    """The flags that train.py and distill.py have in common, with the defaults of train.py. -> add_argument of the
+    groups "optimisation" and "run"."""
+    add = p.add_argument_group("data").add_argument
+    add("--data", metavar="DIR", type=str, default="demo",
+        help="demo (built in), imagenette, cifar10, or a folder of images [%(default)s]")
+    add("--size", type=int, default=128, help="crop, pixels a side: a multiple of 8 and the encoder's f [%(default)s]")
+    add("--aug_scale", type=float, default=2.0,
+        help="random resize of the short side in [size, size * aug_scale] before the crop [%(default)s]")
+    add("--limit", type=int, help="use only N training images, evenly spread over the set")
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+        help="data loading processes per training process [%(default)s]")
 
-    g = p.add_argument_group("losses in the features of pretrained networks")
-    g.add_argument("--w_lpips", type=float, default=0.5, help="weight of LPIPS (VGG-16); 0: off")
-    g.add_argument("--lpips_weights",
-                   help="torchvision's VGG-16 weights as a file; else torch hub's cache or a download")
-    g.add_argument("--w_repa", type=float, default=0.25, help="weight of REPA (DINOv2 ViT-B/14); 0: off")
-    g.add_argument("--repa_weights",
-                   help="DINOv2 ViT-B/14 weights as a file; else the Hugging Face cache or a download")
+    add = p.add_argument_group("losses in the features of pretrained networks").add_argument
+    add("--w_lpips", type=float, default=0.5, help="weight of LPIPS (VGG-16); 0: off [%(default)s]")
+    add("--lpips_weights", metavar="FILE", type=str, help="torchvision's VGG-16; else torch hub's cache or a download")
+    add("--w_repa", type=float, default=0.25, help="weight of REPA (DINOv2 ViT-B/14); 0: off [%(default)s]")
+    add("--repa_weights", metavar="FILE", type=str, help="DINOv2 ViT-B/14; else Hugging Face's cache or a download")
 
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--batch_size", type=int, default=192, help="images per step over all processes")
-    g.add_argument("--steps", type=int, default=250_000, help="optimiser steps")
-    g.add_argument("--lr", type=float, default=3e-4, help="AdamW's learning rate")
-    g.add_argument("--warmup", type=int, default=1000, help="steps of linear warm-up")
-    g.add_argument("--decay", type=float, default=0.0,
-                   help="last fraction of the steps in which the learning rate falls linearly to 0")
-    g.add_argument("--weight_decay", type=float, default=1e-3, help="AdamW's weight decay")
-    g.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
-    g.add_argument("--ema", type=float, default=0.999,
-                   help="decay of the weights' moving average, which is what is saved and evaluated")
+    add = optimisation = p.add_argument_group("optimisation").add_argument
+    add("--batch_size", type=int, default=192, help="images per step over all processes [%(default)s]")
+    add("--steps", type=int, default=250_000, help="optimiser steps [%(default)s]")
+    add("--lr", type=float, default=3e-4, help="AdamW's learning rate [%(default)s]")
+    add("--warmup", type=int, default=1000, help="steps of linear warm-up [%(default)s]")
+    add("--decay", type=float, default=0.0, help="last fraction of the steps, in which lr falls to 0 [%(default)s]")
+    add("--weight_decay", type=float, default=1e-3, help="AdamW's weight decay [%(default)s]")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm [%(default)s]")
+    add("--ema", type=float, default=0.999, help="decay of the weights' average, which is what is saved [%(default)s]")
+    add("--ema_start", type=int, default=0, help="until then the average is the weights themselves [%(default)s]")
 
-    g = p.add_argument_group("run")
-    g.add_argument("--out", help="folder of the run [default: named after what is trained]")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out from its latest.pt")
-    g.add_argument("--device", help="cuda, mps or cpu [default: the best there is]")
-    g.add_argument("--dtype", choices=["auto", "float32", "bf16"], default="auto",
-                   help="bf16: autocast; auto: bf16 where the hardware has it")
-    g.add_argument("--seed", type=int, default=0, help="of everything random")
-    g.add_argument("--eval_images", type=int, default=64, help="validation images of evaluations")
-    g.add_argument("--save_every", type=int, default=5000, help="steps between checkpoints")
-    g.add_argument("--log_every", type=int, default=50, help="steps between lines of log.jsonl")
+    add = run = p.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", type=str, help="folder of the run; else named after what is trained")
+    add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    add("--keep", type=int, default=2, help="checkpoints: latest.pt, previous.pt, previous2.pt, ... [%(default)s]")
+    add("--device", metavar="NAME", type=str, help="cuda, mps or cpu; else the best there is")
+    add("--dtype", type=str, choices=["auto", "float32", "bf16"], default="auto",
+        help="bf16: autocast; auto: bf16 where the hardware has it [%(default)s]")
+    add("--seed", type=int, default=0, help="of everything random [%(default)s]")
+    add("--eval_images", type=int, default=64, help="validation images of evaluations [%(default)s]")
+    add("--save_every", type=int, default=5000, help="steps between checkpoints [%(default)s]")
+    add("--log_every", type=int, default=50, help="steps between lines of log.jsonl [%(default)s]")
+    add("--tensorboard", action="store_true", help="the log and the pictures for TensorBoard too, in --out")
+    return optimisation, run
 
 
 def check_size(size, model):
@@ -140,24 +179,31 @@ def check_size(size, model):
                          f"take {max(1, size // unit) * unit} or {(size // unit + 1) * unit}")
 
 
-def check_args(args, world):
-    """Complaints about flags and their combinations, before anything is built on them."""
-    if args.batch_size < 1 or args.batch_size % world:
-        raise ValueError(f"--batch_size {args.batch_size} must be a positive multiple of the {world} processes")
-    if args.freeze_enc and not args.enc_ckpt:
-        raise ValueError("--freeze_enc without --enc_ckpt would train on the latents of a random encoder: "
-                         "give --enc_ckpt FILE")
-    for name in ("steps", "log_every", "save_every", "eval_images"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+def check_args(args):
+    """Complaints about train.py's own flags and combinations, before anything is built on them."""
+    if args.phase in (2, 3) and not (args.init_from or args.resume):
+        raise ValueError(f"--phase {args.phase} goes on from a trained model: give --init_from FILE")
+    if args.freeze_enc and (args.phase == 2 or not (args.enc_ckpt or args.init_from)):
+        raise ValueError("--freeze_enc needs an encoder, given by --enc_ckpt FILE, and not --phase 2, which adapts it")
+    if args.w_gan and args.size < 24:
+        raise ValueError(f"--w_gan needs images of at least 24 px, got --size {args.size}")
     if args.micro_batch is not None and args.micro_batch < 1:
         raise ValueError(f"--micro_batch must be at least 1, got {args.micro_batch}")
-    if not (0 <= args.ema < 1 and 0 <= args.decay <= 1):
-        raise ValueError(f"--ema must lie in [0, 1) and --decay in [0, 1], got {args.ema} and {args.decay}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces that distill.py shares
+
+def check_shared(args, world):
+    """Complaints about the flags of shared_arguments."""
+    if args.batch_size < 1 or args.batch_size % world:
+        raise ValueError(f"--batch_size {args.batch_size} must be a positive multiple of the {world} processes")
+    for name in ("steps", "log_every", "save_every", "eval_images", "keep"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not (0 <= args.ema < 1 and 0 <= args.decay <= 1):
+        raise ValueError(f"--ema must lie in [0, 1) and --decay in [0, 1], got {args.ema} and {args.decay}")
+
 
 def pick_dtype(name, device):
     """torch.bfloat16 or None (float32, no autocast)."""
@@ -218,8 +264,8 @@ def lr_factor(step, args):
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
     """Parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) * model; faster in
-    the first steps."""
-    decay = min(decay, (1 + step) / (10 + step))
+    the first steps, a copy before step 0."""
+    decay = min(decay, (1 + step) / (10 + step)) if step >= 0 else 0.0
     for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
         if a.is_floating_point():
             a.lerp_(b, 1 - decay)
@@ -227,14 +273,50 @@ def update_ema(ema, model, decay, step):
             a.copy_(b)
 
 
-def optimise(optimizer, parameters, grad_clip):
-    """Clip, step, clear. Returns the gradient norm; a non-finite one skips the step - on all ranks, which hold the same
-    gradients."""
-    norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+def bad_step(step, bad, norm, totals, index, rank, world):
+    """Say that a step was skipped; ValueError, on all ranks, where it is the tenth in a row."""
+    what = f"not finite: gradient norm {norm:.4g}, " + ", ".join(f"{k} {v:.4g}" for k, v in totals.items())
+    if rank == 0:
+        tqdm.write(f"warning: step {step} skipped, {what}")
+    if bad == 10:
+        images = [index.tolist()] * world
+        if world > 1:
+            dist.all_gather_object(images, index.tolist())
+        raise ValueError(f"ten steps in a row were skipped, the last is {step}, {what}, images "
+                         f"{', '.join(str(i) for part in images for i in part)}: lower --lr, or use --dtype float32; "
+                         "the last checkpoint is kept")
+
+
+def peak_memory(device):
+    """Most memory held so far, MiB: the GPU's allocations, else this process's resident set (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if os.name != "posix":
+        return 0.0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def training_batches(args, dataset, rank, world, start):
+    """Endless (x, index) from step `start` on. torchrun and schedulers send SIGTERM to every process: the workers
+    ignore it, since without them the step at hand would fail, and so must be killed at the end."""
+    loader = make_loader(dataset, args.batch_size, train=True, workers=args.workers, seed=args.seed,
+                         rank=rank, world=world, start=start)
+    loader.worker_init_fn = ignore_stop
+    atexit.register(kill_workers)
+    return iter(loader)
+
+
+def ignore_stop(worker):
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+
+
+def kill_workers():
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would raise an error about them
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 class StopSignal:
@@ -249,87 +331,188 @@ class StopSignal:
         self.received = number
 
 
-def save_checkpoint(out, state):
-    """latest.pt through a temporary name, the one before it kept as previous.pt. OSError says that the disk is full,
-    say; nothing is lost."""
-    latest, temporary = os.path.join(out, "latest.pt"), os.path.join(out, "latest.pt.tmp")
+def leave(bar, step, stop, rank, world):
+    """End the program after a StopSignal, on all ranks once rank 0 has saved: torchrun kills what outlives another."""
+    bar.close()
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        print(f"stopped after step {step} and saved: continue with the same command and --resume")
+    sys.exit(128 + (stop.received or signal.SIGTERM))
+
+
+def save_checkpoint(out, state, keep=2, ema=None):
+    """ema, a DCSSDAE, to model.safetensors and state to latest.pt; the ones before it stay as previous.pt,
+    previous2.pt, ..., `keep` in all. Through temporary names: at every moment a complete checkpoint is there. OSError
+    says that the disk is full, say; nothing is lost."""
+    names = ["latest.pt", "previous.pt", *(f"previous{i}.pt" for i in range(2, keep))][:keep]
+    names = [os.path.join(out, name) for name in names]
+    model, temporary = os.path.join(out, "model.safetensors"), f"{names[0]}.tmp"
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise OSError(f"could not write a checkpoint to {out} ({str(error).splitlines()[0]}); "
+        if ema:
+            ema.save(model)
+        for newer, older in reversed([*itertools.pairwise(names)]):
+            if os.path.exists(newer):
+                os.replace(newer, older)
+        os.replace(temporary, names[0])
+    except (OSError, RuntimeError, SafetensorError) as error:
+        for path in (temporary, f"{model}.tmp"):
+            if os.path.exists(path):
+                os.remove(path)
+        cause = error.__context__ or error  # torch.save's own message comes on top of the system's
+        raise OSError(f"could not write a checkpoint to {out} ({str(cause).splitlines()[0]}); "
                       "the earlier checkpoint is intact: make room and continue with --resume") from None
-    if os.path.exists(latest):
-        os.replace(latest, os.path.join(out, "previous.pt"))
-    os.replace(temporary, latest)
 
 
-def load_checkpoint(out):
-    """The newest readable checkpoint of a run. FileNotFoundError / ValueError where there is none."""
-    problems = []
-    for name in ("latest.pt", "previous.pt"):
-        path = os.path.join(out, name)
-        if os.path.isfile(path):
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except BROKEN_FILE as error:
-                problems.append(f"{path} ({type(error).__name__})")
-    if problems:
-        raise ValueError(f"no readable checkpoint, damaged: {', '.join(problems)}; start again with another --out")
+def checkpoint_files(out):
+    """Paths of latest.pt, previous.pt, previous2.pt, ...: what there is of them, newest first."""
+    older = sorted(glob.glob(os.path.join(glob.escape(out), "previous*.pt")), key=lambda path: (len(path), path))
+    return [path for path in (os.path.join(out, "latest.pt"), *older) if os.path.isfile(path)]
+
+
+def load_checkpoint(out, rank=0):
+    """The newest readable checkpoint of a run. Damaged ones are set aside, with a warning, or else the next save would
+    move them to where the good one is. FileNotFoundError / ValueError where there is none."""
+    damaged = {}
+    for path in checkpoint_files(out):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except BROKEN_FILE as error:
+            damaged[path] = f"{path} ({type(error).__name__})"
+            continue
+        for broken in damaged if rank == 0 else ():
+            print(f"warning: damaged: {damaged[broken]}, now {broken}.damaged; going on from {path}", flush=True)
+            os.replace(broken, f"{broken}.damaged")
+        return state
+    if damaged:
+        raise ValueError(f"no readable checkpoint, damaged: {', '.join(damaged.values())}; "
+                         "start again with another --out")
     raise FileNotFoundError(f"--resume found no checkpoint in {out}: leave --resume out to start a run there")
 
 
-def prepare_out(out, resume, rank, log_step=None):
-    """Make the folder; refuse to write over another run; on resuming, drop the log lines that will be written again."""
-    log = os.path.join(out, "log.jsonl")
-    if not resume and any(os.path.exists(os.path.join(out, name)) for name in ("latest.pt", "model.safetensors")):
-        raise ValueError(f"{out} already holds a run: continue it with --resume, or choose another folder with --out")
+def compare_flags(then, args, rank):
+    """ValueError that lists the flags which describe another model, other samples or another objective than `then`;
+    other changes are printed."""
+    now = vars(args)
+    differ = [name for name in now if then.get(name, now[name]) != now[name] and name not in ("out", "resume")]
+    refused = [name for name in differ if name not in FREE_FLAGS]
+    if refused:
+        raise ValueError(f"--resume continues a run with{flags(then, refused)}, but{flags(now, refused)} was given: "
+                         "use the flags of the first call, or another --out")
+    if differ and rank == 0:
+        print(f"resuming with{flags(now, differ)} instead of{flags(then, differ)}", flush=True)
+
+
+def open_run(args, rank, world):
+    """(checkpoint to go on from or None, path of log.jsonl, step of the last evaluation in it) of the run in --out.
+
+    Goes on with --resume, and by itself where torchrun has restarted the processes (--max-restarts). Drops the lines of
+    the log that will be written again. OSError or ValueError, on all ranks, where there is nothing to go on from,
+    nothing left to do, or a run that would be overwritten.
+    """
+    log, model, partial = (os.path.join(args.out, name) for name in ("log.jsonl", "model.safetensors", "latest.pt.tmp"))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    files, lines, checkpoint, evaluated, problem = checkpoint_files(args.out), [], None, None, None
+    try:
+        if args.resume or (restarted and files):
+            checkpoint = load_checkpoint(args.out, rank)
+            compare_flags(checkpoint["args"], args, rank)
+            step = checkpoint["step"]
+            if os.path.exists(log):
+                with open(log) as file:
+                    lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+            evaluated = max((json.loads(line)["step"] for line in lines if '"eval"' in line), default=None)
+            if step > args.steps or step == args.steps == evaluated:
+                raise ValueError(f"the run in {args.out} has done its {step} steps: give a larger --steps to go on")
+        elif files or (os.path.exists(model) and not (restarted and os.path.exists(partial))):  # killed in first save
+            raise ValueError(f"{args.out} already holds a run: continue it with --resume, or choose another --out")
+    except (OSError, ValueError) as error:
+        problem = error
+    if world > 1:
+        views = [None] * world
+        dist.all_gather_object(views, str(problem) if problem else checkpoint and checkpoint["step"])
+        if len(set(views)) > 1:
+            problem = problem or ValueError(f"the processes find different checkpoints in {args.out}: "
+                                            "all nodes need the same folder")
+    if problem:
+        raise problem
     if rank == 0:
-        os.makedirs(out, exist_ok=True)
-        if resume and os.path.exists(log):
-            with open(log) as file:
-                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= log_step]
-            with open(log, "w") as file:
+        os.makedirs(args.out, exist_ok=True)
+        if checkpoint:
+            with open(f"{log}.tmp", "w") as file:
                 file.writelines(lines)
+            os.replace(f"{log}.tmp", log)
         elif os.path.exists(log):
             os.remove(log)
-    return log
+    return checkpoint, log, evaluated
 
 
-def remaining(step, args):
-    """The step to go on from; ValueError where nothing is left to do."""
-    if step >= args.steps:
-        raise ValueError(f"the run in {args.out} has done its {step} steps: give a larger --steps to continue it")
-    return step
+def open_board(args, start):
+    """TensorBoard's writer into --out with --tensorboard, else None."""
+    if not args.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
+    return SummaryWriter(args.out, purge_step=start + 1)
 
 
-def append_log(path, **values):
+def append_log(path, board, step, pictures=(), **values):
+    """A line of log.jsonl, and for TensorBoard the same numbers and the pictures of an evaluation."""
     with open(path, "a") as file:
-        file.write(json.dumps(values) + "\n")
+        file.write(json.dumps({"step": step, **values}) + "\n")
+    if board:
+        rows = {f"{row['name']}/{key}": value for row in values.get("eval", []) for key, value in row.items()}
+        for name, value in (values | rows).items():
+            if isinstance(value, float):
+                board.add_scalar(name, value, step)
+        if pictures:  # rows of (n, 3, s, s) -> (3, rows * s, n * s)
+            board.add_image("reconstructions", torch.cat([torch.cat([*row], 2) for row in pictures], 1) / 2 + 0.5, step)
+        board.flush()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+def choose_trained(model, phase=None, freeze_enc=False):
+    """Leave gradients on for what a phase trains; the rest gets no gradient, no weight decay, no optimiser state. After
+    DC-AE (arXiv 2410.10733), whose phase 2 trains the middle layers and phase 3 the decoder's head."""
+    enc, dec = model.encoder, model.decoder
+    if phase == 2:  # what makes the latent, and what reads it
+        last = [enc.stages[-1]] if hasattr(enc, "stages") else [enc.down[-1], enc.mid, enc.norm_out, enc.quant]
+        z_input = dec.conv_in if model.config["joint_input"] else dec.conv_in_z
+        parts = [*last, enc.conv_out, z_input, dec.norm_z, dec.context, *(block.ada for block in dec.blocks),
+                 *(m.proj for m in dec.modules() if isinstance(m, AdaGN))]
+    elif phase == 3:
+        parts = [dec.up[-1], dec.norm_out, dec.conv_out]
+    else:
+        parts = [dec] if freeze_enc else [enc, dec]
+    model.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(True)
+
+
 class Objective(nn.Module):
     """All that has trained parameters, and the loss terms: one module, so that one DDP wrap covers it."""
 
-    def __init__(self, model, lpips, repa, args):
+    def __init__(self, model, lpips, repa, gan, args):
         super().__init__()
         self.model, self.repa = model, repa
-        self.lpips = [lpips]  # in a list: its frozen weights are neither trained, synchronised nor saved
+        # In lists: LPIPS is neither trained, synchronised nor saved, and the discriminator has its own of each.
+        self.lpips, self.gan = [lpips], [gan]
         self.eqm = EqM(args.c, args.a, args.b, args.lam) if args.loss == "eqm" else None
         self.encode, self.field = model.encode, model.decoder.forward_with_tokens
         if args.compile:
             self.encode, self.field = torch.compile(self.encode), torch.compile(self.field)
 
-    def forward(self, x, e, eps, s):
+    def forward(self, x, e, eps, s, with_gan=False):
         """x images, e noise (B, 3, H, W), eps (B, c, h, w) posterior noise, s (B,) level -> ({name: scalar}, latents
-        (B, c, h, w))."""
+        (B, c, h, w), one-step estimate (B, 3, H, W)), the latter two detached."""
         posterior = self.encode(x)
         z = posterior.sample(eps)
         terms = {}
@@ -347,8 +530,10 @@ class Objective(nn.Module):
             terms["lpips"] = self.lpips[0](x, estimate).mean()
         if self.repa is not None:
             terms["repa"] = self.repa(tokens, x)
+        if with_gan:
+            terms["gan"] = -self.gan[0](estimate).mean()
         terms["kl"] = kl_loss(posterior)
-        return terms, z.detach()
+        return terms, z.detach(), estimate.detach()
 
 
 def main():
@@ -357,57 +542,86 @@ def main():
     if device.type == "cuda":  # TF32 for what autocast leaves in float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    check_args(args, world)
+    check_args(args)
+    check_shared(args, world)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)  # initial weights, the same on every rank
 
-    model = DCSSDAE(args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, c=args.c, a=args.a, b=args.b,
-                    lam=args.lam, input_skip=args.input_skip)
+    model = DCSSDAE.load(args.init_from) if args.init_from else DCSSDAE(
+        args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, c=args.c, a=args.a, b=args.b, lam=args.lam,
+        input_skip=args.input_skip)
     check_size(args.size, model)
-    checkpoint = load_checkpoint(args.out) if args.resume else None
-    log_path = prepare_out(args.out, args.resume, rank, checkpoint and checkpoint["step"])
+    checkpoint, log_path, evaluated = open_run(args, rank, world)
     if args.enc_ckpt:
         model.load_published(args.enc_ckpt, part="encoder")
-    model.encoder.requires_grad_(not args.freeze_enc)
+    choose_trained(model, args.phase, args.freeze_enc)
+    encoder_trains, norm_trains = (any(p.requires_grad for p in m.parameters())
+                                   for m in (model.encoder, model.decoder.norm_z))
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
     lpips, repa, left_out = perceptual_losses(args, model.decoder.mid_in.out_features, rank)
-    model.config["notes"] = {"size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
-                             "w_repa": 0.0 if repa is None else args.w_repa, "left_out": left_out}
+    gan = PatchGAN().requires_grad_(False) if args.w_gan else None
+    model.config["notes"] |= {"size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
+                              "w_repa": 0.0 if repa is None else args.w_repa, "left_out": left_out}
+    if encoder_trains:
+        model.config["latents"] = None  # --init_from's statistics are of other latents
 
     model.to(device, memory_format=torch.channels_last)
-    lpips = lpips and lpips.to(device)
-    objective = Objective(model, lpips, repa, args).to(device)
+    lpips, gan = lpips and lpips.to(device), gan and gan.to(device, memory_format=torch.channels_last)
+    objective = Objective(model, lpips, repa, gan, args).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.99),
                                   fused=device.type != "mps")
+    gan_optimizer = gan and torch.optim.AdamW(gan.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.5, 0.9))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    start = 0
-    if checkpoint:
-        start = resume(checkpoint, args, model, ema, repa, optimizer)
+    parts = {"model": model, "ema": ema, "repa": repa and repa.mlp, "optimizer": optimizer,
+             "gan": gan, "gan_optimizer": gan_optimizer}  # of a checkpoint
+    for name, part in parts.items() if checkpoint else ():
+        if part:
+            part.load_state_dict(checkpoint[name])
+    start, skipped = (checkpoint["step"], checkpoint.get("skipped", 0)) if checkpoint else (0, 0)
     parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
-    weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa,
-               "kl": 0.0 if args.freeze_enc else args.w_kl}
+    weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "gan": args.w_gan,
+               "kl": args.w_kl if encoder_trains else 0.0}
 
     local = args.batch_size // world
     micro = min(args.micro_batch or local, local)
     z_shape = (model.encoder.z_dim, args.size // model.downscale, args.size // model.downscale)
-    batches = iter(make_loader(dataset, args.batch_size, train=True, workers=args.workers, seed=args.seed,
-                               rank=rank, world=world, start=start))
+    batches = training_batches(args, dataset, rank, world, start)
+    board = open_board(args, start) if rank == 0 else None
     if rank == 0:
         count = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.encoder, model.decoder)]
         print(f"{args.enc} (x{args.enc_width:g}) {count[0]:.2f} M + U-ViT {args.dec} {count[1]:.2f} M parameters, "
+              f"{sum(p.numel() for p in trained) / 1e6:.2f} M of them trained, "
               f"loss {args.loss}, {len(dataset)} images of '{args.data}' at {args.size} px, "
               f"{world} process(es) on {device.type}, {'bf16' if dtype else 'float32'} -> {args.out}")
 
     stop, bad, clock, clock_step = StopSignal(), 0, time.time(), start
     bar = tqdm(total=args.steps, initial=start, disable=rank != 0, unit="step", dynamic_ncols=True)
-    for step in range(start, args.steps):
-        for group in optimizer.param_groups:
+    for step in range(start, args.steps + 1):
+        # Here, not after the step: a run that is stopped between a checkpoint and its evaluation catches up on it.
+        due = step == args.steps or (step > 0 and args.eval_every and step % args.eval_every == 0)
+        if due and step != evaluated:
+            before = time.time()
+            loader = make_loader(val, 64 * world, train=False, rank=rank, world=world)
+            result = evaluate(ema, loader, device, steps=args.eval_steps, seed=args.seed, dtype=dtype,
+                              rank=rank, world=world, progress=False)
+            if rank == 0:
+                row = result["rows"][1]
+                tqdm.write(f"step {step}: one-step PSNR {row['psnr']:.2f} dB, "
+                           f"baseline {result['rows'][0]['psnr']:.2f} dB on {result['images']} images")
+                write_results(result, args.out)
+                append_log(log_path, board, step, result["pictures"], eval=result["rows"])
+            clock += time.time() - before
+        if step == args.steps:
+            break
+
+        for group in optimizer.param_groups + (gan_optimizer.param_groups if gan else []):
             group["lr"] = args.lr * lr_factor(step, args)
-        x, _ = next(batches)
+        x, index = next(batches)
         x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
         rows = range(rank * local, (rank + 1) * local)
+        with_gan = gan is not None and step >= args.gan_start
 
         totals, moments = {}, 0
         for i in range(0, local, micro):
@@ -418,15 +632,26 @@ def main():
             last = i + micro >= local
             with nullcontext() if last or world == 1 else parallel.no_sync():
                 with autocast(device, dtype):
-                    terms, z = parallel(xb, e.contiguous(memory_format=torch.channels_last), eps, s)
-                loss = sum(weights[name] * term for name, term in terms.items())
-                (loss * share).backward()
-            for name, term in dict(terms, loss=loss).items():
+                    terms, z, estimate = parallel(xb, e.contiguous(memory_format=torch.channels_last), eps, s, with_gan)
+                terms["loss"] = sum(weights[name] * term for name, term in terms.items())
+                (terms["loss"] * share).backward()
+            if with_gan:  # its parameters take gradients here alone, not from the estimate's own term
+                gan.requires_grad_(True)
+                with autocast(device, dtype):
+                    terms["gan_d"] = hinge_loss(gan(xb), gan(estimate))
+                (terms["gan_d"] * share).backward()
+                gan.requires_grad_(False)
+            for name, term in terms.items():
                 totals[name] = totals.get(name, 0) + term.detach() * share / world
             z = z.float().cpu().double()
             moments = moments + torch.stack([z.sum(dim=(0, 2, 3)), z.square().sum(dim=(0, 2, 3))])
 
-        norm = optimise(optimizer, trained, args.grad_clip)
+        norm = clip_grad_norm_(trained, args.grad_clip).item()
+        if with_gan:
+            for p in gan.parameters() if world > 1 else ():
+                dist.all_reduce(p.grad)
+                p.grad /= world
+            totals["gan_grad_norm"] = clip_grad_norm_(gan.parameters(), args.grad_clip) / world
         # One small all-reduce a step: loss terms, the latents' moments, and whether anybody was asked to stop.
         shared = torch.cat([torch.stack(list(totals.values())).double().cpu(), moments.flatten(),
                             torch.tensor([float(stop.received)])])
@@ -435,18 +660,21 @@ def main():
             dist.all_reduce(shared)
         shared = shared.cpu()
         totals = dict(zip(totals, shared.tolist()))
-        if math.isfinite(norm) and shared.isfinite().all():
-            model.decoder.norm_z.update(args.batch_size * z_shape[1] * z_shape[2], *shared[len(totals):-1].view(2, -1))
-            update_ema(ema, model, args.ema, step)
+        if math.isfinite(norm) and shared.isfinite().all():  # on all ranks or none: they hold the same gradients
+            optimizer.step()
+            if with_gan:
+                gan_optimizer.step()
+            if norm_trains:
+                count = args.batch_size * z_shape[1] * z_shape[2]
+                model.decoder.norm_z.update(count, *shared[len(totals):-1].view(2, -1))
+            update_ema(ema, model, args.ema, step - args.ema_start)
             bad = 0
         else:
-            bad += 1
-            if rank == 0:
-                tqdm.write(f"warning: step {step} skipped, not finite: gradient norm {norm}, "
-                           + ", ".join(f"{k} {v:.4g}" for k, v in totals.items()))
-            if bad == 10:
-                raise ValueError(f"ten steps in a row were not finite, the last is {step} with {totals}: "
-                                 f"lower --lr, or use --dtype float32; {args.out} keeps the last checkpoint")
+            bad, skipped = bad + 1, skipped + 1
+            bad_step(step, bad, norm, totals, index, rank, world)
+        optimizer.zero_grad()
+        if with_gan:
+            gan_optimizer.zero_grad()
 
         done = step + 1
         bar.update()
@@ -454,54 +682,20 @@ def main():
             rate = (done - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), done
             bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
-            append_log(log_path, step=done, **totals, lr=optimizer.param_groups[0]["lr"],
-                       grad_norm=norm, images_per_s=rate)
+            append_log(log_path, board, done, **totals, lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
+                       skipped=skipped, images_per_s=rate, peak_mib=peak_memory(device))
         stopped = shared[-1] > 0
-        if (stopped or done % args.save_every == 0 or done == args.steps) and rank == 0:
-            save_checkpoint(args.out, {"step": done, "args": vars(args), "model": model.state_dict(),
-                                       "ema": ema.state_dict(), "repa": repa and repa.trained_state(),
-                                       "optimizer": optimizer.state_dict()})
-            ema.save(os.path.join(args.out, "model.safetensors"))
+        if rank == 0 and (stopped or done % args.save_every == 0 or done == args.steps):
+            state = {name: part and part.state_dict() for name, part in parts.items()}
+            save_checkpoint(args.out, {"step": done, "skipped": skipped, "args": vars(args), **state}, args.keep, ema)
         if stopped:
-            bar.close()
-            if rank == 0:
-                print(f"stopped after step {done} and saved: continue with the same command and --resume")
-            sys.exit(128 + (stop.received or signal.SIGTERM))
-        if done == args.steps or (args.eval_every and done % args.eval_every == 0):
-            before = time.time()
-            loader = make_loader(val, 64 * world, train=False, rank=rank, world=world)
-            result = evaluate(ema, loader, device, steps=args.eval_steps, seed=args.seed, dtype=dtype,
-                              rank=rank, world=world, progress=False)
-            if rank == 0:
-                row = result["rows"][1]
-                tqdm.write(f"step {done}: one-step PSNR {row['psnr']:.2f} dB, "
-                           f"baseline {result['rows'][0]['psnr']:.2f} dB on {result['images']} images")
-                append_log(log_path, step=done, eval=result["rows"])
-                write_results(result, args.out)
-            clock += time.time() - before
+            leave(bar, done, stop, rank, world)
     bar.close()
     if rank == 0:
         if int(dataset.skipped.sum()):
             print(f"warning: {int(dataset.skipped.sum())} unreadable images were replaced by others in training")
         print_table(result)
         print(f"saved {args.out}/model.safetensors, reconstructions.png, metrics.json and log.jsonl")
-
-
-def resume(checkpoint, args, model, ema, repa, optimizer):
-    """Restore everything in place; the step to go on from. ValueError where the flags describe another model."""
-    then = checkpoint["args"]
-    for name in ("enc", "enc_width", "dec", "depth", "loss", "c", "a", "b", "lam", "input_skip",
-                 "size", "batch_size", "seed", "data"):
-        if then[name] != getattr(args, name):
-            raise ValueError(f"--resume continues a run with --{name} {then[name]}, "
-                             f"but --{name} {getattr(args, name)} was given: "
-                             "use the flags of the first call, or another --out")
-    model.load_state_dict(checkpoint["model"])
-    ema.load_state_dict(checkpoint["ema"])
-    if repa:
-        repa.mlp.load_state_dict(checkpoint["repa"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return remaining(checkpoint["step"], args)
 
 
 if __name__ == "__main__":
