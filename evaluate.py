@@ -351,7 +351,7 @@ def setup(device=None):
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
     if world > 1 and not dist.is_initialized():
         # Keys of its own for each restart by torchrun: the store may still hold the addresses of the processes before.
-        store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
+        store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT')}",
                                  next(dist.rendezvous("env://"))[0])
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device

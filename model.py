@@ -106,7 +106,8 @@ class NormSiLU(torch.autograd.Function):
         else:
             y, mean, rstd = torch.native_group_norm(x, None, None, B, C, H * W, 32, eps)
             v = blocks(y, scale)
-            y = unblock(torch.addcmul(per_block(shift), v, per_block(scale), out=v), y.shape)
+            out = None if torch.compiler.is_compiling() else v  # torch.compile does without temporaries by itself
+            y = unblock(torch.addcmul(per_block(shift), v, per_block(scale), out=out), y.shape)
         ctx.save_for_backward(x, scale, shift, mean, rstd)
         return F.silu(y, inplace=True)
 
@@ -120,14 +121,14 @@ class NormSiLU(torch.autograd.Function):
         y = torch.addcmul(per_block((shift - mean * a).to(x.dtype)), v, per_block(a.to(x.dtype)))
         g = torch.ops.aten.silu_backward(blocks(grad, scale), y)
         # With x^ = (x - mean) rstd and y = scale x^ + shift, sums over every block of pixels: (B, C, h, w)
-        dshift, g_x = (t.sum(4).to(exact).sum(2).permute(0, 3, 1, 2) for t in (g, torch.mul(g, v, out=y)))
+        dshift, g_x = (t.sum(4).to(exact).sum(2).permute(0, 3, 1, 2) for t in (g, g * v))
         dscale = (g_x - mean * dshift) * rstd
         # dx = rstd (scale g - mean(scale g) - x^ mean(scale g x^)), means over a group's pixels and channels
         m, m_xhat = (((scale * t).sum((2, 3)).unflatten(1, (32, -1)).sum(2) / (C // 32 * H * W))
                      .repeat_interleave(C // 32, 1)[:, :, None, None] for t in (dshift, dscale))
         slope = -rstd.square() * m_xhat
         constant = -rstd * m - mean * slope
-        dx = torch.addcmul(per_block(constant.to(x.dtype)), v, per_block(slope.to(x.dtype)), out=y)
+        dx = torch.addcmul(per_block(constant.to(x.dtype)), v, per_block(slope.to(x.dtype)))
         dx = unblock(dx.addcmul_(g, per_block(a.to(x.dtype))), x.shape)
         return dx, *(t.sum_to_size(scale.shape).to(scale.dtype) for t in (dscale, dshift)), None
 

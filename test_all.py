@@ -1264,8 +1264,8 @@ def test_folder_layouts(tmp_path):
 
 def test_small_images_are_enlarged(tmp_path):
     folder_of(tmp_path / "a", 2, (9, 7))
-    for train in (True, False):
-        assert data.make_dataset(str(tmp_path / "a"), 32, train)[0][0].shape == (3, 32, 32)
+    for training in (True, False):
+        assert data.make_dataset(str(tmp_path / "a"), 32, training)[0][0].shape == (3, 32, 32)
 
 
 def test_limit(tmp_path):
@@ -1313,8 +1313,8 @@ def test_named_sets(tmp_path, monkeypatch):
     monkeypatch.setenv("DCSSDAE_DATA", str(tmp_path / "cache"))
     monkeypatch.setattr(data, "import_torchvision", lambda: FakeTorchvision)
     for spec, sizes in (("cifar10", (9, 5)), ("imagenette", (4, 2))):
-        for train, n in zip((True, False), sizes, strict=True):
-            dataset = data.make_dataset(spec, 32, train)
+        for training, n in zip((True, False), sizes, strict=True):
+            dataset = data.make_dataset(spec, 32, training)
             assert len(dataset) == n
             (x, _), = take(data.make_loader(dataset, 2, train, workers=0), 1)
             assert x.shape == (2, 3, 32, 32)

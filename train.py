@@ -56,8 +56,9 @@ PHASES = {
 # What --init_from's file decides; and what --resume may change, being neither model nor samples nor objective.
 MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "loss", "c", "a", "b", "lam", "input_skip")
 FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights", "workers", "steps", "lr", "warmup",
-              "decay", "weight_decay", "grad_clip", "ema", "ema_start", "micro_batch", "out", "resume", "keep", "dtype",
-              "device", "compile", "eval_every", "eval_steps", "eval_images", "save_every", "log_every", "tensorboard")
+              "decay", "weight_decay", "grad_clip", "ema", "ema_start", "micro_batch", "checkpointing", "out", "resume",
+              "keep", "dtype", "device", "compile", "eval_every", "eval_steps", "eval_images", "save_every",
+              "log_every", "tensorboard")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,6 +98,7 @@ def get_args(argv=None):
 
     optimisation, run = shared_arguments(p)
     optimisation("--micro_batch", type=int, help="images per forward pass and process; gradients add up to the batch's")
+    optimisation("--checkpointing", action="store_true", help="less memory: compute residual blocks twice")
     run("--compile", action="store_true", help="torch.compile encoder and decoder")
     run("--eval_every", type=int, default=5000, help="steps between evaluations; 0: only at the end [%(default)s]")
     run("--eval_steps", type=int, nargs="+", default=[1, 4], help="sampler steps of evaluations %(default)s")
@@ -566,6 +568,7 @@ def main():
     if encoder_trains:
         model.config["latents"] = None  # --init_from's statistics are of other latents
 
+    model.decoder.checkpointing = args.checkpointing
     model.to(device, memory_format=torch.channels_last)
     lpips, gan = lpips and lpips.to(device), gan and gan.to(device, memory_format=torch.channels_last)
     objective = Objective(model, lpips, repa, gan, args).to(device)
