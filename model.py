@@ -150,6 +150,18 @@ def unblock(x, shape):
     return x.reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
+def spread(z, H, W):
+    """UViT.condition's input map (B, C, 5h, 5w) -> (B, C, H, W): of the 5 values that a block has along an axis, the
+    first two and the last two stand at its ends, the third everywhere between."""
+    z = z.permute(0, 2, 3, 1)
+    for dim, n in ((2, W), (1, H)):
+        side = 5 * n // z.shape[dim]
+        p = torch.arange(n, device=z.device)
+        p, inside = p // side, p % side
+        z = z.index_select(dim, 5 * p + torch.where(inside < 2, inside, (inside - side + 5).clamp(min=2)))
+    return z.permute(0, 3, 1, 2)
+
+
 def modulate(x, scale, shift):
     """x * (1 + scale) + shift, with scale and shift constant over blocks of x, as in NormSiLU."""
     return unblock(torch.addcmul(per_block(shift), blocks(x, scale), per_block(1 + scale)), x.shape)
@@ -396,7 +408,7 @@ class UViT(nn.Module):
     def condition(self, z, H, W):
         """All that depends on the latent alone, for images of H x W: computed once, used by every sampling step.
 
-        Returns [input map (B, C, H, W), scales and shifts of all AdaGN, of all AdaLN: (B, ..., h, w)].
+        Returns [input map (B, C, 5h, 5w), scales and shifts of all AdaGN, of all AdaLN (B, ..., h, w)].
         """
         h, w = z.shape[-2:]
         z = z.to(self.conv_out.weight.dtype)
@@ -414,12 +426,7 @@ class UViT(nn.Module):
         # >= 8 x 8 pixels have at most 5 different values a block and axis, so 5 x 5 pixels a block are enough.
         z = self.conv_in_z(F.interpolate(z, scale_factor=5, mode="nearest"))
         z = F.conv2d(z, self.conv_in.weight[:, -z.shape[1]:], self.conv_in.bias, padding=1)
-        z = z.permute(0, 2, 3, 1)
-        for dim, n, cells in ((2, W, w), (1, H, h)):
-            p = torch.arange(n, device=z.device)
-            p, inside = p // (n // cells), p % (n // cells)
-            z = z.index_select(dim, 5 * p + torch.where(inside < 2, inside, (inside - n // cells + 5).clamp(min=2)))
-        return [z.permute(0, 3, 1, 2), mods, mods_mid]
+        return [z, mods, mods_mid]
 
     def forward_with_tokens(self, x, z, t=None):
         """As forward, and the tokens (B, H/8 * W/8, width) after transformer block min(4, depth // 2), which REPA
@@ -432,7 +439,7 @@ class UViT(nn.Module):
         mods = iter(mods.split([m.proj.out_channels for m in self.modules() if isinstance(m, AdaGN)], dim=1))
 
         h = self.conv_in_x(x.to(dtype))
-        h = F.conv2d(h, self.conv_in.weight[:, :h.shape[1]], padding=1).add_(z)
+        h = F.conv2d(h, self.conv_in.weight[:, :h.shape[1]], padding=1).add_(spread(z, *x.shape[-2:]))
         skips = [h]
         run = partial(checkpoint, use_reentrant=False) if self.checkpointing and self.training else lambda f, *a: f(*a)
         for level in self.down:
@@ -455,7 +462,8 @@ class UViT(nn.Module):
 
         for level in self.up:
             for block in level[:3]:
-                h = run(block, torch.cat([h, skips.pop()], dim=1), next(mods), temb)
+                h = torch.cat([h, skips.pop()], dim=1)  # on a line of its own, which lets go of the old h
+                h = run(block, h, next(mods), temb)
             if len(level) == 4:
                 h = level[3](h)
         out = self.conv_out(self.norm_out(h))

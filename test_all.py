@@ -58,6 +58,7 @@ from model import (
     our_names,
     pad_to_multiple,
     read_weights,
+    spread,
 )
 from train import load_checkpoint, save_checkpoint
 
@@ -1825,7 +1826,7 @@ def test_two_processes_equal_one(tmp_path, checkpoint):
         Image.fromarray(data.demo_image(32, 0, "val", i)).save(tmp_path / "images" / f"{i}.png")
     (tmp_path / "images" / "0.png").write_bytes((tmp_path / "images" / "0.png").read_bytes()[:200])
     (tmp_path / "run.py").write_text(
-        "import torch\nfrom torch import nn\n\nimport evaluate\n\n\n" + inspect.getsource(TinyInception)
+        "import torch\nfrom torch import nn\n\nimport evaluate\nimport fid\n\n\n" + inspect.getsource(TinyInception)
         + "\n\nfid.InceptionFeatures = TinyInception\nevaluate.guarded(evaluate.main)\n")
     reports = []
     for n in (1, 2):
@@ -2628,7 +2629,7 @@ def test_condition_is_the_plain_input_layer_and_computed_once(joint, size):
     up = F.interpolate(unet.norm_z(z), size=size, mode="nearest")
     plain = unet.conv_in(torch.cat([unet.conv_in_x(x), unet.conv_in_z(up)], dim=1))
     x_part = unet.conv_in_x(x)
-    fast = F.conv2d(x_part, unet.conv_in.weight[:, :x_part.shape[1]], padding=1) + unet.condition(z, *size)[0]
+    fast = F.conv2d(x_part, unet.conv_in.weight[:, :x_part.shape[1]], padding=1) + spread(unet.condition(z, *size)[0], *size)
     assert torch.allclose(fast, plain, rtol=1e-10, atol=1e-10)
     assert torch.equal(unet(x, unet.condition(z, *size)), unet(x, z))
 
