@@ -343,18 +343,22 @@ def setup(device=None):
         raise ValueError(f"--device {name}: there is no such device here") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif sys.platform == "linux":
-        # Freed memory stays with the process: fetching pages from the system again for every large map costs more time
-        # than computing on it. (glibc's mallopt: M_MMAP_MAX 0, M_TRIM_THRESHOLD as large as it goes.)
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
+    keep_freed_memory(True)
     if world > 1 and not dist.is_initialized():
         # Keys of its own for each restart by torchrun: the store may still hold the addresses of the processes before.
         store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT')}",
                                  next(dist.rendezvous("env://"))[0])
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
+
+
+def keep_freed_memory(keep):
+    """Linux (mallopt): let freed memory stay with the process. On CPUs, fetching pages from the system again for every
+    large map costs more time than computing on it; but the gaps between maps of gigabytes cost memory: False gives
+    those back."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc: M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        for option, value in (-4, 0 if keep else 65536), (-3, 2**25), (-1, 2**31 - 1):
+            ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
 def guarded(main):
@@ -484,6 +488,7 @@ def reconstruct_images(model, args, options, device, out):
             bad.append(f"{path} ({' '.join(str(error).split())})")
             continue
         start, (height, width) = now(device), x.shape[2:]
+        keep_freed_memory(height * width <= 1024**2)
         y = model.reconstruct(x, steps, generator=seeded_generator("cpu", args.seed, i), **options)
         seconds, x, y = now(device) - start, to8bit(x), to8bit(y)
         save_grid(out / f"{Path(path).name}.reconstruction.png", [torch.cat([x, y, 4 * (x - y).abs() - 1])])
@@ -849,6 +854,7 @@ def main():
     if size % math.lcm(model.downscale, 8):
         raise ValueError(f"--size {size} is not a multiple of {math.lcm(model.downscale, 8)}, which {config['enc']} "
                          "and the decoder need")
+    keep_freed_memory(size <= 1024)
     if args.sampler and (args.sampler == "euler") != (config["loss"] == "fm"):
         raise ValueError(f"--sampler {args.sampler} does not fit a model trained with --loss {config['loss']}")
     options = {k: getattr(args, k) for k in ("eta", "mu", "tol", "t_shift") if getattr(args, k) is not None}

@@ -263,17 +263,17 @@ class Windows:
         self.back = (block * self.q.shape[1] + iy[:, None] * self.block[1] + ix).flatten()
         kind = [index([a[4].index(q - k) for q, k in zip(a[0], a[1])]) for a in axes]
         self.kind = (kind[0][:, None] * len(axes[1][4]) + kind[1]).flatten()           # of every block
-        self.rows = [(k + r - index(a[4])[:, None] - torch.arange(b, device=device)).flatten()
+        # Where the biases of a kind of block and a query begin in the padded table: (kinds, block) along each axis.
+        self.rows = [k + r - index(a[4])[:, None] - torch.arange(b, device=device)
                      for a, b, k in zip(axes, self.block, self.keys)]
 
-    def biases(self, tables):
-        """tables (layers, window, window, heads) -> (layers, kinds of blocks, heads, queries, keys); -1e9 outside the
-        window."""
-        (ky, kx), (by, bx), (iy, ix) = self.keys, self.block, self.rows
-        t = F.pad(tables.flip(1, 2).permute(0, 3, 1, 2), (kx, kx, ky, ky), value=-1e9)  # by key - query
-        t = t.unfold(2, ky, 1).unfold(3, kx, 1)[:, :, iy[:, None], ix]       # (layers, heads, uy by, ux bx, ky, kx)
-        t = t.unflatten(2, (-1, by)).unflatten(4, (-1, bx))                  # (layers, heads, uy, by, ux, bx, ky, kx)
-        return t.permute(0, 2, 4, 1, 3, 5, 6, 7).flatten(6).flatten(4, 5).flatten(1, 2)
+    def bias(self, table):
+        """table (window, window, heads) -> (kinds of blocks, queries, heads, keys); -1e9 outside the window."""
+        (ky, kx), (iy, ix) = self.keys, self.rows
+        t = F.pad(table.flip(0, 1).permute(2, 0, 1), (kx, kx, ky, ky), value=-1e9)      # by key - query
+        t = t.unfold(1, ky, 1).unfold(2, kx, 1).permute(1, 2, 0, 3, 4)                  # (row, column, heads, ky, kx)
+        t = t[iy[:, None, :, None], ix[None, :, None, :]]                               # (uy, ux, by, bx, heads, ...)
+        return t.flatten(5).flatten(2, 3).flatten(0, 1)
 
 
 class WindowAttention(nn.Module):
@@ -287,15 +287,17 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.bias_table = nn.Parameter(torch.zeros(window, window, heads))  # [row offset, column offset, head]
 
-    def forward(self, x, windows, bias):
-        """x (B, C, h, w); windows Windows(h, w, ...); bias (kinds, heads, queries, keys) of this layer."""
+    def forward(self, x, windows):
+        """x (B, C, h, w), windows Windows(h, w, self.window, ...) -> (B, C, h, w)."""
+        bias = windows.bias(self.bias_table)
         q = linear(x, self.q).flatten(2).mT                                              # (B, N, C)
         kv = F.conv2d(x, torch.cat([self.k.weight, self.v.weight])[:, :, None, None]).flatten(2).mT
         if not windows.single:
             q, kv = q[:, windows.q].flatten(0, 1), kv[:, windows.kv].flatten(0, 1)       # (B * blocks, tokens, ...)
             bias = bias[windows.kind.repeat(len(x))]
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, dim=-1)))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)).transpose(1, 2).flatten(2)
+        bias = bias.transpose(1, 2).to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
         if not windows.single:
             out = out.unflatten(0, (len(x), -1)).flatten(1, 2)[:, windows.back]
         return linear(out.mT.unflatten(2, x.shape[2:]), self.out)
@@ -309,10 +311,10 @@ class TransformerBlock(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mlp_in, self.mlp_out = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x, mod, windows, bias):  # x (B, dim, h, w); mod: ada(silu(ctx))
+    def forward(self, x, mod, windows):  # x (B, dim, h, w); mod: ada(silu(ctx))
         h = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
         shift, scale = mod.chunk(2, dim=1)
-        x = x + self.attn(modulate(h, scale, shift), windows, bias)
+        x = x + self.attn(modulate(h, scale, shift), windows)
         value, gate = linear(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), self.mlp_in).chunk(2, dim=1)
         return x + linear(value * F.gelu(gate), self.mlp_out)
 
@@ -453,9 +455,8 @@ class UViT(nn.Module):
         u = tokens = linear(self.mid_norm(h), self.mid_in)  # (B, width, H/8, W/8)
         if self.blocks:
             windows = Windows(*u.shape[2:], self.blocks[0].attn.window, u.device)
-            biases = windows.biases(torch.stack([b.attn.bias_table for b in self.blocks]))
-            for i, (block, mod, bias) in enumerate(zip(self.blocks, mods_mid.chunk(len(self.blocks), dim=1), biases)):
-                u = block(u, mod, windows, bias)
+            for i, (block, mod) in enumerate(zip(self.blocks, mods_mid.chunk(len(self.blocks), dim=1))):
+                u = block(u, mod, windows)
                 if i + 1 == min(4, len(self.blocks) // 2):
                     tokens = u
         h = h + linear(u, self.mid_out)

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -1961,17 +1962,6 @@ def same_weights(a, b):
     return all(same)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_is_bit_identical(tmp_path, workers):
-    common = [*TINY, "--decay", 0, "--workers", workers, "--loss", "eqm"]
-    cli("train.py", *common, "--steps", 5, "--out", tmp_path / "whole")
-    cli("train.py", *common, "--steps", 2, "--out", tmp_path / "parts")
-    cli("train.py", *common, "--steps", 5, "--out", tmp_path / "parts", "--resume")
-    assert same_weights(tmp_path / "whole", tmp_path / "parts")
-    whole, parts = ([line["loss"] for line in step_lines(tmp_path / name)] for name in ("whole", "parts"))
-    assert whole == parts and len(whole) == 5
-
-
 def test_processes_and_micro_batches_do_not_change_the_run(tmp_path):
     common = [*TINY, "--steps", 4, "--loss", "fm"]
     cli("train.py", *common, "--out", tmp_path / "one")
@@ -2069,24 +2059,6 @@ def test_bad_files_and_folders(tmp_path, trained):
     finished = [*TINY, "--steps", 3, "--data", images, "--eval_images", 5, "--out", tmp_path / "b", "--resume"]
     assert "has done its 3 steps" in cli("train.py", *finished, ok=False)
     assert "no weight file" in cli("distill.py", "--ckpt", tmp_path / "missing.safetensors", ok=False)
-
-
-def test_interrupted_training_saves_and_resumes(tmp_path):
-    command = [sys.executable, os.path.join(HERE, "train.py"), *map(str, TINY), "--steps", "100000", "--decay", "0",
-               "--eval_every", "0", "--out", str(tmp_path / "r")]
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for _ in range(600):
-        if (tmp_path / "r" / "log.jsonl").exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "continue with the same command and --resume" in output
-    step = torch.load(tmp_path / "r" / "latest.pt", weights_only=True)["step"]
-    cli("train.py", *TINY, "--decay", 0, "--steps", step + 1, "--out", tmp_path / "r", "--resume")
-    assert [line["step"] for line in step_lines(tmp_path / "r")] == list(range(1, step + 2))
 
 
 def test_a_full_disk_or_damaged_checkpoint_loses_nothing(tmp_path, monkeypatch):
@@ -2581,7 +2553,7 @@ def test_windowed_attention_equals_the_dense_masked_form(h, w, window):
         (y * grad).sum().backward(inputs=list(attn.parameters()))
         return [y, dx, *(p.grad.clone() for p in attn.parameters())]
 
-    fast = run(lambda x: attn(x, windows, windows.biases(attn.bias_table[None])[0]))
+    fast = run(lambda x: attn(x, windows))
     for a, b in zip(fast, run(lambda x: dense_attention(attn, x)), strict=True):
         assert (a - b).norm() <= 1e-9 * (b.norm() + 1e-3)
 
@@ -2629,7 +2601,8 @@ def test_condition_is_the_plain_input_layer_and_computed_once(joint, size):
     up = F.interpolate(unet.norm_z(z), size=size, mode="nearest")
     plain = unet.conv_in(torch.cat([unet.conv_in_x(x), unet.conv_in_z(up)], dim=1))
     x_part = unet.conv_in_x(x)
-    fast = F.conv2d(x_part, unet.conv_in.weight[:, :x_part.shape[1]], padding=1) + spread(unet.condition(z, *size)[0], *size)
+    fast = F.conv2d(x_part, unet.conv_in.weight[:, :x_part.shape[1]], padding=1)
+    fast = fast + spread(unet.condition(z, *size)[0], *size)
     assert torch.allclose(fast, plain, rtol=1e-10, atol=1e-10)
     assert torch.equal(unet(x, unet.condition(z, *size)), unet(x, z))
 
@@ -2663,7 +2636,7 @@ def test_compiles_without_graph_breaks_and_checkpointing_changes_nothing():
         nn.init.normal_(p, std=0.05)
     for enc in ("dc_f8c4", "vq_f8c4", "dcae_f32c32"):
         encoder = make_encoder(enc, width=0.125)
-        fast = torch.compile(lambda x, encoder=encoder: encoder(x).mean, fullgraph=True, backend="aot_eager")
+        fast = torch.compile(lambda x, encoder=encoder: encoder(x).mean, fullgraph=True, backend="eager")
         assert relative_error(fast(x), encoder(x).mean) < 1e-5
 
     def gradients(field):
@@ -2700,12 +2673,17 @@ def test_cost_and_memory_of_decoding_are_linear_in_pixels():
     assert memory[2] < 16 * block
 
 
-def test_bench_command():
-    text = cli("evaluate.py", "--bench", "decode", "train", "input", "--size", 32, "--dec", "XS", "--enc", "dc_f8c4",
-               "--dtype", "float32", "bf16", "--checkpointing")
-    rows = [line for line in text.splitlines() if line.startswith("U-ViT XS")]
-    assert len(rows) == 2 + 8 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
+def test_bench_command(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.interleaved, "__defaults__", (1,))
+    run_main(evaluate, monkeypatch, "--bench", "--size", 32, "--dec", "XS", "--enc", "vq_f8c4", "--checkpointing")
+    run_main(evaluate, monkeypatch, "--bench", "train", "--size", 32, "--dec", "XS", "--enc", "dc_f8c4",
+             "--dtype", "bf16")
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith(("U-ViT XS", "vq_f8c4"))]
+    assert len(rows) == 2 + 4 + 4 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
     assert len(re.findall(r"^input, JPEG .* x$", text, re.MULTILINE)) == 2
+    if importlib.util.find_spec("diffusers"):
+        assert len(re.findall(r"^(KL-VAE|DC-AE f32c32) .* x KL-VAE$", text, re.MULTILINE)) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
