@@ -139,7 +139,7 @@ def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=N
     model      .encode(x).mode() -> z, .sample(z, steps, noise, **options) -> (x, nfe), .downscale; in eval mode
     loader     yields (x (b, 3, s, s) in [-1, 1], index (b,)); the part of this process, every image once in all of them
     steps      numbers of steps, or {name of the row: (steps, sampler options)}
-    distances  {metric: callable (x, y) -> (b,)};  features  {metric: fid.Features}, Frechet distances; or None
+    distances  {metric: callable (x, y) -> (b,)};  features  {metric: network of fid.py}, Frechet distances; or None
     options    sampler options;  dtype  torch.bfloat16 for autocast in encoder and decoder, None for float32
     rank, world  with world > 1 all processes must call this, and all get the same result
     originals  {metric: fid.Statistics of exactly these originals}, to save computing them

@@ -21,6 +21,7 @@ distance in features of your own. Neither is FID or rFID, or can be compared wit
     python fid.py val256.npz reconstructions/                 # ... then reused
 """
 import argparse
+import functools
 import hashlib
 import os
 import sys
@@ -116,26 +117,26 @@ class Mixed(nn.Module):
         return torch.cat(out, 1)
 
 
-class Features(nn.Module):
-    """A network whose features a Frechet distance compares.
+# Networks whose features a Frechet distance compares. weights: path; None looks in torch.hub's cache, then downloads
+# the file there. FileNotFoundError when it can be had nowhere, ValueError when it holds something else. .dim is the
+# number of features, .sha256 the digest of the weight file: quote it beside the number. forward: (B, 3, H, W) uint8, or
+# float in [-1, 1] -> (B, dim) float32, any H, W.
 
-    weights: path; None looks in torch.hub's cache, then downloads the file there. Raises FileNotFoundError when it can
-    be had nowhere, ValueError when it holds something else.
-    .dim is the number of features; .sha256 the digest of the weight file: quote it beside the number.
-    forward: (B, 3, H, W) uint8, or float in [-1, 1] (clamped and rounded to 8 bit here: FID is defined on 8-bit
-    images) -> (B, dim) float32. Any H, W.
-    """
-
+def on_8bit(forward):
+    """Decorator of a network's forward, which then gets 8-bit levels (FID is defined on 8-bit images) scaled to [0, 1],
+    and computes in float32 without TF32."""
+    @functools.wraps(forward)
     @torch.no_grad()
-    def forward(self, images):
+    def wrapped(self, images):
         if images.dtype != torch.uint8:
             images = (images.float().clamp(-1, 1) * 127.5 + 127.5).round()
         with (torch.autocast(images.device.type, enabled=False),
               torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
-            return self.features(images.float() / 255)                 # in [0, 1]
+            return forward(self, images.float() / 255)
+    return wrapped
 
 
-class InceptionFeatures(Features):
+class InceptionFeatures(nn.Module):
     """The 2048 features FID is defined on. weights: pt_inception-2015-12-05-6726825d.pth."""
 
     dim = 2048
@@ -160,7 +161,8 @@ class InceptionFeatures(Features):
         self.load_state_dict(state, assign=True)
         self.float().eval().requires_grad_(False)
 
-    def features(self, x):
+    @on_8bit
+    def forward(self, x):
         x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
@@ -170,7 +172,7 @@ class InceptionFeatures(Features):
         return x.mean((2, 3))                                          # (B, 2048, 8, 8) -> (B, 2048)
 
 
-class DINOv2Features(Features):
+class DINOv2Features(nn.Module):
     """The 1024 features of FD-DINOv2: the class token of ViT-L/14 after the last norm. ImportError without timm.
 
     As DINOv2Detector in edm2's calculate_metrics.py: 224 x 224 by bicubic with antialiasing, not rounded; ImageNet's
@@ -199,13 +201,14 @@ class DINOv2Features(Features):
             raise ValueError(f"{path} does not hold the weights of DINOv2 ViT-L/14") from None
         self.float().eval().requires_grad_(False)
 
-    def features(self, x):
+    @on_8bit
+    def forward(self, x):
         x = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True)
         mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         return self.vit.forward_features((x - mean) / std)[:, 0]
 
 
-class FileFeatures(Features):
+class FileFeatures(nn.Module):
     """Features of your own: a TorchScript file that maps (B, 3, H, W) in [-1, 1] to (B, D) for any B; H = W = size is
     tried. Pickled and exported modules are refused: reading them runs code in the file."""
 
@@ -223,7 +226,8 @@ class FileFeatures(Features):
                              f"features (B, D) ({str(error).strip().splitlines()[-1]})") from None
         self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-    def features(self, x):
+    @on_8bit
+    def forward(self, x):
         return self.network(2 * x - 1)
 
 

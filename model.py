@@ -187,6 +187,14 @@ class GroupNorm(nn.Module):
         return NormSiLU.apply(x, *(t.reshape(-1, x.shape[1], 1, 1) for t in (scale, shift)), self.eps)
 
 
+def upsample(x, conv):
+    """Nearest x2, then a 3x3 convolution layer, as one transposed convolution: 16 weights for 4 pixels, not 36."""
+    # The two taps that read the same pixel after enlarging are added up: (w2, w1 + w2, w0 + w1, w0) per axis.
+    w = F.pad(conv.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+    w = w[:, :, :-1] + w[:, :, 1:]
+    return F.conv_transpose2d(x, w[..., :-1] + w[..., 1:], conv.bias, stride=2, padding=1)
+
+
 class AdaGN(nn.Module):
     """Group norm, scale and shift from the latent's context map (B, ctx, h, w), nearest-resized to x, then SiLU."""
 
@@ -211,16 +219,6 @@ class ResBlock(nn.Module):
         time = () if self.time is None else self.time(F.silu(temb)).chunk(2, dim=1)
         h = self.norm2(self.conv1(self.norm1(x, mod)), *time)
         return self.conv2(h).add_(self.shortcut(x))
-
-
-class Upsample(nn.Conv2d):
-    """Nearest x2, then this 3x3 convolution, as one transposed convolution: 16 weights for 4 pixels instead of 36."""
-
-    def forward(self, x):
-        # The two taps that read the same pixel after enlarging are added up: (w2, w1 + w2, w0 + w1, w0) per axis.
-        w = F.pad(self.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
-        w = w[:, :, :-1] + w[:, :, 1:]
-        return F.conv_transpose2d(x, w[..., :-1] + w[..., 1:], self.bias, stride=2, padding=1)
 
 
 class Windows:
@@ -391,7 +389,7 @@ class UViT(nn.Module):
                 level.append(ResBlock(cin + skips.pop(), cout, c, temb))
                 cin = cout
             if i < 3:
-                level.append(Upsample(cout, cout, 3, padding=1))
+                level.append(nn.Conv2d(cout, cout, 3, padding=1))
             self.up.append(level)
         self.norm_out = GroupNorm(c)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
@@ -466,7 +464,7 @@ class UViT(nn.Module):
                 h = torch.cat([h, skips.pop()], dim=1)  # on a line of its own, which lets go of the old h
                 h = run(block, h, next(mods), temb)
             if len(level) == 4:
-                h = level[3](h)
+                h = upsample(h, level[3])
         out = self.conv_out(self.norm_out(h))
         return (out + self.skip * x if self.skip else out.to(x.dtype)), tokens.flatten(2).mT
 

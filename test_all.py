@@ -51,7 +51,6 @@ from model import (
     SIZES,
     LatentNorm,
     NormSiLU,
-    Upsample,
     UViT,
     WindowAttention,
     Windows,
@@ -60,6 +59,7 @@ from model import (
     pad_to_multiple,
     read_weights,
     spread,
+    upsample,
 )
 from train import load_checkpoint, save_checkpoint
 
@@ -2584,12 +2584,11 @@ def test_norm_silu_equals_the_plain_form(batch, h, w):
 
 def test_upsample_equals_nearest_and_convolution():
     torch.manual_seed(0)
-    up, x = Upsample(6, 5, 3, padding=1).double(), torch.randn(2, 6, 3, 4, dtype=torch.float64)
-    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), up.weight, up.bias, padding=1)
-    assert torch.allclose(up(x), plain, rtol=1e-12, atol=1e-12)
-    grad = torch.randn_like(plain)
-    for a, b in zip(*(torch.autograd.grad(y, up.parameters(), grad) for y in (up(x), plain)), strict=True):
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+    conv, x = nn.Conv2d(6, 5, 3, padding=1).double(), torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), conv.weight, conv.bias, padding=1)
+    assert torch.allclose(upsample(x, conv), plain, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(y.square().sum(), conv.parameters()) for y in (upsample(x, conv), plain)]
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("joint", [False, True])
