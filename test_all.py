@@ -2018,6 +2018,19 @@ def test_frozen_encoder_from_a_checkpoint(trained, tmp_path):
     assert not torch.equal(before.decoder.conv_in.weight, after.decoder.conv_in.weight)
 
 
+def test_ablations_from_the_command_line(tmp_path):
+    cli("train.py", *TINY, "--steps", 2, "--without", "norm_z", "context", "--window", 5, "--out", tmp_path / "run")
+    model = DCSSDAE.load(tmp_path / "run" / "model.safetensors")
+    decoder, torch_z = randomise(model.decoder), torch.randn(2, model.encoder.z_dim, 4, 4)
+    assert isinstance(decoder.norm_z, nn.Identity) and decoder.context is None
+    assert decoder.blocks[0].attn.bias_table.shape[:2] == (5, 5)
+    one, other = (decoder.condition(z, 32, 32) for z in (torch_z, -torch_z))
+    assert not torch.equal(one[0], other[0])                                   # the latent still enters beside the image
+    assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
+    with pytest.raises(ValueError, match="norm_z and context"):
+        UViT("XS", 4, without=["attention"])
+
+
 @pytest.mark.parametrize("flags,words", [
     (["--data", "/nowhere/at/all"], "/nowhere/at/all"),
     (["--size", 100], "--size 100 is not a multiple"),

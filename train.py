@@ -54,7 +54,7 @@ PHASES = {
     3: {"size": 256, "lr": 5.4e-5, "steps": 50_000, "w_repa": 0.0},          # details, at low: later layers than REPA's
 }
 # What --init_from's file decides; and what --resume may change, being neither model nor samples nor objective.
-MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "loss", "c", "a", "b", "lam", "input_skip")
+MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "b", "lam", "input_skip", "without")
 FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights", "workers", "steps", "lr", "warmup",
               "decay", "weight_decay", "grad_clip", "ema", "ema_start", "micro_batch", "checkpointing", "out", "resume",
               "keep", "dtype", "device", "compile", "eval_every", "eval_steps", "eval_images", "save_every",
@@ -80,8 +80,12 @@ def get_args(argv=None):
     add("--freeze_enc", action="store_true", help="train the decoder only, on a given encoder")
     add("--dec", type=str, choices=list(SIZES), default="S", help="decoder size [%(default)s]")
     add("--depth", type=int, help="decoder transformer blocks, instead of the size's own")
+    add("--window", type=int, default=17, help="tokens of 8 x 8 pixels a side that one attends to: odd [%(default)s]")
     add("--input_skip", action=argparse.BooleanOptionalAction, default=True, help="add the noisy image to the "
         "decoder's output (UViT's skip); off, as published, the network carries the noise itself [on]")
+
+    add("--without", type=str, nargs="+", default=[], choices=["context", "norm_z"], help="for ablations: no way of "
+        "the latent to the adaptive norms, no normalisation of the latent")
 
     add = p.add_argument_group("objective").add_argument
     add("--loss", type=str, choices=["fm", "eqm"], default="eqm", help="flow or equilibrium matching [%(default)s]")
@@ -488,7 +492,7 @@ def choose_trained(model, phase=None, freeze_enc=False):
     if phase == 2:  # what makes the latent, and what reads it
         last = [enc.stages[-1]] if hasattr(enc, "stages") else [enc.down[-1], enc.mid, enc.norm_out, enc.quant]
         z_input = dec.conv_in if model.config["joint_input"] else dec.conv_in_z
-        parts = [*last, enc.conv_out, z_input, dec.norm_z, dec.context, *(block.ada for block in dec.blocks),
+        parts = [*last, enc.conv_out, z_input, dec.norm_z, *(dec.context or ()), *(block.ada for block in dec.blocks),
                  *(m.proj for m in dec.modules() if isinstance(m, AdaGN))]
     elif phase == 3:
         parts = [dec.up[-1], dec.norm_out, dec.conv_out]
@@ -550,8 +554,8 @@ def main():
     torch.manual_seed(args.seed)  # initial weights, the same on every rank
 
     model = DCSSDAE.load(args.init_from) if args.init_from else DCSSDAE(
-        args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, c=args.c, a=args.a, b=args.b, lam=args.lam,
-        input_skip=args.input_skip)
+        args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, window=args.window, c=args.c, a=args.a,
+        b=args.b, lam=args.lam, input_skip=args.input_skip, without=args.without)
     check_size(args.size, model)
     checkpoint, log_path, evaluated = open_run(args, rank, world)
     if args.enc_ckpt:
