@@ -166,7 +166,8 @@ def main():
             rate = (done - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), done
             bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
-            append_log(log_path, board, done, **totals, lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
+            append_log(log_path, board, done, images=done * args.batch_size, **totals,
+                       lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
                        skipped=skipped, images_per_s=rate, peak_mib=peak_memory(device))
         stopped = shared[-1] > 0
         if rank == 0 and (stopped or done % args.save_every == 0 or done == args.steps):

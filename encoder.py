@@ -41,6 +41,13 @@ class DiagonalGaussian:
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 
+def narrow_posterior(conv):
+    """Start the last layer with logvar = -5 for every image, a standard deviation of 0.08: with 1, as default weights
+    have it, latents begin as mostly noise."""
+    c = conv.out_channels // 2
+    nn.init.zeros_(conv.weight[c:]), nn.init.constant_(conv.bias[c:], -5.0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # vq_*: the KL-VAE encoder. Group norm, swish, strided convolutions, one attention at the lowest resolution.
 
@@ -94,6 +101,7 @@ class VQEncoder(nn.Module):
         self.norm_out = group_norm(top)
         self.conv_out = nn.Conv2d(top, 2 * z_dim, 3, padding=1)
         self.quant = nn.Conv2d(2 * z_dim, 2 * z_dim, 1)
+        narrow_posterior(self.quant)
 
     def forward(self, x):
         """x (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over (B, z_dim, H/f, W/f)."""
@@ -129,6 +137,8 @@ class DCResBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm = RMSNorm(channels) if norm else nn.Identity()
+        if norm:  # quiet branches at first: else the image drowns in those of 20 random blocks (README, Results)
+            nn.init.constant_(self.norm.weight, 0.1)
 
     def forward(self, x):
         return x + self.norm(self.conv2(F.silu(self.conv1(x))))
@@ -219,6 +229,8 @@ class DCEncoder(nn.Module):
                 blocks.append(DCDown(w, widths[i + 1], strided=strided))
             self.stages.append(nn.Sequential(*blocks))
         self.conv_out = nn.Conv2d(widths[-1], z_dim if self.deterministic else 2 * z_dim, 3, padding=1)
+        if not self.deterministic:
+            narrow_posterior(self.conv_out)
         if self.deterministic and widths[-1] % z_dim:
             raise ValueError(f"a dcae encoder averages {widths[-1]} channels to c, which must divide them, not {z_dim}")
 

@@ -4,6 +4,8 @@
     torchrun --nproc_per_node=8 evaluate.py --ckpt F --data imagenet/ --size 256      # the same numbers, faster
     python evaluate.py --ckpt F --sweep --plot                 # quality against compute, each sampler at its best
     python evaluate.py --ckpt F --images a.jpg b.png --out D   # your own pictures, of any size
+    python evaluate.py --ckpt F --field                        # one image: noise levels, estimates, field, path
+    python evaluate.py --compare runs/eqm_s0 runs/eqm_s1 runs/fm_s0 --plot           # means over the seeds
     torchrun --nproc_per_node=8 evaluate.py --ckpt F --data imagenet/ --latents D     # latents to train on
 
 All on images clamped to [-1, 1] and rounded to 8 bit, against the identically prepared originals (the protocol line):
@@ -29,6 +31,7 @@ import math
 import os
 import platform
 import random
+import re
 import sys
 import tempfile
 import time
@@ -46,7 +49,7 @@ from data import collate, import_torchvision, make_dataset, make_loader, save_gr
 from fid import Statistics, frechet_distance, load_features
 from losses import EqM, LPIPSLoss, eqm_loss, fm_loss, fm_mix, fm_predict_x, kl_loss
 from model import DCSSDAE, SIZES, local_file, read_weights
-from sampler import seeded_generator
+from sampler import euler, seeded_generator
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics. Images (B, 3, H, W) in [-1, 1], already through to8bit; one value an image, (B,).
@@ -234,13 +237,15 @@ def print_table(result):
     """Print the rows of `evaluate` with standard errors, "-" where there is no number, reasons and protocol."""
     rows, unavailable = result["rows"], result.get("unavailable", {})
     biased = f" (biased, N={result['images']})" if result["images"] < 10_000 else ""
-    columns = {"name": ("", "{}"), "nfe": ("NFE", "{:.4g}"), "psnr": ("PSNR", "{:.2f}"),
+    columns = {"name": ("", "{}"), "runs": ("runs", "{}"), "gain": ("gain, dB", "{:.2f}"),
+               "nfe": ("NFE", "{:.4g}"), "psnr": ("PSNR", "{:.2f}"),
                "psnr_pooled": ("pooled", "{:.2f}"), "ssim": ("SSIM", "{:.4f}"), "hf": ("HF ratio", "{:.3f}"),
                "lpips_vgg": ("LPIPS vgg", "{:.4f}"), "lpips_alex": ("LPIPS alex", "{:.4f}"),
                "dreamsim": ("DreamSim", "{:.4f}"), "rfid": ("rFID" + biased, "{:.3f}"),
                "fd_dinov2": ("FD-DINOv2" + biased, "{:.3f}")}
-    columns |= {key: (f"FD {key[3:]}{biased}", "{:.3f}") for key in rows[0] if key[:3] == "fd_" and key not in columns}
-    columns["ms"] = ("ms/image", "{:.1f}")
+    columns |= {key: (f"FD {key[3:]}{biased}", "{:.3f}") for key in itertools.chain(*rows)
+                if key[:3] == "fd_" and key not in columns and key[-3:] != "_se"}
+    columns |= {"ms": ("ms/image", "{:.1f}"), "minutes": ("minutes", "{:.1f}")}
     text = []
     for key, (head, form) in columns.items():
         if any(key in row for row in rows):
@@ -467,6 +472,99 @@ def plot_sweep(rows, path):
         axis.set(xlabel="network evaluations an image", ylabel=label, xscale="log")
     axis.legend()
     figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --compare: runs, without their models; --field: one image
+
+def read_run(folder):
+    """A run: a dict of images and rows as in its metrics.json, with "gain" (dB) and "minutes" of training; "curves" of
+    log.jsonl: loss and one-step gain, [(images seen, value)]. ValueError: no readable run."""
+    path = Path(folder, "log.jsonl")
+    try:
+        log = [json.loads(line) for line in re.findall(".*\n", path.read_text())] if path.exists() else []
+        lines = [line for line in log if "images_per_s" in line]
+        seconds = sum((line["images"] - last["images"]) / line["images_per_s"]
+                      for last, line in itertools.pairwise([{"images": 0}, *lines]))
+        batch = lines[-1]["images"] // lines[-1]["step"] if lines else 0
+        curves = [(line["images"], line["eqm" if "eqm" in line else "fm"]) for line in lines], [
+            (line["step"] * batch, row["psnr"] - line["eval"][0]["psnr"])
+            for line in log for row in line.get("eval", ()) if row["steps"] == 1]
+        path = Path(folder, "metrics.json")
+        run = json.loads(path.read_text())
+        first, *rows = run["rows"]
+        rows = [row | {"gain": row["psnr"] - first["psnr"], "minutes": seconds / 60 or None} for row in rows]
+        return {"images": run["images"], "rows": [first, *rows], "curves": curves}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"--compare cannot read {path} ({type(error).__name__}: {error})") from None
+
+
+def compare(folders, plot, out):
+    """--compare: means +- standard errors over runs whose folders differ only in _s<seed>; with `plot` curves.png, a
+    colour for each group: loss (running mean of 10 lines of the log) and one-step gain in training."""
+    groups, rows, table = {}, {}, []
+    for folder in dict.fromkeys(map(Path, folders)):
+        groups.setdefault(re.sub(r"_s\d+$", "", str(folder)), []).append(read_run(folder))
+    runs = [run for members in groups.values() for run in members]
+    one = len({(run["rows"][0]["name"], round(run["rows"][0]["psnr"], 2)) for run in runs}) == 1  # baseline for all
+    for group, row in [(group, row) for group, members in groups.items() for run in members for row in run["rows"]]:
+        rows.setdefault(row["name"] if one and "gain" not in row else f"{group}, {row['name']}", []).append(row)
+    for name, members in rows.items():
+        table.append({"name": name, "runs": len(members)})
+        for key in members[0]:
+            values = [row.get(key) for row in members]
+            if re.fullmatch("gain|psnr|ssim|hf|lpips_.{3,4}|dreamsim|rfid|fd_.*|minutes", key) and None not in values:
+                table[-1][key], table[-1][key + "_se"] = mean_and_error(torch.tensor(values, dtype=torch.float64))
+    images = sorted({run["images"] for run in runs})
+    print_table({"rows": table, "images": images[0], "protocol": f"{' or '.join(map(str, images))} images; +- standard "
+                 "error over runs with different seeds; minutes of training without its evaluations"})
+    if not plot:
+        return
+    if not any(any(run["curves"]) for run in runs):
+        raise ValueError("--plot needs a log.jsonl in one of the folders")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    labels = (10, "", "log", "loss (fm, eqm)"), (1, ".", "linear", "one step: PSNR gain over the baseline, dB")
+    for axis, panel, (width, marker, scale, label) in zip(figure.subplots(1, 2), (0, 1), labels, strict=True):
+        for k, (group, members) in enumerate(groups.items()):
+            axis.plot([], [], f"C{k}", label=group)
+            for run in members:
+                x, y = np.array(run["curves"][panel], dtype=float).reshape(-1, 2).T
+                y = [y[max(0, i - width):i].mean() for i in range(1, len(y) + 1)]
+                axis.plot(x, y, f"C{k}", linewidth=0.8, marker=marker)
+        axis.set(xlabel="images seen", ylabel=label, yscale=scale)
+    axis.legend()
+    Path(out).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(out, "curves.png"), dpi=150)
+    print(f"wrote curves.png to {out}")
+
+
+@torch.no_grad()
+def show_field(model, dataset, i, seed, device, out):
+    """--field: field.png of image i, and a line of numbers for each column. Rows: the image noised, from noise to data;
+    the one-step estimate from each; the field there, 0 is grey, over twice its rms at the noise; the sampler's path."""
+    if not 0 <= i < len(dataset) or dataset[i] is None:
+        raise ValueError(f"--field {i}: {dataset.name} has no readable image of this number, of {len(dataset)}")
+    x, cfg, counts, path = dataset[i][0][None].to(device), model.config, (0, 1, 2, 4, 8, 16), []
+    e, z, t = image_noise(seed, [i], x.shape[1:]).to(device), model.encode(x).mode(), torch.linspace(1, 0, 6).to(device)
+    x_t, fm = fm_mix(x, e, t), cfg["loss"] == "fm"                                             # (6, 3, H, W); g = 1 - t
+    f = model.decoder(x_t, z.expand(6, -1, -1, -1), *[t] * fm).float()
+    if fm:
+        estimate, steps = fm_predict_x(x_t, f, t), "of 16 Euler steps"
+        last, _ = euler(lambda x, z, t: path.append(x) or model.decoder(x, z, t), e, z, 16)
+        path = [[*path, last][k] for k in counts]
+    else:
+        estimate, steps = EqM(cfg["c"], cfg["a"], cfg["b"], cfg["lam"]).predict_x(x_t, f, 1 - t), "Nesterov steps"
+        options = {"method": "nesterov", "mu": 0.3, "eta": 0.3 / model.field_at_noise}
+        path = [e] + [model.sample(z, k, e, **options)[0] for k in counts[1:]]
+    rms, path, big = f.square().mean((1, 2, 3)).sqrt(), torch.cat(path), math.ceil(96 / min(x.shape[2:]))
+    for j, k in enumerate(counts):
+        a, b = (psnr((to8bit(y[j]) - to8bit(x[0])).square().mean()) for y in (estimate, path))
+        print(f"{f't = {t[j]:.1f}' if fm else f'g = {1 - t[j]:.1f}'}: estimate {a:.2f} dB, field rms {rms[j]:.4f}; "
+              f"after {k} {steps} {b:.2f} dB")
+    out.mkdir(parents=True, exist_ok=True)
+    save_grid(out / "field.png", [F.interpolate(y, scale_factor=big) for y in (x_t, estimate, f / rms[0] / 2, path)])
+    print(f"wrote field.png to {out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -763,8 +861,8 @@ def bench_input():
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", help="model.safetensors written by train.py or distill.py; needed but for --bench")
-    add("--out", help="folder of metrics.json and reconstructions.png; default: the checkpoint's")
+    add("--ckpt", help="model.safetensors written by train.py or distill.py; needed but for --bench and --compare")
+    add("--out", help="folder of what is written; default: the checkpoint's; --compare: this one")
     add("--device", help="default: cuda, mps or cpu, the first that is there")
     add("--dtype", choices=["float32", "bf16"], nargs="+", default=["float32"], help="of encoder and decoder, weights "
         "and maps; several only with --bench [float32]")
@@ -800,7 +898,11 @@ def parse_arguments():
          "each with its best step size; sweep.csv")
     add("--calibrate", type=int, default=64, help="--sweep: choose step sizes by squared error on N images, at most "
         "half of all; the others are evaluated [%(default)s]")
-    add("--plot", action="store_true", help="--sweep: also sweep.png (needs matplotlib)")
+    add("--plot", action="store_true", help="--sweep: also sweep.png; --compare: curves.png (needs matplotlib)")
+    task("--compare", nargs="+", metavar="RUN", help="table of folders with metrics.json, means over those that differ "
+         "only in _s<seed>")
+    task("--field", type=int, nargs="?", const=0, metavar="I", help="field.png: image I of the data [0] noised at six "
+         "levels, one-step estimates, field, sampling path")
     task("--images", nargs="+", metavar="FILE", help="reconstruct pictures of any size with the first of --steps")
     task("--latents", metavar="DIR", help="encode the data into shards, labels and manifest.json, or go on with it")
     add("--latents_sample", action="store_true", help="--latents: samples of the posterior instead of its mean")
@@ -817,6 +919,10 @@ def parse_arguments():
     add("--compile", action="store_true", help="--bench: also time torch.compile, and report the faster")
     add("--checkpointing", action="store_true", help="--bench: train with activation checkpointing")
     args = parser.parse_args()
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs the matplotlib package: pip install matplotlib")
+    if args.compare:
+        return args
     args.batch_size = args.batch_size or (32 if args.bench is None else 1)
     if args.bench is not None:
         args.bench, args.size = args.bench or ["decode", "encode", "train", "input"], args.size or [256]
@@ -835,13 +941,13 @@ def parse_arguments():
         raise ValueError(f"--lpips_weights needs one file for each of --lpips_net {' '.join(args.lpips_net)}")
     if len({metric_of(name) for name in args.features}) < len(args.features):
         raise ValueError(f"--features {' '.join(args.features)}: two of one name")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs the matplotlib package: pip install matplotlib")
     return args
 
 
 def main():
     args = parse_arguments()
+    if args.compare:
+        return compare(args.compare, args.plot, args.out or ".") if os.environ.get("RANK", "0") == "0" else None
     rank, world, device = setup(args.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: no TF32 in decoder and LPIPS
     if args.bench is not None:
@@ -859,14 +965,16 @@ def main():
         raise ValueError(f"--sampler {args.sampler} does not fit a model trained with --loss {config['loss']}")
     options = {k: getattr(args, k) for k in ("eta", "mu", "tol", "t_shift") if getattr(args, k) is not None}
     options |= {"method": args.sampler} if args.sampler in ("gd", "nesterov") else {}
-    if args.sweep and options:
-        raise ValueError(f"--sweep chooses the sampler's options itself: leave out {', '.join(options)}")
+    if (args.sweep or args.field is not None) and options:
+        raise ValueError(f"--sweep and --field choose the sampler's options themselves: leave out {', '.join(options)}")
     out = Path(args.out or Path(args.ckpt).parent)
     args.part = args.part or ("train" if args.latents else "val")
     if args.images:
         return reconstruct_images(model, args, options, device, out) if rank == 0 else None
     dataset = make_dataset(args.data, size, train=False, limit=None if args.sweep else args.limit, crop=args.crop,
                            split=args.part)
+    if args.field is not None:
+        return show_field(model, dataset, args.field, args.seed, device, out) if rank == 0 else None
     if args.latents or args.z_stats:
         return store_latents(model, dataset, device, rank, world, args)
 

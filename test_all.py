@@ -2025,7 +2025,7 @@ def test_ablations_from_the_command_line(tmp_path):
     assert isinstance(decoder.norm_z, nn.Identity) and decoder.context is None
     assert decoder.blocks[0].attn.bias_table.shape[:2] == (5, 5)
     one, other = (decoder.condition(z, 32, 32) for z in (torch_z, -torch_z))
-    assert not torch.equal(one[0], other[0])                                   # the latent still enters beside the image
+    assert not torch.equal(one[0], other[0])  # the latent still enters beside the image
     assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
     with pytest.raises(ValueError, match="norm_z and context"):
         UViT("XS", 4, without=["attention"])
@@ -3196,3 +3196,85 @@ def test_tensorboard_shows_the_log(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         run_main(train, monkeypatch, *SMALL, "--tensorboard", "--out", tmp_path / "q")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing runs, and the picture of the method
+
+def test_compare_runs(tmp_path, monkeypatch):
+    def run(name, gain, baseline=20.0, rate=None, **more):
+        rows = [{"name": "shrink x 8", "steps": 0, "psnr": baseline, "ssim": 0.5, "hf": 0.0, **more},
+                {"name": "1 step", "steps": 1, "psnr": baseline + gain, "psnr_se": 9.0, "ssim": 0.25 * gain, **more}]
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"images": 7, "rows": rows}))
+        if rate:
+            lines = [{"step": k, "images": 10 * k, "eqm": k / 10, "images_per_s": rate} for k in (50, 120)]
+            lines.insert(1, {"step": 100, "eval": rows})
+            (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
+        return tmp_path / name
+
+    def table(*argv):
+        return [re.split("  +", x.strip()) for x in cli("evaluate.py", "--compare", *argv, cwd=tmp_path).splitlines()]
+
+    # The error of 1, 2, 3 is 1 / sqrt 3; 1200 images at 20, 10, 5 a second are 1, 2, 4 minutes: 7 / 3 +- sqrt(7 / 9).
+    runs = [run("eqm_s0", 1.0, rate=20.0, lpips_vgg=0.1, fd_a=1.0), run("eqm_s1", 2.0, rate=10.0, lpips_vgg=0.2),
+            run("eqm_s12", 3.0, rate=5.0, lpips_vgg=0.3), run("fm", 0.5, lpips_vgg=None, rfid=4.0)]
+    assert table(*runs, runs[0], "--plot")[:4] == [
+        ["runs", "gain, dB", "PSNR", "SSIM", "HF ratio", "LPIPS vgg", "rFID (biased, N=7)", "minutes"],
+        ["shrink x 8", "4", "-", "20.00", "0.5000", "0.000", "-", "-", "-"],
+        [f"{tmp_path}/eqm, 1 step", "3", "2.00 +-0.58", "22.00 +-0.58", "0.5000 +-0.1443", "-", "0.2000 +-0.0577", "-",
+         "2.3 +-0.9"], [f"{tmp_path}/fm, 1 step", "1", "0.50", "20.50", "0.1250", "-", "-", "4.000", "-"]]
+    assert Image.open(tmp_path / "curves.png").size == (1500, 600)
+    assert evaluate.read_run(runs[2])["curves"] == ([(500, 5), (1200, 12)], [(1000, 3)])
+    run("fm", 0.5, baseline=21.0)  # another baseline: one for each group
+    assert [line[0][len(str(tmp_path)):] + line[3] for line in table(*runs)[1:5:2]] == [
+        "/eqm, shrink x 820.00", "/fm, shrink x 821.00"]
+    assert "needs a log.jsonl" in sentence(evaluate, monkeypatch, "--compare", runs[3], "--plot")
+    assert "nowhere/metrics.json" in sentence(evaluate, monkeypatch, "--compare", tmp_path / "nowhere")
+    for name, text in (("log.jsonl", "{}\n[1\n"), ("metrics.json", "{"), ("metrics.json", '{"images": 7, "rows": []}')):
+        (run("bad", 1.0) / name).write_text(text)
+        assert f"cannot read {tmp_path}/bad/{name} (" in sentence(evaluate, monkeypatch, "--compare", tmp_path / "bad")
+        (tmp_path / "bad" / name).unlink()
+
+
+@pytest.mark.parametrize("loss", ["eqm", "fm"])
+@torch.no_grad()
+def test_field_picture(tmp_path, monkeypatch, loss):
+    model = randomise(DCSSDAE("dc_f8c4", "XS", loss, enc_width=0.0625, depth=1, c="trunc", lam=2.0, input_skip=True), 1)
+    model.eval().save(tmp_path / "m.safetensors")
+    common = ["--ckpt", tmp_path / "m.safetensors", "--size", 32, "--device", "cpu"]
+    text = cli("evaluate.py", *common, "--field", 3, "--seed", 5).splitlines()
+    picture = torch.tensor(np.asarray(Image.open(tmp_path / "field.png")))
+    assert picture.shape == (4 * 98 + 2, 6 * 98 + 2, 3)
+
+    def check(row, column, y):  # (1, 3, 32, 32), each pixel three times as high and wide, within one level of 255
+        y = (y[0].clamp(-1, 1) * 127.5 + 127.5).repeat_interleave(3, 1).repeat_interleave(3, 2).permute(1, 2, 0)
+        tile = picture[2 + 98 * row:98 * (row + 1), 2 + 98 * column:98 * (column + 1)]
+        assert (tile - y).abs().max() <= 1, (row, column)
+
+    x = data.make_dataset("demo", 32, train=False)[3][0][None]
+    e, z, rms = evaluate.image_noise(5, [3], x.shape[1:]), model.encode(x).mode(), None
+    fm, path, previous, iterates = loss == "fm", e, e, [e]
+    for j, g in enumerate(torch.tensor([[0.0], [0.2], [0.4], [0.6], [0.8], [1.0]])):
+        mixed = g * x + (1 - g) * e
+        f = model.decoder(mixed, z, *[1 - g] * fm)
+        estimate = mixed + (1 - g) * f if fm else EqM("trunc", lam=2.0).predict_x(mixed, f, g)
+        rms = rms or float(f.square().mean().sqrt())
+        for row, y in enumerate((mixed, estimate, f / rms / 2)):
+            check(row, j, y)
+        db = evaluate.psnr((evaluate.to8bit(estimate) - evaluate.to8bit(x)).square().mean())
+        numbers = [float(v) for v in re.findall(r"^[gt] = (\S+): estimate (\S+) dB, field rms (\S+);", text[j])[0]]
+        wanted = float(1 - g if fm else g), float(db), float(f.square().mean().sqrt())
+        assert numbers == pytest.approx(wanted, abs=0.006)
+    check(0, 5, x), check(1, 0, model.decode(z, 1, e)), check(1, 5, x if fm else estimate)
+    for k in range(16):  # the sampler once more: Euler, or Nesterov with eta lam = 0.3
+        t, t_next = (1 - k / 16) ** 4, (1 - (k + 1) / 16) ** 4
+        y = path if fm else path + 0.3 * (path - previous)
+        f = model.decoder(y, z, *[torch.tensor([t])] * fm)
+        previous, path = path, y + (t - t_next) * f if fm else y - 0.15 * f
+        iterates.append(path)
+    for column, k in enumerate((0, 1, 2, 4, 8, 16)):
+        check(3, column, iterates[k])
+    for n in (-1, 10**6):
+        assert "no readable image" in sentence(evaluate, monkeypatch, *common, "--field", n)
+    assert "leave out mu" in sentence(evaluate, monkeypatch, *common, "--field", "--mu", 0.3)
