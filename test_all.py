@@ -780,6 +780,16 @@ def test_latent_statistics_are_stored_in_the_model(tmp_path):
     assert torch.allclose(loaded.denormalize(normal), z, rtol=1e-4, atol=1e-4)
 
 
+def test_the_readmes_links_point_at_what_they_name():
+    readme = Path(HERE, "README.md").read_text()
+    links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", readme)
+    assert len(links) > 20
+    for name, file, line in links:
+        source = Path(HERE, file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"\s*(def|class) {name.split('.')[-1]}\b", source), (name, file, line, source)
+    assert all(Path(HERE, name).is_file() for name in re.findall(r"\]\((assets/[^)]+)\)", readme))
+
+
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     """Every ```python block, in order, in one namespace."""
     monkeypatch.chdir(tmp_path)

@@ -42,9 +42,9 @@ from losses import (EqM, LPIPSLoss, PatchGAN, REPALoss, WeightsUnavailable, eqm_
 
 PRESETS = {
     # Two cores without GPU or network. Measured results stand in the README's quick start.
-    "tiny": {"enc": "dc_f8c16", "enc_width": 0.125, "dec": "XS", "depth": 2, "size": 32, "batch_size": 8, "steps": 1800,
-             "lr": 2e-3, "t_mean": 1.5, "g_power": 2.0, "warmup": 50, "decay": 0.5, "w_lpips": 0.0, "w_repa": 0.0,
-             "ema": 0.99, "eval_every": 450, "eval_images": 256, "save_every": 900},
+    "tiny": {"enc": "dc_f8c16", "enc_width": 0.125, "dec": "XS", "depth": 2, "size": 32, "batch_size": 8, "steps": 1500,
+             "lr": 2e-3, "t_mean": 2.0, "g_power": 2.0, "warmup": 50, "decay": 0.5, "w_lpips": 0.0, "w_repa": 0.0,
+             "ema": 0.99, "eval_every": 500, "eval_images": 256, "save_every": 750},
 }
 
 # DC-AE's decoupled high-resolution adaptation (arXiv 2410.10733): its learning rates; batch and steps are our choice.
