@@ -137,7 +137,7 @@ class DCResBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm = RMSNorm(channels) if norm else nn.Identity()
-        if norm:  # quiet branches at first: else the image drowns in those of 20 random blocks (README, Results)
+        if norm:  # quiet branches at first, or the image drowns in those of 20 random blocks
             nn.init.constant_(self.norm.weight, 0.1)
 
     def forward(self, x):

@@ -579,10 +579,20 @@ class DCSSDAE(nn.Module):
     def default_eta(self, steps):
         """Step size of EqM sampling. One step: 1 / (lam c(0)), the one-step estimate from pure noise.
 
-        Several: a step of size eta removes the fraction eta lam of the noise that is left (c = linear), so that 1 % is
-        left after all.
+        Several: with c = linear, a step of size eta removes the fraction eta lam of the noise that is left; 1 % is left
+        after all. The others fall to zero faster, so that steps larger than 1 - a swing: the least noise after all.
         """
-        return (1.0 if steps == 1 else 1.0 - 0.01 ** (1.0 / steps)) / self.field_at_noise
+        cfg = self.config
+        if steps == 1 or cfg["c"] == "linear":
+            return (1.0 if steps == 1 else 1.0 - 0.01 ** (1.0 / steps)) / self.field_at_noise
+
+        def left(eta, noise=1.0):  # 1 - g after all steps, from the c(g) of losses.EqM
+            for _ in range(steps):
+                head = 1.0 if cfg["c"] == "trunc" else cfg["b"] - (cfg["b"] - 1) * (1 - noise) / cfg["a"]
+                noise -= eta * (head if 1 - noise <= cfg["a"] else noise / (1 - cfg["a"]))
+            return abs(noise)
+
+        return min((k / 1000 for k in range(1, 1001)), key=left) / cfg["lam"]
 
     # -- files ----------------------------------------------------------------------------------------------------
 

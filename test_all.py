@@ -606,6 +606,18 @@ def test_input_skip_is_the_field_at_the_noise_end(loss, c):
     assert torch.allclose(model.decode(torch.randn(2, 4, 2, 2)), torch.full((2, 3, 32, 32), 0.5), atol=1e-5)
 
 
+@pytest.mark.parametrize("c", ["linear", "trunc", "piecewise"])
+@pytest.mark.parametrize("lam", [1.0, 4.0])
+def test_default_step_sizes_end_on_the_data(c, lam):
+    """On a perfect field at most 1 % of the noise is left, whatever the number of steps."""
+    model, eqm = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1, c=c, lam=lam), EqM(c, lam=lam)
+    data, noise = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    for n in (1, 2, 3, 4, 8, 25):
+        out, _ = sampler.gradient_descent(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, n,
+                                          model.default_eta(n))
+        assert abs(out) < 0.0101, (n, out)
+
+
 def test_decode_is_reproducible_differentiable_and_says_what_it_takes():
     model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)).eval()
     z = torch.randn(2, 4, 2, 3, requires_grad=True)
