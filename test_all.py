@@ -2062,6 +2062,8 @@ def test_ablations_from_the_command_line(tmp_path):
     (["--w_lpips", 1, "--lpips_weights", "missing.pth"], "missing.pth"),
     (["--resume"], "no checkpoint"),
     (["--batch_size", 0], "--batch_size 0"),
+    (["--g_power", 0], "--g_power"),
+    (["--window", 8], "must be odd"),
     (["--lr", 1e30, "--grad_clip", 1e30, "--warmup", 0, "--steps", 40], "not finite"),
 ])
 def test_bad_input_to_train(tmp_path, flags, words):
