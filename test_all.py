@@ -3173,7 +3173,7 @@ def test_the_discriminators_gradients_and_when_it_starts(tmp_path, monkeypatch):
     gan = PatchGAN()
     x, _ = next(iter(data.make_loader(data.make_dataset("demo", 24, True), 4, True)))
     e, eps, s = train.draw(0, 0, range(4), x.shape[1:], (16, 3, 3), x.device)
-    g = s[:, None, None, None]
+    g = s[:, None, None, None] ** args.g_power
     x_g = g * x + (1 - g) * e
     posterior = model.encode(x)
     f = model.decoder(x_g, posterior.mean + (posterior.logvar / 2).exp() * eps)
