@@ -83,7 +83,6 @@ def get_args(argv=None):
     add("--window", type=int, default=17, help="tokens of 8 x 8 pixels a side that one attends to: odd [%(default)s]")
     add("--input_skip", action=argparse.BooleanOptionalAction, default=True, help="add the noisy image to the "
         "decoder's output (UViT's skip); off, as published, the network carries the noise itself [on]")
-
     add("--without", type=str, nargs="+", default=[], choices=["context", "norm_z"], help="for ablations: no way of "
         "the latent to the adaptive norms, no normalisation of the latent")
 
