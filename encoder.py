@@ -63,6 +63,8 @@ class VQResBlock(nn.Module):
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
+        if not x.requires_grad:  # torch 2.13 crashes in group norm's backward for channels_last constants
+            x = x.contiguous()
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
