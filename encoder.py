@@ -48,6 +48,16 @@ def narrow_posterior(conv):
     nn.init.zeros_(conv.weight[c:]), nn.init.constant_(conv.bias[c:], -5.0)
 
 
+@torch.no_grad()
+def start_coarse(down, last):
+    """Start the convolutions `down` that halve the resolution as random mixes of channels, each averaged over the 3 x 3
+    pixels, and the `last` one as a mix without neighbours: what is coarse in an image, where most of its energy is,
+    then fills the latent from the first step on. The response to a constant keeps its variance."""
+    for conv in down:
+        conv.weight.copy_(conv.weight.mean((2, 3), keepdim=True).expand_as(conv.weight))
+    last.weight.mul_(F.pad(torch.full((1, 1), 3.0), (1, 1, 1, 1)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # vq_*: the KL-VAE encoder. Group norm, swish, strided convolutions, one attention at the lowest resolution.
 
@@ -60,6 +70,7 @@ class VQResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = group_norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2, self.conv2 = group_norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)  # silent at first
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
@@ -77,6 +88,7 @@ class VQAttention(nn.Module):
         super().__init__()
         self.norm = group_norm(channels)
         self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
         h = self.norm(x)
@@ -103,6 +115,7 @@ class VQEncoder(nn.Module):
         self.norm_out = group_norm(top)
         self.conv_out = nn.Conv2d(top, 2 * z_dim, 3, padding=1)
         self.quant = nn.Conv2d(2 * z_dim, 2 * z_dim, 1)
+        start_coarse([level[2] for level in self.down if len(level) == 3], self.conv_out)
         narrow_posterior(self.quant)
 
     def forward(self, x):
@@ -139,8 +152,8 @@ class DCResBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm = RMSNorm(channels) if norm else nn.Identity()
-        if norm:  # quiet branches at first, or the image drowns in those of 20 random blocks
-            nn.init.constant_(self.norm.weight, 0.1)
+        if norm:  # silent branches at first, or the image drowns in those of 20 random blocks
+            nn.init.zeros_(self.norm.weight)
 
     def forward(self, x):
         return x + self.norm(self.conv2(F.silu(self.conv1(x))))
@@ -232,6 +245,7 @@ class DCEncoder(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         self.conv_out = nn.Conv2d(widths[-1], z_dim if self.deterministic else 2 * z_dim, 3, padding=1)
         if not self.deterministic:
+            start_coarse([m.conv for m in self.modules() if isinstance(m, DCDown)], self.conv_out)
             narrow_posterior(self.conv_out)
         if self.deterministic and widths[-1] % z_dim:
             raise ValueError(f"a dcae encoder averages {widths[-1]} channels to c, which must divide them, not {z_dim}")

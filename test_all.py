@@ -511,6 +511,32 @@ def test_encoder_parameter_counts():
     assert bare == 227_986_240
 
 
+@pytest.mark.parametrize("enc", ["dc_f8c16", "dc_f32c32"])
+def test_the_dc_encoder_starts_linear_and_with_what_is_coarse(enc):
+    """Untrained, a least-squares fit from each latent pixel to its patch keeps more of smooth images than default
+    convolutions leave of them."""
+    torch.manual_seed(0)
+    encoder = make_encoder(enc, 0.125).eval()
+    f = encoder.downscale
+    coarse = torch.randn(384, 3, f // 4 + 2, f // 4 + 2)
+    images = F.interpolate(coarse, size=2 * f, mode="bicubic", antialias=True)      # little above 1/8 cycle a pixel
+    with torch.no_grad():
+        a, b, origin = (encoder(x).mean for x in (images[:4], images[4:8], torch.zeros_like(images[:1])))
+        assert relative_error(encoder(images[:4] + images[4:8]).mean, a + b - origin) < 1e-5
+
+        def explained(encoder):  # part of the variance of pixels that the latent holds, on images left out of the fit
+            z, x = encoder(images).mean.movedim(1, -1), F.pixel_unshuffle(images, f).movedim(1, -1)
+            z = F.pad((z - z.mean((0, 1, 2))) / z.std((0, 1, 2)), (0, 1), value=1.0)
+            fit = torch.linalg.lstsq(z[64:].flatten(0, 2), x[64:].flatten(0, 2)).solution
+            return 1 - (z[:64] @ fit - x[:64]).square().mean() / x[:64].var()
+
+        smooth = explained(encoder)
+        for module in encoder.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
+        assert smooth > 2 * explained(encoder)
+
+
 @pytest.mark.parametrize("enc", ["vq_f8c4", "vq_f16c16", "dc_f8c4", "dc_f16c16", "dc_f32c32", "dc_f32c64",
                                  "dc_f64c128", "dc_f64c256", "dc_f128c512", "dc_f128c1024"])
 def test_every_latent_configuration_builds_and_trains(enc):
