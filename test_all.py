@@ -502,6 +502,19 @@ def test_decoder_parameter_counts(size):
         assert (sum(p.numel() for p in decoder.parameters()) - extra) / 1e6 == pytest.approx(expected, abs=0.0051)
 
 
+def test_a_constant_latent_decodes_to_a_constant():
+    """Why a deep latent is hard to decode: but for the image's borders, nothing tells the decoder where in a patch of
+    the latent a pixel lies. It needs noise, or differences between neighbouring latents."""
+    torch.manual_seed(0)
+    decoder = randomise(UViT("XS", z_dim=32, time_cond=False, depth=1, window=3)).eval()
+    z, x = torch.randn(1, 32, 1, 1).expand(1, 32, 10, 10), torch.zeros(1, 3, 320, 320)
+    with torch.no_grad():
+        image, inside = decoder(x, z), (..., slice(144, 176), slice(144, 176))
+        assert image.std() > 0.01 and image[inside].std((2, 3)).max() < 1e-5 * image.std()
+        for different in decoder(x + torch.randn(x.shape), z), decoder(x, z + torch.randn(1, 32, 10, 10)):
+            assert different[inside].std((2, 3)).min() > 1e-2 * image.std()
+
+
 def test_encoder_parameter_counts():
     with torch.device("meta"):
         count = {name: sum(p.numel() for p in make_encoder(name).parameters())
