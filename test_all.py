@@ -3156,6 +3156,7 @@ def test_kill_at_random_moments_of_saving(tmp_path):
         process = FORKS.Process(target=saver, args=(str(tmp_path), step))
         process.start()
         while not (tmp_path / "latest.pt").exists() or load_checkpoint(tmp_path)["step"] == step:
+            assert process.is_alive(), "the saving process failed"
             time.sleep(0.01)
         time.sleep(0.3 * rng.random())
         process.kill()
