@@ -3265,17 +3265,22 @@ def test_tensorboard_shows_the_log(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparing runs, and the picture of the method
 
+def write_run(folder, gain, baseline=20.0, rate=None, **more):
+    """What --compare reads of a run; with `rate` its log too, whose last line is cut off. -> folder"""
+    rows = [{"name": "shrink x 8", "steps": 0, "psnr": baseline, "ssim": 0.5, "hf": 0.0, **more},
+            {"name": "1 step", "steps": 1, "psnr": baseline + gain, "psnr_se": 9.0, "ssim": 0.25 * gain, **more}]
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps({"images": 7, "rows": rows}))
+    if rate:
+        lines = [{"step": k, "images": 10 * k, "eqm": k / 10, "images_per_s": rate} for k in (50, 120)]
+        lines.insert(1, {"step": 100, "eval": rows})
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
+    return folder
+
+
 def test_compare_runs(tmp_path, monkeypatch):
-    def run(name, gain, baseline=20.0, rate=None, **more):
-        rows = [{"name": "shrink x 8", "steps": 0, "psnr": baseline, "ssim": 0.5, "hf": 0.0, **more},
-                {"name": "1 step", "steps": 1, "psnr": baseline + gain, "psnr_se": 9.0, "ssim": 0.25 * gain, **more}]
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "metrics.json").write_text(json.dumps({"images": 7, "rows": rows}))
-        if rate:
-            lines = [{"step": k, "images": 10 * k, "eqm": k / 10, "images_per_s": rate} for k in (50, 120)]
-            lines.insert(1, {"step": 100, "eval": rows})
-            (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
-        return tmp_path / name
+    def run(name, *args, **more):
+        return write_run(tmp_path / name, *args, **more)
 
     def table(*argv):
         return [re.split("  +", x.strip()) for x in cli("evaluate.py", "--compare", *argv, cwd=tmp_path).splitlines()]
@@ -3283,22 +3288,29 @@ def test_compare_runs(tmp_path, monkeypatch):
     # The error of 1, 2, 3 is 1 / sqrt 3; 1200 images at 20, 10, 5 a second are 1, 2, 4 minutes: 7 / 3 +- sqrt(7 / 9).
     runs = [run("eqm_s0", 1.0, rate=20.0, lpips_vgg=0.1, fd_a=1.0), run("eqm_s1", 2.0, rate=10.0, lpips_vgg=0.2),
             run("eqm_s12", 3.0, rate=5.0, lpips_vgg=0.3), run("fm", 0.5, lpips_vgg=None, rfid=4.0)]
-    assert table(*runs, runs[0], "--plot")[:4] == [
+    assert table(*runs, runs[0])[:4] == [
         ["runs", "gain, dB", "PSNR", "SSIM", "HF ratio", "LPIPS vgg", "rFID (biased, N=7)", "minutes"],
         ["shrink x 8", "4", "-", "20.00", "0.5000", "0.000", "-", "-", "-"],
         [f"{tmp_path}/eqm, 1 step", "3", "2.00 +-0.58", "22.00 +-0.58", "0.5000 +-0.1443", "-", "0.2000 +-0.0577", "-",
          "2.3 +-0.9"], [f"{tmp_path}/fm, 1 step", "1", "0.50", "20.50", "0.1250", "-", "-", "4.000", "-"]]
-    assert Image.open(tmp_path / "curves.png").size == (1500, 600)
     assert evaluate.read_run(runs[2])["curves"] == ([(500, 5), (1200, 12)], [(1000, 3)])
     run("fm", 0.5, baseline=21.0)  # another baseline: one for each group
     assert [line[0][len(str(tmp_path)):] + line[3] for line in table(*runs)[1:5:2]] == [
         "/eqm, shrink x 820.00", "/fm, shrink x 821.00"]
-    assert "needs a log.jsonl" in sentence(evaluate, monkeypatch, "--compare", runs[3], "--plot")
     assert "nowhere/metrics.json" in sentence(evaluate, monkeypatch, "--compare", tmp_path / "nowhere")
     for name, text in (("log.jsonl", "{}\n[1\n"), ("metrics.json", "{"), ("metrics.json", '{"images": 7, "rows": []}')):
         (run("bad", 1.0) / name).write_text(text)
         assert f"cannot read {tmp_path}/bad/{name} (" in sentence(evaluate, monkeypatch, "--compare", tmp_path / "bad")
         (tmp_path / "bad" / name).unlink()
+
+
+def test_curves_of_runs(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    runs = [write_run(tmp_path / "eqm_s0", 1.0, rate=20.0), write_run(tmp_path / "fm", 0.5)]
+    assert "wrote curves.png" in cli("evaluate.py", "--compare", *runs, "--plot", cwd=tmp_path)
+    picture = Image.open(tmp_path / "curves.png")
+    assert picture.size == (1500, 600) and np.asarray(picture.convert("RGB")).std() > 1
+    assert "needs a log.jsonl" in sentence(evaluate, monkeypatch, "--compare", runs[1], "--plot")
 
 
 @pytest.mark.parametrize("loss", ["eqm", "fm"])
