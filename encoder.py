@@ -10,6 +10,7 @@ Three families, one naming rule NAME = FAMILY_f<downscale>c<latent channels>:
 
 Convention: images (B, 3, H, W) in [-1, 1], H and W multiples of the downscale f; latents (B, c, H/f, W/f).
 """
+import functools
 import math
 import re
 from functools import partial
@@ -41,11 +42,19 @@ class DiagonalGaussian:
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 
-def narrow_posterior(conv):
-    """Start the last layer with logvar = -5 for every image, a standard deviation of 0.08: with 1, as default weights
-    have it, latents begin as mostly noise."""
+START_LOGVAR = -5.0        # a standard deviation of 0.08; with 1, as default weights have it, latents begin as noise
+START_LOGVAR_LINEAR = -8.0  # 0.02: beside the linear code's latents of unit deviation it costs no visible quality
+
+
+def start_posterior(conv, linear):
+    """Start the last layer of an encoder, (mean, logvar): a narrow posterior, the same for every image. With the linear
+    code its mean is zero, so that the untrained encoder is the code."""
     c = conv.out_channels // 2
-    nn.init.zeros_(conv.weight[c:]), nn.init.constant_(conv.bias[c:], -5.0)
+    nn.init.zeros_(conv.weight[c:])
+    nn.init.constant_(conv.bias[c:], START_LOGVAR_LINEAR if linear else START_LOGVAR)
+    if linear:
+        nn.init.zeros_(conv.weight[:c])
+        nn.init.zeros_(conv.bias[:c])
 
 
 @torch.no_grad()
@@ -56,6 +65,105 @@ def start_coarse(down, last):
     for conv in down:
         conv.weight.copy_(conv.weight.mean((2, 3), keepdim=True).expand_as(conv.weight))
     last.weight.mul_(F.pad(torch.full((1, 1), 3.0), (1, 1, 1, 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The linear code: what an untrained encoder and decoder start from. A lapped orthogonal transform (LOT): like JPEG's
+# cosines, but the vectors of neighbouring cells overlap by half, so that no cell borders show. Built without data.
+
+# Energy of a photograph's coefficients over f^2, for the colour directions COLORS: of a cell's mean, and at frequency
+# (ky, kx) times ky^2 + kx^2. Much the same at every f, as photographs look alike at every scale.
+COLORS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))  # luminance, orange to blue, magenta to green
+MEAN_ENERGY = (0.45, 0.12, 0.035)
+WAVE_ENERGY = (0.03, 0.0045, 0.0012)
+
+
+@functools.cache
+def lapped_basis(f, rho=0.98):
+    """The f vectors of the lapped orthogonal transform for cells of f pixels (even), smoothest first: (f, 2 f) float64.
+
+    Malvar, Staelin 1989 ("The LOT: transform coding without blocking effects", IEEE Trans. ASSP 37). Orthonormal, also
+    to the same vectors shifted by f pixels. rho: correlation of neighbouring pixels.
+    """
+    n = torch.arange(f, dtype=torch.float64)
+    cosines = torch.cos(math.pi / f * (n + 0.5) * n[:, None]) * math.sqrt(2 / f)             # DCT-II, (f, f)
+    cosines[0] /= math.sqrt(2)
+    # Any orthonormal start will do: even minus odd cosines, continued into the next cell as a mirror image, + or -.
+    head = (cosines[0::2] - cosines[1::2]) / 2                                               # (f/2, f)
+    pixels = torch.arange(2 * f, dtype=torch.float64)
+    covariance = rho ** (pixels[:, None] - pixels).abs()                                     # first-order Markov
+    basis = torch.empty(f, 2 * f, dtype=torch.float64)
+    for parity, sign in ((0, 1), (1, -1)):                                                   # symmetric, antisymmetric
+        vectors = torch.cat([head, sign * head.flip(1)], dim=1)                              # (f/2, 2 f)
+        _, rotation = torch.linalg.eigh(vectors @ covariance @ vectors.T)
+        basis[parity::2] = rotation.flip(1).T @ vectors                                      # largest variance first
+    falling = basis[:, :f].sum(dim=1, keepdim=True) < 0  # the sign of an eigenvector is arbitrary
+    return torch.where(falling, -basis, basis)
+
+
+class LappedCode(nn.Module):
+    """The linear code for cells of f x f pixels: of the 3 f^2 lapped coefficients of a cell those `count` that carry most
+    of an average photograph's energy, each divided by its expected deviation. No parameters; always in float32.
+
+    encode  images (B, 3, H, W) -> coefficients of about unit variance (B, count, H/f, W/f)
+    decode  the reverse; with count = 3 f^2 exactly, else the orthogonal projection on the coefficients that are kept
+    raises  ValueError for more coefficients than a cell has
+    """
+
+    def __init__(self, f, count):
+        super().__init__()
+        if count > 3 * f * f:
+            raise ValueError(f"cells of {f} x {f} pixels have {3 * f * f} coefficients, not {count}")
+        square = torch.arange(f, dtype=torch.float64).square()
+        energy = torch.tensor(WAVE_ENERGY)[:, None, None] / (square[:, None] + square).clamp(min=1)  # (3, ky, kx)
+        energy[:, 0, 0] = torch.tensor(MEAN_ENERGY)
+        energy, index = energy.flatten().sort(descending=True, stable=True)
+        energy, index = energy[:count], index[:count]
+        color, ky, kx = index // f**2, index // f % f, index % f
+        used = int(torch.maximum(ky, kx).max()) + 1  # frequencies an axis
+        self.f, self.used = f, used
+        colors = F.normalize(torch.tensor(COLORS, dtype=torch.float64))
+        self.register_buffer("basis", lapped_basis(f)[:used].float(), persistent=False)      # (used, 2 f)
+        self.register_buffer("colors", colors.float(), persistent=False)                     # (3, 3)
+        self.register_buffer("deviation", (f * energy.sqrt()).float()[:, None, None], persistent=False)
+        self.register_buffer("index", (color * used + ky) * used + kx, persistent=False)     # of 3 used^2
+
+    def encode(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            basis = self.basis.float()
+            x = _mirror(x.float(), self.f // 2)                                              # (B, 3, H, W + f)
+            x = x.unfold(3, 2 * self.f, self.f) @ basis.T                                    # (B, 3, H, w, kx)
+            x = _mirror(x.permute(0, 1, 3, 4, 2), self.f // 2)                               # (B, 3, w, kx, H + f)
+            x = x.unfold(4, 2 * self.f, self.f) @ basis.T                                    # (B, 3, w, kx, h, ky)
+            x = torch.einsum("dc,bcwxhy->bdyxhw", self.colors.float(), x).flatten(1, 3)
+            return x[:, self.index] / self.deviation.float()
+
+    def decode(self, z):
+        with torch.autocast(z.device.type, enabled=False):
+            B, _, h, w = z.shape
+            z = z.float() * self.deviation.float()
+            x = z.new_zeros(B, 3 * self.used**2, h, w).index_copy(1, self.index, z)
+            x = x.unflatten(1, (3, self.used, self.used))                                    # (B, 3, ky, kx, h, w)
+            x = torch.einsum("dc,bdyxhw->bchywx", self.colors.float(), x)
+            x = _overlap(x @ self.basis.float(), self.f)                                     # (B, 3, h, ky, W)
+            x = _overlap(x.permute(0, 1, 4, 2, 3) @ self.basis.float(), self.f)              # (B, 3, W, H)
+            return x.mT
+
+
+def _mirror(x, n):
+    """The last dimension extended by n values at both ends, as mirrors there would show them."""
+    return torch.cat([x[..., :n].flip(-1), x, x[..., -n:].flip(-1)], dim=-1)
+
+
+def _overlap(x, f):
+    """Cells with their margins (..., cells, 2 f), each overlapping its neighbours by half, are added up and the outer
+    margins folded back: (..., cells * f). The adjoint of cutting a mirrored line into such cells."""
+    left, right = x[..., :f], x[..., f:]
+    x = (F.pad(left, (0, 0, 0, 1)) + F.pad(right, (0, 0, 1, 0))).flatten(-2)                 # (..., (cells + 1) f)
+    n = f // 2
+    inside, before, after = x[..., n:-n], x[..., :n], x[..., -n:]
+    rest = inside.shape[-1] - n
+    return inside + F.pad(before.flip(-1), (0, rest)) + F.pad(after.flip(-1), (rest, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,9 +206,10 @@ class VQAttention(nn.Module):
 
 
 class VQEncoder(nn.Module):
-    def __init__(self, downscale, z_dim, width=1.0):
+    def __init__(self, downscale, z_dim, width=1.0, linear=False):
         super().__init__()
         self.downscale, self.z_dim = downscale, z_dim
+        self.code = LappedCode(downscale, z_dim) if linear else None
         levels = int(math.log2(downscale)) + 1
         widths = [_scaled(128 * min(2 ** i, 4), width, 1) for i in range(levels)]
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -116,7 +225,7 @@ class VQEncoder(nn.Module):
         self.conv_out = nn.Conv2d(top, 2 * z_dim, 3, padding=1)
         self.quant = nn.Conv2d(2 * z_dim, 2 * z_dim, 1)
         start_coarse([level[2] for level in self.down if len(level) == 3], self.conv_out)
-        narrow_posterior(self.quant)
+        start_posterior(self.quant, linear)
 
     def forward(self, x):
         """x (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over (B, z_dim, H/f, W/f)."""
@@ -126,7 +235,8 @@ class VQEncoder(nn.Module):
             if len(level) == 3:
                 h = level[2](F.pad(h, (0, 1, 0, 1)))  # the original pads right and bottom only
         h = self.conv_out(F.silu(self.norm_out(self.mid(h))))
-        return DiagonalGaussian(*self.quant(h).float().chunk(2, dim=1))
+        mean, logvar = self.quant(h).float().chunk(2, dim=1)
+        return DiagonalGaussian(mean + self.code.encode(x) if self.code else mean, logvar)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,8 +332,9 @@ class DCEncoder(nn.Module):
     """DC-AE's encoder. kind: "dc" residual blocks only, Gaussian posterior; "dcae" as published, with EfficientViT
     blocks from the fourth stage on, deterministic; "sana" SANA's variant, with 5x5 tokens and strided convolutions."""
 
-    def __init__(self, downscale, z_dim, width=1.0, norm=True, kind="dc"):
+    def __init__(self, downscale, z_dim, width=1.0, norm=True, kind="dc", linear=False):
         super().__init__()
+        self.code = LappedCode(downscale, z_dim) if linear else None
         self.downscale, self.z_dim, self.deterministic = downscale, z_dim, kind != "dc"
         stages = int(math.log2(downscale)) + 1
         top = 1024 if kind == "dc" else 2048
@@ -246,7 +357,7 @@ class DCEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], z_dim if self.deterministic else 2 * z_dim, 3, padding=1)
         if not self.deterministic:
             start_coarse([m.conv for m in self.modules() if isinstance(m, DCDown)], self.conv_out)
-            narrow_posterior(self.conv_out)
+            start_posterior(self.conv_out, linear)
         if self.deterministic and widths[-1] % z_dim:
             raise ValueError(f"a dcae encoder averages {widths[-1]} channels to c, which must divide them, not {z_dim}")
 
@@ -258,7 +369,8 @@ class DCEncoder(nn.Module):
         if self.deterministic:
             mean = (self.conv_out(h) + h.unflatten(1, (self.z_dim, -1)).mean(dim=2)).float()
             return DiagonalGaussian(mean, torch.full_like(mean, -30.0))
-        return DiagonalGaussian(*self.conv_out(h).float().chunk(2, dim=1))
+        mean, logvar = self.conv_out(h).float().chunk(2, dim=1)
+        return DiagonalGaussian(mean + self.code.encode(x) if self.code else mean, logvar)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,13 +392,20 @@ def make_encoder(name, width=1.0, **options):
 
     name    (vq|dc|dcae)_f<8|16|32|64|128>c<latent channels>, e.g. vq_f8c4, dc_f32c32, dcae_f64c128; dcae_f32c32_sana
     width   multiplies all widths; 1.0 is the published size, 0.125 runs on a laptop
-    options dc only: norm=False leaves out the RMS norms, as the published DC-SSDAE encoders do
+    options vq, dc: linear=True adds the linear code (LappedCode) to the mean, and starts the rest of it at zero
+            dc: norm=False leaves out the RMS norms, as the published DC-SSDAE encoders do
     returns nn.Module with .downscale (f) and .z_dim (c); forward(x) -> DiagonalGaussian
     raises  ValueError for a name outside this rule or a width that gives fractional channels
     """
+    family, downscale, z_dim = parse_name(name)
+    return FAMILIES[family](downscale, z_dim, width, **options)
+
+
+def parse_name(name):
+    """An encoder's name -> (key of FAMILIES, downscale f, latent channels c). ValueError for an unknown one."""
     match = re.fullmatch(r"([a-z]+)_f(8|16|32|64|128)c([1-9]\d*)(_sana)?", name)
-    family = FAMILIES.get(match[1] + (match[4] or "")) if match else None
-    if family is None:
+    family = match[1] + (match[4] or "") if match else None
+    if family not in FAMILIES:
         raise ValueError(f"unknown encoder '{name}': expected (vq|dc|dcae)_f<8|16|32|64|128>c<channels>, for example "
                          "dc_f32c32, or dcae_f32c32_sana")
-    return family(int(match[2]), int(match[3]), width, **options)
+    return family, int(match[2]), int(match[3])

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sampler
-from encoder import make_encoder
+from encoder import LappedCode, make_encoder
 
 # Decoder sizes, as SSDD names them. Parameters in millions at z_dim 4, window 17: with time (FM) and without (EqM).
 SIZES = {
@@ -44,7 +44,13 @@ SIZES = {
 # What reading a damaged file raises, in one library or another.
 BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, struct.error,
                pickle.UnpicklingError, SafetensorError)
-FORMAT = 2  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution
+GROUP_SIZE = 8  # channels of a group norm's group beside a linear base; XS as published, 32 groups on 32 channels, takes
+#                 each channel's mean away, and with it the image's mean colour
+OUTPUT_GAIN = 0.05  # of the network beside a linear base: about the deviation of what can be predicted at first. With 1 a
+#                     step of Adam moves the output by as much as all there is to learn, and the network falls silent
+T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
+RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
+FORMAT = 3  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution
 
 
 
@@ -91,34 +97,35 @@ class LatentNorm(nn.Module):
 
 
 class NormSiLU(torch.autograd.Function):
-    """silu(GroupNorm32(x) * scale + shift) for x (B, C, H, W) and scale, shift (B or 1, C, h, w) that are constant over
+    """silu(GroupNorm(x) * scale + shift) for x (B, C, H, W) and scale, shift (B or 1, C, h, w) that are constant over
     blocks of x: they are never enlarged, only x is kept for the backward pass, and that takes few passes over x.
 
     Statistics are computed in float32. The plain form is the oracle in test_all.py.
     """
 
     @staticmethod
-    def forward(ctx, x, scale, shift, eps=1e-5):
+    def forward(ctx, x, scale, shift, groups=32, eps=1e-5):
         B, C, H, W = x.shape
         # PyTorch's CPU kernel for bf16 maps of under 1024 pixels is 8 times slower than the one for float32.
         y = x.float() if x.dtype is torch.bfloat16 and H * W < 1024 and x.device.type == "cpu" else x
         scale, shift = scale.to(y.dtype), shift.to(y.dtype)
         if len(scale) == scale[0, 0].numel() == 1:  # the same everywhere: group norm's own weights
-            y, mean, rstd = torch.native_group_norm(y, scale.flatten(), shift.flatten(), B, C, H * W, 32, eps)
+            y, mean, rstd = torch.native_group_norm(y, scale.flatten(), shift.flatten(), B, C, H * W, groups, eps)
         else:
-            y, mean, rstd = torch.native_group_norm(y, None, None, B, C, H * W, 32, eps)
+            y, mean, rstd = torch.native_group_norm(y, None, None, B, C, H * W, groups, eps)
             v = blocks(y, scale)
             out = None if torch.compiler.is_compiling() else v  # torch.compile does without temporaries by itself
             y = unblock(torch.addcmul(per_block(shift), v, per_block(scale), out=out), y.shape)
+        ctx.groups = groups
         ctx.save_for_backward(x, scale, shift, mean, rstd)
         return F.silu(y, inplace=True).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, scale, shift, mean, rstd = ctx.saved_tensors
-        C, H, W = x.shape[1:]
+        groups, (C, H, W) = ctx.groups, x.shape[1:]
         exact = torch.promote_types(x.dtype, torch.float32)
-        mean, rstd = (t.to(exact).repeat_interleave(C // 32, 1)[:, :, None, None] for t in (mean, rstd))  # (B, C, 1, 1)
+        mean, rstd = (t.to(exact).repeat_interleave(C // groups, 1)[:, :, None, None] for t in (mean, rstd))  # (B, C, 1, 1)
         v, a = blocks(x, scale), rstd * scale
         y = torch.addcmul(per_block((shift - mean * a).to(x.dtype)), v, per_block(a.to(x.dtype)))
         g = torch.ops.aten.silu_backward(blocks(grad, scale), y)
@@ -126,13 +133,13 @@ class NormSiLU(torch.autograd.Function):
         dshift, g_x = (t.sum(4).to(exact).sum(2).permute(0, 3, 1, 2) for t in (g, g * v))
         dscale = (g_x - mean * dshift) * rstd
         # dx = rstd (scale g - mean(scale g) - x^ mean(scale g x^)), means over a group's pixels and channels
-        m, m_xhat = (((scale * t).sum((2, 3)).unflatten(1, (32, -1)).sum(2) / (C // 32 * H * W))
-                     .repeat_interleave(C // 32, 1)[:, :, None, None] for t in (dshift, dscale))
+        m, m_xhat = (((scale * t).sum((2, 3)).unflatten(1, (groups, -1)).sum(2) / (C // groups * H * W))
+                     .repeat_interleave(C // groups, 1)[:, :, None, None] for t in (dshift, dscale))
         slope = -rstd.square() * m_xhat
         constant = -rstd * m - mean * slope
         dx = torch.addcmul(per_block(constant.to(x.dtype)), v, per_block(slope.to(x.dtype)))
         dx = unblock(dx.addcmul_(g, per_block(a.to(x.dtype))), x.shape)
-        return dx, *(t.sum_to_size(scale.shape).to(scale.dtype) for t in (dscale, dshift)), None
+        return dx, *(t.sum_to_size(scale.shape).to(scale.dtype) for t in (dscale, dshift)), None, None
 
 
 def blocks(x, scale):
@@ -175,18 +182,23 @@ def linear(x, layer):
     return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
 
 
-class GroupNorm(nn.Module):
-    """Weight and bias of a group norm of 32 groups; called with SiLU after it: see NormSiLU."""
+def groups(channels, group_size):
+    """Number of groups of a group norm: 32 as published (group_size None), else of group_size channels each."""
+    return channels // group_size if group_size else 32
 
-    def __init__(self, channels, eps=1e-5):
+
+class GroupNorm(nn.Module):
+    """Weight and bias of a group norm; called with SiLU after it: see NormSiLU."""
+
+    def __init__(self, channels, groups, eps=1e-5):
         super().__init__()
-        self.eps = eps
+        self.groups, self.eps = groups, eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x, scale=0.0, shift=0.0):
         """scale, shift: (B, C) of the time's modulation, * (1 + scale) + shift."""
         scale, shift = self.weight * (1 + scale), self.bias * (1 + scale) + shift
-        return NormSiLU.apply(x, *(t.reshape(-1, x.shape[1], 1, 1) for t in (scale, shift)), self.eps)
+        return NormSiLU.apply(x, *(t.reshape(-1, x.shape[1], 1, 1) for t in (scale, shift)), self.groups, self.eps)
 
 
 def upsample(x, conv):
@@ -200,20 +212,21 @@ def upsample(x, conv):
 class AdaGN(nn.Module):
     """Group norm, scale and shift from the latent's context map (B, ctx, h, w), nearest-resized to x, then SiLU."""
 
-    def __init__(self, channels, ctx):
+    def __init__(self, channels, groups, ctx):
         super().__init__()
+        self.groups = groups
         self.proj = nn.Conv2d(ctx, 2 * channels, 1)
 
     def forward(self, x, mod):  # mod: proj(ctx)
         scale, shift = mod.chunk(2, dim=1)
-        return NormSiLU.apply(x, 1 + scale, shift)
+        return NormSiLU.apply(x, 1 + scale, shift, self.groups)
 
 
 class ResBlock(nn.Module):
-    def __init__(self, cin, cout, ctx, temb=None):
+    def __init__(self, cin, cout, group_size, ctx, temb=None):
         super().__init__()
-        self.norm1, self.conv1 = AdaGN(cin, ctx), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = GroupNorm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1, self.conv1 = AdaGN(cin, groups(cin, group_size), ctx), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(cout, groups(cout, group_size)), nn.Conv2d(cout, cout, 3, padding=1)
         self.time = nn.Linear(temb, 2 * cout) if temb else None
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
@@ -341,18 +354,23 @@ class UViT(nn.Module):
     skip       the field is skip * x + network(x, z, t); 0 as published. The field at the noise end is the difference of
                noise and image: with skip = -1 (FM) or lam c(0) (EqM) the network need not carry the noise from its
                input to its output
+    base       (f, count): the estimate of the image starts from a linear one, `count` lapped coefficients
+               (encoder.LappedCode) read from the latent by a 1x1 convolution; the network adds to it, is silent at
+               first, and sees it beside the noisy image. Its group norms have GROUP_SIZE channels a group
     joint_input  one input convolution on image and latent together, the latent not normalised: SSDD as published
     without    parts to leave out, for ablations: "norm_z", the latent's normalisation; "context", the latent's way to
                the adaptive norms, which keep a learned scale and shift
     """
 
     def __init__(self, size="S", z_dim=32, time_cond=True, depth=None, window=17, skip=0.0, joint_input=False,
-                 without=()):
+                 without=(), base=None):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"unknown decoder size '{size}': expected one of {', '.join(SIZES)}")
         if set(without) - {"norm_z", "context"}:
             raise ValueError(f"a decoder can be without norm_z and context, got {', '.join(without)}")
+        if base and joint_input:
+            raise ValueError("a decoder with joint_input has no linear base")
         if window < 1 or window % 2 == 0:
             raise ValueError(f"the attention window must be odd and positive, got {window}")
         blocks = SIZES[size][2]
@@ -360,6 +378,7 @@ class UViT(nn.Module):
         c, top = widths[0], widths[-1]
         temb = 4 * c if time_cond else None
         self.channels, self.time_cond, self.skip = c, time_cond, skip
+        group_size = GROUP_SIZE if base else None
         self.checkpointing = False  # True: training keeps only the residual blocks' inputs, and computes the rest twice
         if time_cond:
             self.time = nn.Sequential(nn.Linear(c, temb), nn.SiLU(), nn.Linear(temb, temb))
@@ -368,7 +387,8 @@ class UViT(nn.Module):
             self.norm_z, self.conv_in_x, self.conv_in_z = nn.Identity(), nn.Identity(), nn.Identity()
         else:
             self.norm_z = nn.Identity() if "norm_z" in without else LatentNorm(z_dim)
-            self.conv_in_x, self.conv_in_z = nn.Conv2d(3, c // 2, 3, padding=1), nn.Conv2d(z_dim, c // 2, 3, padding=1)
+            images = 6 if base else 3  # channels of the noisy image and of the base
+            self.conv_in_x, self.conv_in_z = nn.Conv2d(images, c // 2, 3, padding=1), nn.Conv2d(z_dim, c // 2, 3, padding=1)
         self.conv_in = nn.Conv2d(3 + z_dim if joint_input else c, c, 3, padding=1)
         self.context = None if "context" in without else nn.Sequential(
             nn.Conv2d(z_dim, c, 3, padding=1), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1))
@@ -376,7 +396,7 @@ class UViT(nn.Module):
         # Down: two residual blocks a level, then a strided convolution. Every output is a skip connection.
         self.down, skips = nn.ModuleList(), [c]
         for i, (cin, cout) in enumerate(zip([c] + widths, widths)):
-            level = nn.ModuleList([ResBlock(cin, cout, c, temb), ResBlock(cout, cout, c, temb)])
+            level = nn.ModuleList([ResBlock(cin, cout, group_size, c, temb), ResBlock(cout, cout, group_size, c, temb)])
             skips += [cout, cout]
             if i < 3:
                 level.append(nn.Conv2d(cout, cout, 3, stride=2, padding=1))
@@ -384,7 +404,7 @@ class UViT(nn.Module):
             self.down.append(level)
 
         heads = min(16, max(4, top // 64))
-        self.mid_norm = nn.GroupNorm(32, top, eps=1e-6)
+        self.mid_norm = nn.GroupNorm(groups(top, group_size), top, eps=1e-6)
         self.mid_in, self.mid_out = nn.Linear(top, top), nn.Linear(top, top)
         self.blocks = nn.ModuleList(TransformerBlock(top, c, heads, window)
                                     for _ in range(blocks if depth is None else depth))
@@ -394,12 +414,12 @@ class UViT(nn.Module):
         for i, cout in enumerate(reversed(widths)):
             level = nn.ModuleList()
             for _ in range(3):
-                level.append(ResBlock(cin + skips.pop(), cout, c, temb))
+                level.append(ResBlock(cin + skips.pop(), cout, group_size, c, temb))
                 cin = cout
             if i < 3:
                 level.append(nn.Conv2d(cout, cout, 3, padding=1))
             self.up.append(level)
-        self.norm_out = GroupNorm(c)
+        self.norm_out = GroupNorm(c, groups(c, group_size))
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
         for m in self.modules():  # residual branches start at zero, so that the network starts as a shallow one
@@ -407,6 +427,15 @@ class UViT(nn.Module):
                 nn.init.zeros_(m.conv2.weight), nn.init.zeros_(m.conv2.bias)
             elif isinstance(m, TransformerBlock):
                 nn.init.zeros_(m.mlp_out.weight), nn.init.zeros_(m.mlp_out.bias)
+
+        self.base = None
+        if base:
+            f, count = base
+            self.code, self.base = LappedCode(f, count), nn.Conv2d(z_dim, count, 1)
+            nn.init.eye_(self.base.weight[:, :, 0, 0])
+            nn.init.zeros_(self.base.bias)
+            nn.init.zeros_(self.conv_out.weight)
+            nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x, z, t=None):
         """x (B, 3, H, W), z (B, z_dim, H/f, W/f) or `condition` of it, t (B,) in [0, 1] with time_cond -> (B, 3, H, W).
@@ -416,9 +445,11 @@ class UViT(nn.Module):
     def condition(self, z, H, W):
         """All that depends on the latent alone, for images of H x W: computed once, used by every sampling step.
 
-        Returns [input map (B, C, 5h, 5w), scales and shifts of all AdaGN, of all AdaLN (B, ..., h, w)].
+        Returns [input map (B, C, 5h, 5w), scales and shifts of all AdaGN, of all AdaLN (B, ..., h, w)], with a linear
+        base also [base image (B, 3, H, W), its part of the input map (B, C, H, W)].
         """
         h, w = z.shape[-2:]
+        images = self.base_images(z) if self.base else []
         z = z.to(self.conv_out.weight.dtype)
         if H % (8 * h) or W % (8 * w):
             raise ValueError("the decoder needs image sides that are multiples of 8 and of the latent's, by a factor "
@@ -434,7 +465,14 @@ class UViT(nn.Module):
         # >= 8 x 8 pixels have at most 5 different values a block and axis, so 5 x 5 pixels a block are enough.
         z = self.conv_in_z(F.interpolate(z, scale_factor=5, mode="nearest"))
         z = F.conv2d(z, self.conv_in.weight[:, -z.shape[1]:], self.conv_in.bias, padding=1)
-        return [z, mods, mods_mid]
+        return [z, mods, mods_mid, *images]
+
+    def base_images(self, z):
+        """z (B, z_dim, h, w) -> [linear estimate of the image (B, 3, h f, w f), its convolution for the input]."""
+        with torch.autocast(z.device.type, enabled=False):
+            base = self.code.decode(F.conv2d(z.float(), self.base.weight.float(), self.base.bias.float()))
+        h = F.conv2d(base.to(self.conv_out.weight.dtype), self.conv_in_x.weight[:, 3:], padding=1)
+        return [base, h]
 
     def forward_with_tokens(self, x, z, t=None):
         """As forward, and the tokens (B, H/8 * W/8, width) after transformer block min(4, depth // 2), which REPA
@@ -443,10 +481,14 @@ class UViT(nn.Module):
             raise ValueError("this decoder needs t" if self.time_cond else "this decoder has no time: leave t out")
         dtype = self.conv_out.weight.dtype
         temb = self.time(time_embedding(t, self.channels).to(dtype)) if self.time_cond else None
-        z, mods, mods_mid = self.condition(z, *x.shape[-2:]) if isinstance(z, torch.Tensor) else z
+        z, mods, mods_mid, *images = self.condition(z, *x.shape[-2:]) if isinstance(z, torch.Tensor) else z
         mods = iter(mods.split([m.proj.out_channels for m in self.modules() if isinstance(m, AdaGN)], dim=1))
 
-        h = self.conv_in_x(x.to(dtype))
+        if images:
+            base, h_base = images
+            h = F.conv2d(x.to(dtype), self.conv_in_x.weight[:, :3], self.conv_in_x.bias, padding=1) + h_base
+        else:
+            h = self.conv_in_x(x.to(dtype))
         h = F.conv2d(h, self.conv_in.weight[:, :h.shape[1]], padding=1).add_(spread(z, *x.shape[-2:]))
         skips = [h]
         run = partial(checkpoint, use_reentrant=False) if self.checkpointing and self.training else lambda f, *a: f(*a)
@@ -474,7 +516,13 @@ class UViT(nn.Module):
             if len(level) == 4:
                 h = upsample(h, level[3])
         out = self.conv_out(self.norm_out(h))
-        return (out + self.skip * x if self.skip else out.to(x.dtype)), tokens.flatten(2).mT
+        tokens = tokens.flatten(2).mT
+        if not images:
+            return (out + self.skip * x if self.skip else out.to(x.dtype)), tokens
+        field = OUTPUT_GAIN * out + self.skip * (x - base)
+        if self.time_cond:  # FM: v = (D - x_t) / t, D the estimate of the image
+            field = field / t.clamp(min=T_MIN)[:, None, None, None]
+        return field, tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,6 +536,10 @@ class DCSSDAE(nn.Module):
     loss                         "fm" or "eqm": what the decoder predicts and how it is sampled
     c, a, b, lam                 EqM's c(g) (losses.EqM), which the sampler's step size depends on
     input_skip                   add the noisy image to the network's output (UViT's skip, of the loss's value)
+    linear_encoder               the latent's mean is the linear code (encoder.LappedCode) plus what the network finds
+    linear_decoder               the number of lapped coefficients that a 1x1 convolution reads from the latent, for an
+                                 image that the network starts from (UViT's base); 0: none. z_dim with linear_encoder:
+                                 an untrained model is then the linear code; more after fit_linear_decoder
     joint_input                  UViT's, for published SSDD decoders
     latents                      {"mean": [c], "std": [c], ...} per channel, from evaluate.py --z_stats, for normalize
     without                      UViT's, for ablations
@@ -497,19 +549,26 @@ class DCSSDAE(nn.Module):
 
     def __init__(self, enc="dc_f32c32", dec="S", loss="eqm", enc_width=1.0, enc_options=None, depth=None, window=17,
                  c="linear", a=0.8, b=1.4, lam=1.0, input_skip=False, joint_input=False, without=(), latents=None,
-                 notes=None):
+                 notes=None, linear_encoder=False, linear_decoder=0):
         super().__init__()
         if loss not in ("fm", "eqm"):
             raise ValueError(f"unknown loss '{loss}': expected fm or eqm")
+        if linear_decoder and not input_skip:
+            raise ValueError("a linear decoder needs the input skip: its field is skip * (noisy image - estimate)")
         self.config = {"enc": enc, "dec": dec, "loss": loss, "enc_width": enc_width,
                        "enc_options": dict(enc_options or {}), "depth": depth, "window": window, "c": c, "a": a, "b": b,
                        "lam": lam, "input_skip": input_skip, "joint_input": joint_input,
-                       "without": sorted(without), "latents": latents, "notes": dict(notes or {})}
-        self.encoder = make_encoder(enc, enc_width, **self.config["enc_options"])
+                       "without": sorted(without), "latents": latents, "notes": dict(notes or {}),
+                       "linear_encoder": linear_encoder, "linear_decoder": linear_decoder}
+        options = dict(self.config["enc_options"])
+        if linear_encoder:
+            options["linear"] = True
+        self.encoder = make_encoder(enc, enc_width, **options)
         # times (e - x); lam c(0) for EqM
         self.field_at_noise = -1.0 if loss == "fm" else lam * (b if c == "piecewise" else 1.0)
         self.decoder = UViT(dec, self.encoder.z_dim, loss == "fm", depth, window,
-                            skip=self.field_at_noise if input_skip else 0.0, joint_input=joint_input, without=without)
+                            skip=self.field_at_noise if input_skip else 0.0, joint_input=joint_input, without=without,
+                            base=(self.downscale, linear_decoder) if linear_decoder else None)
 
     @property
     def downscale(self):
@@ -594,6 +653,34 @@ class DCSSDAE(nn.Module):
 
         return min((k / 1000 for k in range(1, 1001)), key=left) / cfg["lam"]
 
+    @torch.no_grad()
+    def fit_linear_decoder(self, images):
+        """Set the linear decoder to the least-squares fit from this encoder's latents to the images: for an encoder
+        whose latents are not the linear code's.
+
+        images   iterable of batches (b, 3, H, W) in [-1, 1]
+        Ridge regression with bias in float64, one for all cells: W = (Z'Z + r I)^-1 Z'C, Z (cells, c + 1) latents and
+        ones, C (cells, linear_decoder) lapped coefficients. As the lapped vectors are orthonormal, least squares of
+        the coefficients is least squares of the pixels.
+        raises   ValueError without a linear decoder or images
+        """
+        decoder = self.decoder
+        if decoder.base is None:
+            raise ValueError("this model has no linear decoder to fit")
+        gram, cross, cells = 0, 0, 0
+        for x in images:
+            x = x.to(next(self.parameters()).device)
+            z = self.encode(x).mode().permute(0, 2, 3, 1).flatten(0, 2).double()                 # (cells, c)
+            z = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
+            target = decoder.code.encode(x).permute(0, 2, 3, 1).flatten(0, 2).double()           # (cells, count)
+            gram, cross, cells = gram + z.T @ z, cross + z.T @ target, cells + len(z)
+        if cells == 0:
+            raise ValueError("no image to fit the linear decoder on")
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        weight = torch.linalg.solve(gram + ridge, cross).T                                       # (count, c + 1)
+        decoder.base.weight.copy_(weight[:, :-1, None, None])
+        decoder.base.bias.copy_(weight[:, -1])
+
     # -- files ----------------------------------------------------------------------------------------------------
 
     def save(self, path):
@@ -621,7 +708,7 @@ class DCSSDAE(nn.Module):
                                  "encoder and a decoder")
             config.pop("z_dim")
             model = cls(**config)
-        model._read(state, path, "all", published="config" not in meta)
+        model._read(state, path, "all", json.loads(meta["config"]) if "config" in meta else {})
         return model.to(device).eval()
 
     def load_published(self, path, part="all"):
@@ -635,15 +722,19 @@ class DCSSDAE(nn.Module):
         if part not in ("all", "encoder", "decoder"):
             raise ValueError(f"unknown part '{part}': expected all, encoder or decoder")
         state, meta = read_weights(path)
-        self._read(state, path, part, published="config" not in meta)
+        self._read(state, path, part, json.loads(meta["config"]) if "config" in meta else {})
 
-    def _read(self, state, path, part, published):
+    def _read(self, state, path, part, saved):
+        """saved: the configuration that `save` wrote into the file; {} for a published one."""
         found, config = infer_config(state), dict(self.config)
-        if part != "decoder" and config["enc"].startswith("dc_"):
-            config["enc_options"] = found.get("enc_options", config["enc_options"])
+        if part != "decoder":
+            config["linear_encoder"] = saved.get("linear_encoder", False)
+            if config["enc"].startswith("dc_"):
+                config["enc_options"] = found.get("enc_options", config["enc_options"])
         if part != "encoder":
             config["joint_input"] = found.get("joint_input", config["joint_input"])
-            config["input_skip"] = config["input_skip"] and not published
+            config["input_skip"] = config["input_skip"] and bool(saved)
+            config["linear_decoder"] = saved.get("linear_decoder", 0)
         model = self if config == self.config else DCSSDAE(**config).to(next(self.parameters())).train(self.training)
         for k, v in state.items():
             if k.endswith("bias_table") and v.shape[0] < config["window"]:

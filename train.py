@@ -33,6 +33,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import make_dataset, make_loader
+from encoder import parse_name
 from evaluate import evaluate, guarded, print_table, setup, write_results
 from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, local_file
 from sampler import seeded_generator
@@ -54,11 +55,17 @@ PHASES = {
     3: {"size": 256, "lr": 5.4e-5, "steps": 50_000, "w_repa": 0.0},          # details, at low: later layers than REPA's
 }
 # What --init_from's file decides; and what --resume may change, being neither model nor samples nor objective.
-MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "b", "lam", "input_skip", "without")
+MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "b", "lam", "input_skip", "without", "linear")
 FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights", "workers", "steps", "lr", "warmup",
               "decay", "weight_decay", "grad_clip", "ema", "ema_start", "micro_batch", "checkpointing", "out", "resume",
               "keep", "dtype", "device", "compile", "eval_every", "eval_steps", "eval_images", "save_every",
               "log_every", "tensorboard")
+
+
+# --linear: does the encoder start as the linear code (encoder.LappedCode), does the decoder start with its transpose?
+LINEAR = {"both": (True, True), "encoder": (True, False), "decoder": (False, True), "off": (False, False)}
+FITTED_COEFFICIENTS = 8  # for each latent channel, of a decoder fitted to a given encoder: those beyond are too fine to
+#                          be guessed linearly
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,6 +90,8 @@ def get_args(argv=None):
     add("--window", type=int, default=17, help="tokens of 8 x 8 pixels a side that one attends to: odd [%(default)s]")
     add("--input_skip", action=argparse.BooleanOptionalAction, default=True, help="add the noisy image to the "
         "decoder's output (UViT's skip); off, as published, the network carries the noise itself [on]")
+    add("--linear", type=str, choices=list(LINEAR), default="both", help="parts that start as the linear code; a given "
+        "encoder stays as it is, and its decoder starts as a least-squares fit; off, as published [%(default)s]")
     add("--without", type=str, nargs="+", default=[], choices=["context", "norm_z"], help="for ablations: no way of "
         "the latent to the adaptive norms, no normalisation of the latent")
 
@@ -111,6 +120,9 @@ def get_args(argv=None):
     known = p.parse_known_args(argv)[0]
     p.set_defaults(**{**PHASES.get(known.phase, {}), **PRESETS.get(known.preset, {})})
     config = DCSSDAE.load(known.init_from).config if known.init_from else {}
+    if config:
+        parts = bool(config["linear_encoder"]), bool(config["linear_decoder"])
+        config["linear"] = next(name for name, value in LINEAR.items() if value == parts)
     p.set_defaults(**{name: config[name] for name in MODEL_FLAGS if config})
     args = p.parse_args(argv)
     differ = [name for name in MODEL_FLAGS if config and config[name] != getattr(args, name)]
@@ -495,7 +507,8 @@ def choose_trained(model, phase=None, freeze_enc=False):
     if phase == 2:  # what makes the latent, and what reads it
         last = [enc.stages[-1]] if hasattr(enc, "stages") else [enc.down[-1], enc.mid, enc.norm_out, enc.quant]
         z_input = dec.conv_in if model.config["joint_input"] else dec.conv_in_z
-        parts = [*last, enc.conv_out, z_input, dec.norm_z, *(dec.context or ()), *(block.ada for block in dec.blocks),
+        base = [dec.base] if dec.base else []
+        parts = [*last, enc.conv_out, z_input, *base, dec.norm_z, *(dec.context or ()), *(block.ada for block in dec.blocks),
                  *(m.proj for m in dec.modules() if isinstance(m, AdaGN))]
     elif phase == 3:
         parts = [dec.up[-1], dec.norm_out, dec.conv_out]
@@ -504,6 +517,32 @@ def choose_trained(model, phase=None, freeze_enc=False):
     model.requires_grad_(False)
     for part in parts:
         part.requires_grad_(True)
+
+
+def encoder_is_given(args):
+    """Whether the latents are somebody's own, which the linear code does not know."""
+    return bool(args.enc_ckpt) or args.enc.startswith("dcae_")
+
+
+def new_model(args):
+    """The model that the flags describe, untrained."""
+    linear_encoder, linear_decoder = LINEAR[args.linear]
+    _, downscale, z_dim = parse_name(args.enc)
+    count = z_dim
+    if encoder_is_given(args) or not linear_encoder:
+        linear_encoder = False
+        count = min(FITTED_COEFFICIENTS * z_dim, 3 * downscale**2)
+    return DCSSDAE(args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, window=args.window, c=args.c,
+                   a=args.a, b=args.b, lam=args.lam, input_skip=args.input_skip, without=args.without,
+                   linear_encoder=linear_encoder, linear_decoder=count if linear_decoder else 0)
+
+
+def fit_images(dataset, model, size):
+    """Batches (16, 3, size, size) of training images, enough to fit the linear decoder: 16 cells for each channel."""
+    cells = (size // model.downscale) ** 2  # of an image
+    images = min(2048, max(256, 16 * model.encoder.z_dim // cells))
+    batches = make_loader(dataset, 16, train=True, seed=0)
+    return (x for x, _ in itertools.islice(batches, images // 16))
 
 
 class Objective(nn.Module):
@@ -556,9 +595,7 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)  # initial weights, the same on every rank
 
-    model = DCSSDAE.load(args.init_from) if args.init_from else DCSSDAE(
-        args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, window=args.window, c=args.c, a=args.a,
-        b=args.b, lam=args.lam, input_skip=args.input_skip, without=args.without)
+    model = DCSSDAE.load(args.init_from) if args.init_from else new_model(args)
     check_size(args.size, model)
     checkpoint, log_path, evaluated = open_run(args, rank, world)
     if args.enc_ckpt:
@@ -568,6 +605,8 @@ def main():
                                    for m in (model.encoder, model.decoder.norm_z))
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    if encoder_is_given(args) and model.config["linear_decoder"] and not (args.init_from or checkpoint):
+        model.fit_linear_decoder(fit_images(dataset, model, args.size))
     lpips, repa, left_out = perceptual_losses(args, model.decoder.mid_in.out_features, rank)
     gan = PatchGAN().requires_grad_(False) if args.w_gan else None
     model.config["notes"] |= {"size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
