@@ -61,6 +61,7 @@ from model import (
     spread,
     upsample,
 )
+from tools import bench, compare, field, latents, sweep
 from train import load_checkpoint, save_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -103,13 +104,16 @@ def offline(monkeypatch, tmp_path):
 
 
 def cli(*args, ok=True, nproc=None, cwd=HERE, env=None, timeout=300):
-    """Run a command line of the project; returns its output. ok=False: it must fail with one sentence
-    and no traceback."""
+    """Run a command line of the project, a file or "tools.NAME"; returns its output. ok=False: it must fail with one
+    sentence and no traceback."""
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"] if nproc else []
-    script = os.path.join(HERE, args[0])
+    program = [os.path.join(HERE, args[0])]
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore", **(env or {}))
-    done = subprocess.run([sys.executable, *launch, script, *map(str, args[1:])], cwd=cwd, env=environment, check=False,
-                          capture_output=True, text=True, timeout=timeout)
+    if str(args[0]).startswith("tools."):
+        program = ["-m", args[0]]
+        environment["PYTHONPATH"] = HERE  # for another cwd than the repository's root
+    done = subprocess.run([sys.executable, *launch, *program, *map(str, args[1:])], cwd=cwd, env=environment,
+                          check=False, capture_output=True, text=True, timeout=timeout)
     output = done.stdout + done.stderr
     if ok:
         assert done.returncode == 0, output
@@ -815,7 +819,7 @@ def test_latent_statistics_are_stored_in_the_model(tmp_path):
     model.save(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="--z_stats"):
         model.normalize(torch.zeros(1, 4, 2, 2))
-    cli("evaluate.py", "--ckpt", tmp_path / "m.safetensors", "--limit", 16, "--z_stats", "--device", "cpu")
+    cli("tools.latents", "--ckpt", tmp_path / "m.safetensors", "--limit", 16, "--z_stats", "--device", "cpu")
     loaded = DCSSDAE.load(tmp_path / "m.safetensors")
     dataset = data.make_dataset("demo", 32, train=False, limit=16)
     x = torch.stack([dataset[i][0] for i in range(16)])
@@ -831,14 +835,32 @@ def test_latent_statistics_are_stored_in_the_model(tmp_path):
     assert torch.allclose(loaded.denormalize(normal), z, rtol=1e-4, atol=1e-4)
 
 
-def test_the_readmes_links_point_at_what_they_name():
+DOCUMENTS = ("README.md", "docs/results.md")
+
+
+def headings_of(path):
+    """What follows # in links to the headings of a document, as GitHub makes it."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)  # comments are no headings
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_documents_links_point_at_what_they_name():
     readme = Path(HERE, "README.md").read_text()
     links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", readme)
     assert len(links) > 20
     for name, file, line in links:
         source = Path(HERE, file).read_text().splitlines()[int(line) - 1]
         assert re.match(rf"\s*(def|class) {name.split('.')[-1]}\b", source), (name, file, line, source)
-    assert all(Path(HERE, name).is_file() for name in re.findall(r"\]\((assets/[^)]+)\)", readme))
+    for document in DOCUMENTS:
+        targets = re.findall(r"\]\(([^)]*)\)", Path(HERE, document).read_text())
+        assert len(targets) > 10
+        for target in targets:
+            name, _, anchor = target.partition("#")
+            path = Path(HERE, document).parent / name if name else Path(HERE, document)
+            assert path.is_file(), (document, target)
+            if anchor and path.suffix == ".md":
+                assert anchor in headings_of(path), (document, target)
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
@@ -1820,7 +1842,10 @@ def test_rfid_of_a_perfect_decoder_is_zero_and_originals_are_reused():
 def run_main(module, monkeypatch, *argv):
     """A command in this process, where its parts can be replaced."""
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
-    evaluate.guarded(module.main) if module is evaluate else module.main()
+    if module is evaluate or module.__name__.startswith("tools."):
+        evaluate.guarded(module.main)
+    else:  # guards itself
+        module.main()
 
 
 def sentence(module, monkeypatch, *argv):
@@ -2152,15 +2177,62 @@ def test_a_full_disk_or_damaged_checkpoint_loses_nothing(tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path)["step"] == 1
 
 
-def test_help_explains_every_flag():
-    for script in ("train.py", "distill.py", "evaluate.py", "fid.py"):
-        assert "--" in cli(script, "--help")
-    text = cli("train.py", "--help")
+TOOLS = sorted(f"tools.{path.stem}" for path in Path(HERE, "tools").glob("[!_]*.py"))
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """{program as it stands after python or python -m: its --help}"""
+    return {name: cli(name, "--help") for name in ("train.py", "distill.py", "evaluate.py", "fid.py", "data.py", *TOOLS)}
+
+
+def test_help_explains_every_flag(helps):
+    assert all("--" in text for text in helps.values())
+    text = helps["train.py"]
     for flag in ["--enc", "--enc_width", "--enc_ckpt", "--freeze_enc", "--dec", "--loss", "--c", "--lam", "--w_lpips",
                  "--w_repa", "--w_kl", "--data", "--size", "--aug_scale", "--batch_size", "--micro_batch", "--steps",
                  "--lr", "--weight_decay", "--grad_clip", "--ema", "--dtype", "--compile", "--seed", "--out",
                  "--resume", "--eval_every", "--save_every", "--log_every"]:
         assert flag in text
+
+
+def test_every_tool_explains_itself_as_a_module(helps):
+    assert TOOLS == ["tools.bench", "tools.compare", "tools.field", "tools.latents", "tools.sweep"]
+    for tool in TOOLS:
+        assert f"-m {tool} " in helps[tool] and f"usage: {tool.split('.')[1]}.py" in helps[tool]
+    for title in ("data:", "metrics that need a network:"):
+        assert f"\n{title}\n" in helps["tools.sweep"]
+    assert all(flag in helps["tools.latents"] for flag in ("--out", "--z_stats", "--sample", "--flip", "--shard"))
+
+
+def test_the_documents_commands_are_of_programs_and_flags_that_exist(helps):
+    """Of commands in code blocks and between backquotes, up to what follows ; # | or a backquote."""
+    command = re.compile(r"(?:python|torchrun)(?: --[^ ]+)* (?:-m )?(\w+\.\w+)( [^;#`|]*)?")
+    found = Counter()
+    for document in DOCUMENTS:
+        for program, flags in command.findall(Path(HERE, document).read_text().replace("\n", " ; ")):
+            if program in helps:
+                found[program] += 1
+                for flag in re.findall(r"(?<= )--\w+", flags):
+                    assert re.search(rf"{flag}\b", helps[program]), (document, program, flag)
+    assert {"train.py", "distill.py", "evaluate.py", *TOOLS} <= found.keys(), found
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--bench", "decode", "--size", 256], "--bench is now python -m tools.bench"),
+    (["--bench"], "--bench is now python -m tools.bench"),
+    (["--ckpt", "f", "--sweep", 1, 2, "--plot"], "--sweep is now python -m tools.sweep"),
+    (["--compare", "runs/a", "--plot"], "--compare is now python -m tools.compare"),
+    (["--ckpt", "f", "--field"], "--field is now python -m tools.field"),
+    (["--latents=d", "--ckpt", "f", "--flip"], "--latents is now python -m tools.latents --out"),
+    (["--latents_sample"], "--latents_sample is now python -m tools.latents --sample"),
+    (["--z_stats"], "--z_stats is now python -m tools.latents --z_stats"),
+    (["--flip"], "--flip is now an option of python -m tools.latents"),
+    (["--dec", "S"], "--dec is now an option of python -m tools.bench"),
+    (["--plot"], "--plot is now an option of python -m tools.sweep and of python -m tools.compare"),
+])
+def test_flags_that_moved_say_where_they_are(monkeypatch, argv, words):
+    assert sentence(evaluate, monkeypatch, *argv) == f"error: {words}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2319,7 +2391,7 @@ def test_several_features_and_dreamsim_in_one_pass(tmp_path, checkpoint, offline
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --sweep
+# tools.sweep
 
 class Quadratic:
     """A model for calibrate: descent on sum of a (x - x*)^2 / 2 over two directions, starting at distance 1."""
@@ -2344,7 +2416,7 @@ class Quadratic:
 
 def test_calibration_finds_the_best_step_sizes():
     model = Quadratic(1.0, 4.0)
-    best = evaluate.calibrate(model, [1, 2, 8], lambda runs: list(model.measure(runs)))
+    best = sweep.calibrate(model, [1, 2, 8], lambda runs: list(model.measure(runs)))
     assert set(best) == {(s, n) for s in ("gd", "nesterov") for n in (1, 2, 8)}
     one = best["gd", 1][1]
     assert one["method"] == "gd" and one["eta"] == pytest.approx(5 / 17, rel=0.05)  # minimum of (1-e)^2 + (1-4e)^2
@@ -2354,35 +2426,11 @@ def test_calibration_finds_the_best_step_sizes():
         grid = [row["psnr_pooled"] for row in model.measure({i: (n, o) for i, o in enumerate(fine)})]
         assert score >= np.nanmax(grid) - (0.2 if n < 8 else 2), (sampler, n, options)
     assert best["nesterov", 8][0] > best["gd", 8][0] + 3  # momentum pays on an ill-conditioned problem
-    runs = evaluate.sweep_runs(best)
+    runs = sweep.sweep_runs(best)
     assert len(runs) == 6 + 4 and runs["gd 1 eta " + f"{one['eta']:.3g}"] == (1, one)
     assert [o for _, o in runs.values()][-1] == best["nesterov", 8][1] | {"tol": 0.02}
     diverging = Quadratic(1e6)
-    assert np.isfinite(evaluate.calibrate(diverging, [9], lambda r: list(diverging.measure(r)))["gd", 9][1]["eta"])
-
-
-def test_sweep_answers_follow_from_the_rows():
-    def row(method, steps, psnr, lpips=None, nfe=None, **more):
-        return {"name": f"{method} {steps}", "method": method, "steps": steps, "nfe": nfe or steps, "psnr": psnr,
-                "hf": 0.1 * steps, "lpips_vgg": lpips, **more}
-
-    rows = [{"name": "baseline", "steps": 0, "psnr": 99.0},
-            row("gd", 1, 20.0, 0.5), row("gd", 4, 24.0, 0.3), row("gd", 8, 25.0, 0.2),
-            row("nesterov", 1, 20.0, 0.5), row("nesterov", 4, 25.3, 0.201), row("nesterov", 8, 25.5, 0.19),
-            row("nesterov", 8, 22.0, nfe=2.5, tol=0.2), row("nesterov", 8, 25.41, nfe=6.0, tol=0.1),
-            row("nesterov", 8, 25.45, nfe=7.0, tol=0.05)]
-    answers = list(evaluate.sweep_answers(rows))
-    assert answers[0] == "PSNR within 0.1 dB of nesterov 8 (25.5), fewest evaluations: gd never, nesterov 8"
-    assert answers[1] == "PSNR within 0.1 dB of gd 8 (25), fewest evaluations: gd 8, nesterov 4"
-    assert "LPIPS vgg within 2 % of gd 8 (0.2), fewest evaluations: gd 8, nesterov 4" in answers
-    assert "HF ratio at least 95 % of gd 8 (0.8), fewest evaluations: gd 8, nesterov 8" in answers
-    assert answers[-1].startswith("adaptive stop, within 0.1 dB of nesterov 8 (25.50 dB): saves evaluations "
-                                  "at tol 0.1: 6.0 for 25.41 dB, 25% fewer; ")
-    assert answers[-1].endswith("gd never, nesterov 8")
-    rows[-2:] = []
-    assert "saves evaluations at no tol: 8.0 for 25.50 dB, 0% fewer" in list(evaluate.sweep_answers(rows))[-1]
-    euler = [{"name": "baseline", "psnr": 1.0}, {"name": "euler 1", "steps": 1, "nfe": 1, "psnr": 20.0}]
-    assert list(evaluate.sweep_answers(euler)) == ["PSNR within 0.1 dB of euler 1 (20), fewest evaluations: euler 1"]
+    assert np.isfinite(sweep.calibrate(diverging, [9], lambda r: list(diverging.measure(r)))["gd", 9][1]["eta"])
 
 
 def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
@@ -2395,14 +2443,15 @@ def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
 
     monkeypatch.setattr(data.ImageDataset, "subset", recorded)
     pytest.importorskip("matplotlib")
-    common = ["--ckpt", checkpoint, "--sweep", 2, 1, "--calibrate", 3, "--limit", 4, "--batch_size", 1, "--workers", 0,
+    common = ["--ckpt", checkpoint, "--steps", 2, 1, "--calibrate", 3, "--limit", 4, "--batch_size", 1, "--workers", 0,
               "--device", "cpu", "--features", "--lpips_net", "vgg"]
-    run_main(evaluate, monkeypatch, *common, "--plot", "--out", tmp_path / "1")
+    run_main(sweep, monkeypatch, *common, "--plot", "--out", tmp_path / "1")
     text = capsys.readouterr().out
     assert len(seen) == 2 and len(seen[0]) == 3 and len(seen[1]) == 4 and not seen[0] & seen[1]
-    assert "PSNR within 0.1 dB of " in text and "adaptive stop" in text and "on 3 other images" in text
+    assert "adaptive " in text and "tol 0.02" in text and "on 3 other images" in text
+    assert text.endswith(f"wrote sweep.csv and sweep.png to {tmp_path / '1'}\n")
     assert Image.open(tmp_path / "1" / "sweep.png").width > 600
-    cli("evaluate.py", *common, "--out", tmp_path / "2", nproc=2)
+    cli("tools.sweep", *common, "--out", tmp_path / "2", nproc=2)
     tables = []
     for n in "12":
         with open(tmp_path / n / "sweep.csv", newline="") as file:
@@ -2418,11 +2467,14 @@ def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
             assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-6), key
     for row in rows[1:]:  # the numbers are evaluate's for these options
         assert row["steps"] in (1, 2) and row["eta"] > 0 and row["nfe"] <= row["steps"]
-    assert "leave out eta" in sentence(evaluate, monkeypatch, *common, "--eta", 1)
+    with pytest.raises(SystemExit, match="2"):  # it chooses the sampler's options itself
+        run_main(sweep, monkeypatch, *common, "--eta", 1)
+    assert "unrecognized arguments: --eta" in capsys.readouterr().err
     folder_of(tmp_path / "one", 1)
-    assert "at least 2 images" in sentence(evaluate, monkeypatch, *common, "--data", tmp_path / "one")
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
-    assert "matplotlib" in sentence(evaluate, monkeypatch, *common, "--plot")
+    assert "at least 2 images" in sentence(sweep, monkeypatch, *common, "--data", tmp_path / "one")
+    assert "at least 1" in sentence(sweep, monkeypatch, *common, "--calibrate", 0)
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+    assert "matplotlib" in sentence(sweep, monkeypatch, *common, "--plot")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2465,7 +2517,7 @@ def test_own_pictures(tmp_path, checkpoint, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --latents
+# tools.latents
 
 READER = '''
 class Latents(torch.utils.data.Dataset):
@@ -2497,13 +2549,13 @@ def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
     for broken in sorted((tmp_path / "images" / "train" / "cat").iterdir())[:2]:  # all of the first shard
         broken.write_bytes(b"broken")
     common = ["--ckpt", checkpoint, "--data", tmp_path / "images", "--shard", 2, "--batch_size", 2, "--workers", 0,
-              "--device", "cpu", "--latents"]
-    run_main(evaluate, monkeypatch, *common, tmp_path / "one")
+              "--device", "cpu", "--out"]
+    run_main(latents, monkeypatch, *common, tmp_path / "one")
     assert "mean" in capsys.readouterr().out
-    cli("evaluate.py", *common, tmp_path / "two", nproc=2)
+    cli("tools.latents", *common, tmp_path / "two", nproc=2)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
-    write, calls = evaluate.write_whole, []
+    write, calls = latents.write_whole, []
 
     def interrupted(path, content):
         calls.append(path)
@@ -2512,42 +2564,42 @@ def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr(evaluate, "write_whole", interrupted)
+    monkeypatch.setattr(latents, "write_whole", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_main(evaluate, monkeypatch, *common, tmp_path / "three")
-    monkeypatch.setattr(evaluate, "write_whole", write)
+        run_main(latents, monkeypatch, *common, tmp_path / "three")
+    monkeypatch.setattr(latents, "write_whole", write)
     assert "latents_00001.npy" in files_of(tmp_path / "three")
     assert "latents_00002.npy" not in files_of(tmp_path / "three")
     assert "shards" not in json.loads((tmp_path / "three" / "manifest.json").read_text())
     finished = os.stat(tmp_path / "three" / "latents_00001.npy").st_mtime_ns
     for change, word in ((["--size", 40], "size"), (["--data", "demo", "--limit", 9], "data"), (["--flip"], "shape"),
-                         (["--latents_sample"], "values"), (["--part", "val"], "part"), (["--shard", 3], "shard")):
-        assert word in sentence(evaluate, monkeypatch, *common, tmp_path / "three", *change)
-    run_main(evaluate, monkeypatch, *common, tmp_path / "three")
+                         (["--sample"], "values"), (["--part", "val"], "part"), (["--shard", 3], "shard")):
+        assert word in sentence(latents, monkeypatch, *common, tmp_path / "three", *change)
+    run_main(latents, monkeypatch, *common, tmp_path / "three")
     assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
     assert os.stat(tmp_path / "three" / "latents_00001.npy").st_mtime_ns == finished
 
     namespace = {"np": np, "torch": torch, "json": json}
     exec(READER, namespace)  # noqa: S102
-    latents = namespace["Latents"](tmp_path / "one")
-    assert isinstance(latents.z[0], np.memmap) and latents.z[0].dtype == np.float16
+    stored = namespace["Latents"](tmp_path / "one")
+    assert isinstance(stored.z[0], np.memmap) and stored.z[0].dtype == np.float16
     dataset = data.make_dataset(str(tmp_path / "images"), 32, train=False, split="train")
     items = [item for item in (dataset[i] for i in range(len(dataset))) if item]
-    assert len(latents) == len(items) == len(dataset) - 2 == 7 and len(latents.z) == 4
-    assert latents.labels.tolist() == [dataset.labels[i] for _, i in items] and set(latents.labels.tolist()) == {0, 1}
+    assert len(stored) == len(items) == len(dataset) - 2 == 7 and len(stored.z) == 4
+    assert stored.labels.tolist() == [dataset.labels[i] for _, i in items] and set(stored.labels.tolist()) == {0, 1}
     with torch.no_grad():
         want = DCSSDAE.load(checkpoint).encode(torch.stack([x for x, _ in items])).mode()
-    got = torch.stack([latents[i][0] for i in range(len(latents))])
+    got = torch.stack([stored[i][0] for i in range(len(stored))])
     assert torch.allclose(got, want, atol=2e-3 * float(want.abs().max()))
-    m = latents.manifest
+    m = stored.manifest
     assert np.allclose(m["mean"], got.mean((0, 2, 3)), atol=1e-6)
     assert np.allclose(m["std"], got.transpose(0, 1).flatten(1).std(1, correction=0), rtol=1e-5)
     assert m["model_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest() and m["shape"] == [4, 4, 4]
 
 
 def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, monkeypatch):
-    common = ["--ckpt", checkpoint, "--limit", 5, "--workers", 0, "--device", "cpu", "--latents"]
-    run_main(evaluate, monkeypatch, *common, tmp_path / "z", "--latents_sample", "--flip", "--shard", 3,
+    common = ["--ckpt", checkpoint, "--limit", 5, "--workers", 0, "--device", "cpu", "--out"]
+    run_main(latents, monkeypatch, *common, tmp_path / "z", "--sample", "--flip", "--shard", 3,
              "--batch_size", 3)
     z = np.concatenate([np.load(tmp_path / "z" / f"latents_0000{k}.npy", mmap_mode="r") for k in range(2)])
     assert z.shape == (5, 2, 4, 4, 4) and (np.load(tmp_path / "z" / "labels_00000.npy") == -1).all()
@@ -2560,15 +2612,16 @@ def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, mon
             want = model.encode(v).sample(noise[:, k])
         assert torch.allclose(torch.from_numpy(z[:, k]).float(), want, rtol=2e-3, atol=2e-3)
     assert not np.allclose(z[:, 0], z[:, 1], atol=0.05)
-    run_main(evaluate, monkeypatch, *common, tmp_path / "bf16", "--dtype", "bf16")
+    run_main(latents, monkeypatch, *common, tmp_path / "bf16", "--dtype", "bf16")
     half = torch.from_numpy(np.load(tmp_path / "bf16" / "latents_00000.npy")).float()
     with torch.no_grad():
         want = model.encode(x).mode()
     assert 1e-4 < relative_error(half, want) < 0.05
     large = types.SimpleNamespace(mode=lambda: torch.full((3, 4, 4, 4), 7e4))
     monkeypatch.setattr(DCSSDAE, "encode", lambda self, x: large)
-    assert "float16 ends at 65504" in sentence(evaluate, monkeypatch, *common, tmp_path / "large")
+    assert "float16 ends at 65504" in sentence(latents, monkeypatch, *common, tmp_path / "large")
     assert os.listdir(tmp_path / "large") == ["manifest.json"]
+    assert "--out" in sentence(latents, monkeypatch, "--ckpt", checkpoint)  # nothing to do
 
 
 def test_training_images_without_augmentation_and_labels(tmp_path, monkeypatch):
@@ -2593,9 +2646,10 @@ def test_evaluate_help_is_in_groups(monkeypatch, capsys):
     with contextlib.suppress(SystemExit):
         run_main(evaluate, monkeypatch, "--help")
     text = capsys.readouterr().out
-    for title in ("data:", "sampler:", "metrics that need a network:", "other tasks:"):
+    for title in ("data:", "sampler:", "metrics that need a network:"):
         assert f"\n{title}\n" in text
-    assert all(flag in text for flag in ("--features", "--dreamsim", "--sweep", "--images", "--latents", "--z_stats"))
+    assert all(flag in text for flag in ("--features", "--dreamsim", "--images"))
+    assert not any(flag in text for flag in evaluate.MOVED)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The fast forms of the decoder against the simple ones
@@ -2741,7 +2795,7 @@ def test_cost_and_memory_of_decoding_are_linear_in_pixels():
             with FlopCounterMode(display=False) as counter:
                 unet(x, z)
             flop.append(counter.get_total_flops())
-            memory.append(evaluate.peak_memory(lambda x=x, z=z: unet(x, z), torch.device("cpu")))
+            memory.append(bench.peak_memory(lambda x=x, z=z: unet(x, z), torch.device("cpu")))
     assert 3.5 < flop[1] / flop[0] < 4.3 and 3.5 < flop[2] / flop[1] < 4.3
     assert 3.5 < memory[2] / memory[1] < 4.3
     block = 4 * 64 * 512 * 512  # bytes of one map at full resolution in the widest layer
@@ -2749,16 +2803,16 @@ def test_cost_and_memory_of_decoding_are_linear_in_pixels():
 
 
 def test_bench_command(monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.interleaved, "__defaults__", (1,))
-    run_main(evaluate, monkeypatch, "--bench", "--size", 32, "--dec", "XS", "--enc", "vq_f8c4", "--checkpointing")
-    run_main(evaluate, monkeypatch, "--bench", "train", "--size", 32, "--dec", "XS", "--enc", "dc_f8c4",
-             "--dtype", "bf16")
+    monkeypatch.setattr(bench.interleaved, "__defaults__", (1,))
+    run_main(bench, monkeypatch, "--size", 32, "--dec", "XS", "--enc", "vq_f8c4", "--checkpointing")
+    run_main(bench, monkeypatch, "train", "--size", 32, "--dec", "XS", "--enc", "dc_f8c4", "--dtype", "bf16")
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith(("U-ViT XS", "vq_f8c4"))]
     assert len(rows) == 2 + 4 + 4 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
     assert len(re.findall(r"^input, JPEG .* x$", text, re.MULTILINE)) == 2
     if importlib.util.find_spec("diffusers"):
         assert len(re.findall(r"^(KL-VAE|DC-AE f32c32) .* x KL-VAE$", text, re.MULTILINE)) == 4
+    assert "there is no encoding to time" in sentence(bench, monkeypatch, "decode", "encoding")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3266,7 +3320,7 @@ def test_tensorboard_shows_the_log(tmp_path, monkeypatch):
 # Comparing runs, and the picture of the method
 
 def write_run(folder, gain, baseline=20.0, rate=None, **more):
-    """What --compare reads of a run; with `rate` its log too, whose last line is cut off. -> folder"""
+    """What tools.compare reads of a run; with `rate` its log too, whose last line is cut off. -> folder"""
     rows = [{"name": "shrink x 8", "steps": 0, "psnr": baseline, "ssim": 0.5, "hf": 0.0, **more},
             {"name": "1 step", "steps": 1, "psnr": baseline + gain, "psnr_se": 9.0, "ssim": 0.25 * gain, **more}]
     folder.mkdir(exist_ok=True)
@@ -3283,7 +3337,7 @@ def test_compare_runs(tmp_path, monkeypatch):
         return write_run(tmp_path / name, *args, **more)
 
     def table(*argv):
-        return [re.split("  +", x.strip()) for x in cli("evaluate.py", "--compare", *argv, cwd=tmp_path).splitlines()]
+        return [re.split("  +", x.strip()) for x in cli("tools.compare", *argv, cwd=tmp_path).splitlines()]
 
     # The error of 1, 2, 3 is 1 / sqrt 3; 1200 images at 20, 10, 5 a second are 1, 2, 4 minutes: 7 / 3 +- sqrt(7 / 9).
     runs = [run("eqm_s0", 1.0, rate=20.0, lpips_vgg=0.1, fd_a=1.0), run("eqm_s1", 2.0, rate=10.0, lpips_vgg=0.2),
@@ -3293,24 +3347,24 @@ def test_compare_runs(tmp_path, monkeypatch):
         ["shrink x 8", "4", "-", "20.00", "0.5000", "0.000", "-", "-", "-"],
         [f"{tmp_path}/eqm, 1 step", "3", "2.00 +-0.58", "22.00 +-0.58", "0.5000 +-0.1443", "-", "0.2000 +-0.0577", "-",
          "2.3 +-0.9"], [f"{tmp_path}/fm, 1 step", "1", "0.50", "20.50", "0.1250", "-", "-", "4.000", "-"]]
-    assert evaluate.read_run(runs[2])["curves"] == ([(500, 5), (1200, 12)], [(1000, 3)])
+    assert compare.read_run(runs[2])["curves"] == ([(500, 5), (1200, 12)], [(1000, 3)])
     run("fm", 0.5, baseline=21.0)  # another baseline: one for each group
     assert [line[0][len(str(tmp_path)):] + line[3] for line in table(*runs)[1:5:2]] == [
         "/eqm, shrink x 820.00", "/fm, shrink x 821.00"]
-    assert "nowhere/metrics.json" in sentence(evaluate, monkeypatch, "--compare", tmp_path / "nowhere")
+    assert "nowhere/metrics.json" in sentence(compare, monkeypatch, tmp_path / "nowhere")
     for name, text in (("log.jsonl", "{}\n[1\n"), ("metrics.json", "{"), ("metrics.json", '{"images": 7, "rows": []}')):
         (run("bad", 1.0) / name).write_text(text)
-        assert f"cannot read {tmp_path}/bad/{name} (" in sentence(evaluate, monkeypatch, "--compare", tmp_path / "bad")
+        assert f"cannot read {tmp_path}/bad/{name} (" in sentence(compare, monkeypatch, tmp_path / "bad")
         (tmp_path / "bad" / name).unlink()
 
 
 def test_curves_of_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     runs = [write_run(tmp_path / "eqm_s0", 1.0, rate=20.0), write_run(tmp_path / "fm", 0.5)]
-    assert "wrote curves.png" in cli("evaluate.py", "--compare", *runs, "--plot", cwd=tmp_path)
+    assert "wrote curves.png" in cli("tools.compare", *runs, "--plot", cwd=tmp_path)
     picture = Image.open(tmp_path / "curves.png")
     assert picture.size == (1500, 600) and np.asarray(picture.convert("RGB")).std() > 1
-    assert "needs a log.jsonl" in sentence(evaluate, monkeypatch, "--compare", runs[1], "--plot")
+    assert "needs a log.jsonl" in sentence(compare, monkeypatch, runs[1], "--plot")
 
 
 @pytest.mark.parametrize("loss", ["eqm", "fm"])
@@ -3319,7 +3373,7 @@ def test_field_picture(tmp_path, monkeypatch, loss):
     model = randomise(DCSSDAE("dc_f8c4", "XS", loss, enc_width=0.0625, depth=1, c="trunc", lam=2.0, input_skip=True), 1)
     model.eval().save(tmp_path / "m.safetensors")
     common = ["--ckpt", tmp_path / "m.safetensors", "--size", 32, "--device", "cpu"]
-    text = cli("evaluate.py", *common, "--field", 3, "--seed", 5).splitlines()
+    text = cli("tools.field", *common, "--image", 3, "--seed", 5).splitlines()
     picture = torch.tensor(np.asarray(Image.open(tmp_path / "field.png")))
     assert picture.shape == (4 * 98 + 2, 6 * 98 + 2, 3)
 
@@ -3352,5 +3406,6 @@ def test_field_picture(tmp_path, monkeypatch, loss):
     for column, k in enumerate((0, 1, 2, 4, 8, 16)):
         check(3, column, iterates[k])
     for n in (-1, 10**6):
-        assert "no readable image" in sentence(evaluate, monkeypatch, *common, "--field", n)
-    assert "leave out mu" in sentence(evaluate, monkeypatch, *common, "--field", "--mu", 0.3)
+        assert "no readable image" in sentence(field, monkeypatch, *common, "--image", n)
+    with pytest.raises(SystemExit, match="2"):  # it chooses the sampler's options itself
+        run_main(field, monkeypatch, *common, "--mu", 0.3)

@@ -1,0 +1,1 @@
+"""Programs beside the autoencoder itself: python -m tools.NAME, from the repository's root."""

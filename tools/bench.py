@@ -1,0 +1,344 @@
+"""Speed, with random weights: decoding in one step, encoding, a training step, and reading images.
+
+    python -m tools.bench decode --size 256 --dtype float32 bf16
+    python -m tools.bench train --dec S --size 128 --batch_size 24 --dtype bf16
+
+Without names all four. Decoders and encoders stand beside diffusers' KL-VAE and DC-AE if that package is installed.
+Candidates run in turn, round by round; times are medians, ratios are taken within the rounds. "of peak" is the share of
+the fastest matrix product or convolution; MiB is what one call allocates beside the weights.
+"""
+import argparse
+import importlib.util
+import itertools
+import os
+import platform
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import import_torchvision, make_dataset
+from evaluate import now
+from launch import check_at_least_one, guarded, setup
+from losses import EqM, LPIPSLoss, eqm_loss, fm_loss, fm_mix, fm_predict_x, kl_loss
+from model import DCSSDAE, SIZES
+
+TASKS = ["decode", "encode", "train", "input"]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+NARROW = 0.125                                               # width of the encoder that a timed decoder comes with
+W_KL, W_LPIPS = 1e-6, 0.5                                    # train.py's default weights
+JPEG_SIDES = ((500, 375), (2000, 1500))                      # as in ImageNet, and as a camera's
+JPEG_COUNT, CROP = 16, 128                                   # files of each, and pixels a side of what is made of them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+def interleaved(runs, device, rounds=7):
+    """{name: callable} -> {name: (rounds,) seconds}, each called once before, then in turn."""
+    for run in runs.values():
+        run()
+    seconds = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = now(device)
+            run()
+            seconds[name].append(now(device) - start)
+    return {name: np.array(value) for name, value in seconds.items()}
+
+
+def peak_memory(run, device):
+    """Bytes that one call allocates at the same time at most, beside what is there already (weights)."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    allocated = np.cumsum([event.nbytes() for event in events])  # freeing counts as negative
+    return int(allocated.max(initial=0))
+
+
+def product_rate(dtype, device):
+    """FLOP/s of the fastest of a matrix product and 1x1 and 3x3 convolutions: on CPUs their libraries differ."""
+    n, c = (8192, 512) if device.type == "cuda" else (1536, 192)
+    a = torch.randn(n, n, dtype=dtype, device=device)
+    x = torch.randn(4, c, 64, 64, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    w1 = torch.randn(c, c, 1, 1, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    w3 = torch.randn(c, c, 3, 3, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    candidates = [                                           # (FLOP: 2 for a multiplication and an addition, callable)
+        (2 * n**3, lambda: a @ a),
+        (2 * x.numel() * c, lambda: F.conv2d(x, w1)),
+        (2 * x.numel() * c * 9, lambda: F.conv2d(x, w3, padding=1)),
+    ]
+    rates = []
+    for flop, run in candidates:
+        seconds = interleaved({"it": run}, device, rounds=20)["it"]
+        rates.append(flop / seconds.min())
+    return max(rates)
+
+
+def count_flop(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def fastest(runs, device, compile):
+    """Time {name: callable}, eager and, with `compile`, compiled; whichever is faster counts. The callables are lambdas
+    of one network call. -> {name: (rounds,) seconds}, names of those that are faster compiled"""
+    candidates = {(name, "eager"): run for name, run in runs.items()}
+    if compile:
+        mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
+        for name, run in runs.items():
+            candidates[name, "compiled"] = torch.compile(run, mode=mode)
+    measured = interleaved(candidates, device)
+    seconds, compiled = {}, set()
+    for name in runs:
+        seconds[name] = measured[name, "eager"]
+        if compile and np.median(measured[name, "compiled"]) < np.median(seconds[name]):
+            seconds[name] = measured[name, "compiled"]
+            compiled.add(name)
+    return seconds, compiled
+
+
+def print_bench(title, runs, models, dtype, device, batch, reference=None, compile=False):
+    """Time {name: callable} of {name: network} and print a line for each, with `reference`'s throughput as 1."""
+    rate = product_rate(dtype, device)
+    seconds, compiled = fastest(runs, device, compile)
+    title = f"{title}, {str(dtype).removeprefix('torch.')}, {rate / 1e12:.2f} TFLOP/s"
+    print(f"{title:36s} {'params':>8s} {'GFLOP':>8s} {'ms':>9s} {'images/s':>9s} {'of peak':>8s} {'MiB':>8s}")
+    for name, run in runs.items():
+        median = float(np.median(seconds[name]))
+        flop = count_flop(run)
+        millions = sum(p.numel() for p in models[name].parameters()) / 1e6
+        mebibytes = peak_memory(run, device) / 2**20
+        label = f"{name} compiled" if name in compiled else name
+        line = (f"{label:36s} {millions:6.1f} M {flop / 1e9:8.1f} {1000 * median:9.1f} {batch / median:9.2f} "
+                f"{flop / median / rate:8.0%} {mebibytes:8.0f}")
+        if reference:
+            line += f"  {float(np.median(seconds[reference] / seconds[name])):.2f} x {reference}"
+        print(line, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding and encoding
+
+def peers():
+    """{name: (diffusers' autoencoder with random weights, its factor, its channels)}; empty without diffusers."""
+    if importlib.util.find_spec("diffusers") is None:
+        return {}
+    from diffusers import AutoencoderDC, AutoencoderKL
+    kl = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    dc = AutoencoderDC(
+        encoder_block_types=blocks, decoder_block_types=blocks, encoder_layers_per_block=(0, 4, 8, 2, 2, 2),
+        decoder_layers_per_block=(0, 5, 10, 2, 2, 2), encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6, decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * 3,
+        decoder_act_fns=("relu",) * 3 + ("silu",) * 3)
+    return {"KL-VAE": (kl, 8, 4), "DC-AE f32c32": (dc, 32, 32)}
+
+
+def place(t, dtype, device):
+    """A tensor or a network where it is timed."""
+    return t.to(device, dtype, memory_format=torch.channels_last)
+
+
+def random_latent(args, channels, side, dtype, device):
+    return place(torch.randn(args.batch_size, channels, side, side), dtype, device)
+
+
+def bench_decode(args, others, size, dtype, device):
+    """Decoding in one step."""
+    runs, models = {}, {}
+    for name, (peer, factor, channels) in others.items():
+        peer = place(peer, dtype, device).eval()
+        z = random_latent(args, channels, size // factor, dtype, device)
+        models[name] = peer.decoder
+        runs[name] = lambda peer=peer, z=z: peer.decode(z).sample
+    noise = place(torch.randn(args.batch_size, 3, size, size), dtype, device)
+    for dec in args.dec:
+        model = place(DCSSDAE(args.enc, dec, args.loss, NARROW), dtype, device).eval()
+        z = random_latent(args, model.encoder.z_dim, size // model.downscale, dtype, device)
+        name = f"U-ViT {dec} {args.enc}"
+        models[name] = model.decoder
+        runs[name] = lambda model=model, z=z: model.decode(z, 1, noise)
+    reference = "KL-VAE" if others else None
+    print_bench(f"decode, {size} px", runs, models, dtype, device, args.batch_size, reference, args.compile)
+
+
+def bench_encode(args, others, size, dtype, device):
+    """Encoding, by encoders of full width."""
+    runs, models = {}, {}
+    image = place(torch.randn(args.batch_size, 3, size, size), dtype, device)
+    for name, (peer, _, _) in others.items():
+        peer = place(peer, dtype, device).eval()
+        models[name] = peer.encoder
+        runs[name] = lambda peer=peer: peer.encode(image)[0]
+    model = place(DCSSDAE(args.enc, "XS", args.loss), dtype, device).eval()
+    models[args.enc] = model.encoder
+    runs[args.enc] = lambda: model.encode(image).mean
+    reference = "KL-VAE" if others else None
+    print_bench(f"encode, {size} px", runs, models, dtype, device, args.batch_size, reference, args.compile)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training step
+
+def random_lpips(device):
+    """LPIPS with random weights, which costs the same."""
+    import_torchvision()
+    from torchvision.models import vgg16
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(vgg16(weights=None).state_dict(), f"{folder}/vgg.pt")
+        return LPIPSLoss("vgg", f"{folder}/vgg.pt").to(device)
+
+
+def bench_train(args, lpips, size, dtype, device):
+    """A step of train.py, of either loss, with and without LPIPS."""
+    runs, models = {}, {}
+    for dec, loss, perceptual in itertools.product(args.dec, ("fm", "eqm"), (None, lpips)):
+        name = f"U-ViT {dec} {loss}"
+        if perceptual:
+            name += " + LPIPS"
+        model = DCSSDAE(args.enc, dec, loss, args.enc_width).to(device, memory_format=torch.channels_last)
+        model.decoder.checkpointing = args.checkpointing
+        models[name] = model
+        runs[name] = training_step(model, perceptual, args.batch_size, size, dtype, device)
+    print_bench(f"training step, {size} px", runs, models, dtype, device, args.batch_size)
+
+
+def training_step(model, lpips, batch, size, dtype, device):
+    """One step of train.py on a random batch, without its data and bookkeeping: a callable."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    e = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    s = torch.rand(batch, device=device)                     # FM's t, EqM's g
+    eqm = EqM()
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+            posterior = model.encode(x)
+            z = posterior.sample()
+            if model.config["loss"] == "fm":
+                x_s = fm_mix(x, e, s)
+                v = model.decoder(x_s, z, s)
+                loss, estimate = fm_loss(v, x, e), fm_predict_x(x_s, v.float(), s)
+            else:
+                x_s = eqm.mix(x, e, s)
+                f = model.decoder(x_s, z)
+                loss, estimate = eqm_loss(f, x, e, s, eqm), eqm.predict_x(x_s, f.float(), s)
+            loss = loss + W_KL * kl_loss(posterior)
+            if lpips:
+                loss = loss + W_LPIPS * lpips(x, estimate).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading images
+
+def write_jpegs(folder, width, height):
+    """Smooth colours with some grain: about as many bytes a pixel as photographs."""
+    rng = np.random.default_rng(0)
+    for i in range(JPEG_COUNT):
+        coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8))
+        coarse.resize((width, height), Image.BICUBIC).save(Path(folder, f"{i}.jpg"), quality=90)
+
+
+def plain_loader(folder):
+    """What a loader for training usually is: torchvision's ImageFolder, resized and cropped at random."""
+    import_torchvision()
+    from torchvision import datasets
+    from torchvision import transforms as T
+
+    def resized(image):
+        return T.functional.resize(image, int(CROP * (1 + random.random())))
+
+    return datasets.ImageFolder(folder, T.Compose([
+        T.Lambda(resized), T.RandomCrop(CROP), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize((0.5,), (0.5,))]))
+
+
+def bench_input():
+    """Images/s of one process that prepares JPEG files for training at 128 px, beside torchvision's ImageFolder."""
+    for width, height in JPEG_SIDES:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "class").mkdir()
+            write_jpegs(Path(folder, "class"), width, height)
+            theirs, ours = plain_loader(folder), make_dataset(folder, CROP, train=True, aug_scale=2.0)
+
+            def read_all(dataset):
+                return [dataset[i] for i in range(JPEG_COUNT)]
+
+            runs = {"ImageFolder": lambda theirs=theirs: read_all(theirs), "ours": lambda ours=ours: read_all(ours)}
+            seconds = interleaved(runs, torch.device("cpu"))
+        rates = [f"{name} {JPEG_COUNT / float(np.median(t)):.0f} images/s" for name, t in seconds.items()]
+        ratio = float(np.median(seconds["ImageFolder"] / seconds["ours"]))
+        print(f"input, JPEG {width} x {height} to {CROP} px, one process: {', '.join(rates)}, {ratio:.2f} x")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("tasks", nargs="*", metavar="TASK", help=f"of {' '.join(TASKS)}; default: all")
+    add("--size", type=int, nargs="+", default=[256], help="image sides in pixels %(default)s")
+    add("--dtype", choices=list(DTYPES), nargs="+", default=["float32"], help="of weights and maps %(default)s; in the "
+        "training step of autocast")
+    add("--batch_size", type=int, default=1, help="images at a time [%(default)s]")
+    add("--device", metavar="NAME", help="default: cuda, mps or cpu, the first that is there")
+    add("--dec", nargs="+", choices=list(SIZES), default=["S", "M"], help="decoder sizes [S M]")
+    add("--enc", default="dc_f32c32", help="encoder, and the latents of the decoders [%(default)s]")
+    add("--enc_width", type=float, default=0.125, help="encoder width in the training step [%(default)s]")
+    add("--loss", choices=["fm", "eqm"], default="eqm", help="the decoder that is timed [%(default)s]")
+    add("--compile", action="store_true", help="also time torch.compile, and report the faster")
+    add("--checkpointing", action="store_true", help="train with activation checkpointing")
+    args = parser.parse_args()
+    for task in args.tasks:
+        if task not in TASKS:
+            raise ValueError(f"there is no {task} to time: give some of {' '.join(TASKS)}")
+    args.tasks = args.tasks or TASKS
+    check_at_least_one(args, "batch_size", "size")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    rank, _, device = setup(args.device)
+    if rank > 0:
+        return
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}, "
+          "channels_last")
+    combinations = list(itertools.product([DTYPES[name] for name in args.dtype], args.size))
+    others = peers() if "decode" in args.tasks or "encode" in args.tasks else {}
+    with torch.no_grad():
+        for dtype, size in combinations if "decode" in args.tasks else ():
+            bench_decode(args, others, size, dtype, device)
+        for dtype, size in combinations if "encode" in args.tasks else ():
+            bench_encode(args, others, size, dtype, device)
+    if "train" in args.tasks:
+        lpips = random_lpips(device)
+        for dtype, size in combinations:
+            bench_train(args, lpips, size, dtype, device)
+    if "input" in args.tasks:
+        bench_input()
+
+
+if __name__ == "__main__":
+    guarded(main)

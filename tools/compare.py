@@ -1,0 +1,184 @@
+"""Means over seeds: a table of finished runs, grouped by the names of their folders, and their curves. Needs no models.
+
+    python -m tools.compare runs/eqm_s0 runs/eqm_s1 runs/fm_s0
+    python -m tools.compare runs/eqm_s? runs/fm_s? --plot --out pictures
+
+Runs whose folders differ only in _s<seed> are one group. Reads metrics.json (train.py, distill.py, evaluate.py write
+it) and, for curves and minutes, log.jsonl where there is one.
+"""
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluate import print_table
+from launch import guarded
+from metrics import mean_and_error
+
+AVERAGED = "gain|psnr|ssim|hf|lpips_.{3,4}|dreamsim|rfid|fd_.*|minutes"     # columns of the table; not their errors
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what a damaged file may lead to
+LOSS_WINDOW = 10                                                            # lines of the log in a running mean
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+def read_run(folder):
+    """A run: a dict of images and rows as in its metrics.json, with "gain" (dB) and "minutes" of training; "curves" of
+    log.jsonl: loss and one-step gain, [(images seen, value)]. ValueError: no readable run."""
+    path = Path(folder, "log.jsonl")
+    try:
+        log = read_log(path) if path.exists() else []
+        training = [line for line in log if "images_per_s" in line]
+        minutes = seconds_of(training) / 60
+        curves = loss_curve(training), gain_curve(log, training)
+        path = Path(folder, "metrics.json")
+        run = json.loads(path.read_text())
+        return {"images": run["images"], "rows": with_gain(run["rows"], minutes or None), "curves": curves}
+    except UNREADABLE as error:
+        raise ValueError(f"cannot read {path} ({type(error).__name__}: {error})") from None
+
+
+def read_log(path):
+    """The lines of a log.jsonl; what follows the last line break was cut off."""
+    *lines, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
+def seconds_of(training):
+    """Seconds of training: the images between two lines of the log, over the rate that the later one reports."""
+    seconds, seen = 0, 0
+    for line in training:
+        seconds += (line["images"] - seen) / line["images_per_s"]
+        seen = line["images"]
+    return seconds
+
+
+def loss_curve(training):
+    """[(images seen, matching loss)]"""
+    curve = []
+    for line in training:
+        loss = line["eqm"] if "eqm" in line else line["fm"]
+        curve.append((line["images"], loss))
+    return curve
+
+
+def gain_curve(log, training):
+    """[(images seen, PSNR of one step over the baseline's)] at the evaluations, whose lines hold steps, not images."""
+    batch = training[-1]["images"] // training[-1]["step"] if training else 0
+    curve = []
+    for line in log:
+        for row in line.get("eval", ()):
+            if row["steps"] == 1:
+                baseline = line["eval"][0]
+                curve.append((line["step"] * batch, row["psnr"] - baseline["psnr"]))
+    return curve
+
+
+def with_gain(rows, minutes):
+    """metrics.json's rows: the baseline as it is, the others with "gain" over it and "minutes"."""
+    baseline, *others = rows
+    return [baseline] + [row | {"gain": row["psnr"] - baseline["psnr"], "minutes": minutes} for row in others]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table
+
+def grouped(folders):
+    """{name without _s<seed>: [run, ...]}"""
+    groups = {}
+    for folder in dict.fromkeys(map(Path, folders)):  # each folder once
+        name = re.sub(r"_s\d+$", "", str(folder))
+        groups.setdefault(name, []).append(read_run(folder))
+    return groups
+
+
+def rows_by_name(groups):
+    """{row of the table: rows of the runs that it averages}: one baseline for all, where all have the same."""
+    runs = list(itertools.chain(*groups.values()))
+    baselines = {(run["rows"][0]["name"], round(run["rows"][0]["psnr"], 2)) for run in runs}
+    table = {}
+    for group, members in groups.items():
+        for row in itertools.chain(*(run["rows"] for run in members)):
+            is_baseline = "gain" not in row
+            name = row["name"] if is_baseline and len(baselines) == 1 else f"{group}, {row['name']}"
+            table.setdefault(name, []).append(row)
+    return table
+
+
+def averaged(name, members):
+    """One row of the table: means with standard errors over the runs, of what all of them have."""
+    row = {"name": name, "runs": len(members)}
+    for key in members[0]:
+        values = [member.get(key) for member in members]
+        if re.fullmatch(AVERAGED, key) and None not in values:
+            row[key], row[f"{key}_se"] = mean_and_error(torch.tensor(values, dtype=torch.float64))
+    return row
+
+
+def print_comparison(groups):
+    rows = [averaged(name, members) for name, members in rows_by_name(groups).items()]
+    images = sorted({run["images"] for run in itertools.chain(*groups.values())})
+    protocol = (f"{' or '.join(map(str, images))} images; +- standard error over runs with different seeds; "
+                "minutes of training without its evaluations")
+    print_table({"rows": rows, "images": images[0], "protocol": protocol})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+
+def running_mean(values, width):
+    """Mean of each value and the width - 1 before it, fewer at the beginning."""
+    return [values[max(0, end - width):end].mean() for end in range(1, len(values) + 1)]
+
+
+def draw(axis, groups, panel, width, marker):
+    """Curve number `panel` of every run, one colour a group."""
+    for k, (group, members) in enumerate(groups.items()):
+        axis.plot([], [], f"C{k}", label=group)
+        for run in members:
+            x, y = np.array(run["curves"][panel], dtype=float).reshape(-1, 2).T
+            axis.plot(x, running_mean(y, width), f"C{k}", linewidth=0.8, marker=marker)
+
+
+def plot_curves(groups, out):
+    """curves.png: loss and one-step gain in training."""
+    if not any(any(run["curves"]) for run in itertools.chain(*groups.values())):
+        raise ValueError("--plot needs a log.jsonl in one of the folders")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw(left, groups, 0, width=LOSS_WINDOW, marker="")
+    draw(right, groups, 1, width=1, marker=".")
+    left.set(xlabel="images seen", ylabel="loss (fm, eqm)", yscale="log")
+    right.set(xlabel="images seen", ylabel="one step: PSNR gain over the baseline, dB", yscale="linear")
+    right.legend()
+    Path(out).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(out, "curves.png"), dpi=150)
+    print(f"wrote curves.png to {out}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders with metrics.json")
+    parser.add_argument("--plot", action="store_true", help="also curves.png (needs matplotlib)")
+    parser.add_argument("--out", default=".", metavar="DIR", help="folder of curves.png [this one]")
+    args = parser.parse_args()
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs the matplotlib package: pip install matplotlib")
+    if os.environ.get("RANK", "0") != "0":
+        return
+    groups = grouped(args.runs)
+    print_comparison(groups)
+    if args.plot:
+        plot_curves(groups, args.out)
+
+
+if __name__ == "__main__":
+    guarded(main)

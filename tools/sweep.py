@@ -1,0 +1,211 @@
+"""Quality against compute: every sampler over several numbers of steps, each with the step size that suits it best.
+
+    python -m tools.sweep --ckpt runs/eqm_s0/model.safetensors --plot
+    torchrun --nproc_per_node=8 -m tools.sweep --ckpt F --data imagenet/ --size 256 --steps 1 2 4 8
+
+Some images choose the step sizes (and Nesterov's momentum) by least squared error; the others are evaluated as by
+evaluate.py, with --limit as their number. For EqM also the adaptive stop: the best sampler at the largest number of
+steps, with several tolerances. Writes sweep.csv, with --plot sweep.png, and evaluate.py's files. Squared error rewards
+blur: read PSNR with the HF ratio.
+"""
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+
+from data import make_dataset, make_loader
+from evaluate import evaluate, report, write_whole
+from launch import check_at_least_one, guarded, load_model, loader_arguments, setup, shared_arguments
+from metrics import check_metrics, load_networks, metric_arguments
+
+COUNTS = [1, 2, 3, 4, 8, 16, 25]                             # numbers of steps
+MOMENTA = (0.3, 0.6, 0.9)                                    # Nesterov's mu
+FIRST_POWERS = (0, 1, -1, -2, -4)                            # of 2, times the default step size: where to look at all
+REFINEMENTS = (1, 1 / 2, 1 / 4, 1 / 8)                       # then by these powers of 2 up and down
+TOLERANCES = (0.2, 0.1, 0.05, 0.02)                          # of the adaptive stop
+T_SHIFT = 4.0                                                # sampler.euler's default exponent of the time grid
+PLOTTED = {"psnr": "PSNR, dB", "hf": "HF ratio", "lpips_vgg": "LPIPS vgg", "rfid": "rFID"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The best options of each sampler
+
+def starting_options(sampler, steps, model):
+    """Options to start the search from, one set for each momentum."""
+    if sampler == "euler":
+        return [{"t_shift": T_SHIFT}]
+    eta = model.default_eta(steps)
+    if sampler == "gd":
+        return [{"method": "gd", "eta": eta}]
+    return [{"method": "nesterov", "mu": mu, "eta": eta} for mu in MOMENTA]
+
+
+def scaled(options, power):
+    """The same options with 2^power times the step size (euler: the exponent of its time grid)."""
+    name = "t_shift" if "t_shift" in options else "eta"
+    return options | {name: options[name] * 2.0**power}
+
+
+def keep_better(best, candidates, measure):
+    """Measure {(sampler, steps): [options, ...]} in one pass, and put into `best` what has less squared error."""
+    runs = {}
+    for (sampler, steps), several in candidates.items():
+        for i, options in enumerate(several):
+            runs[sampler, steps, i] = steps, options
+    rows = measure(runs)
+    for ((sampler, steps, _), (_, options)), row in zip(runs.items(), rows, strict=True):
+        score = max(-math.inf, row["psnr_pooled"])  # NaN, where a run diverged, is the worst
+        if (sampler, steps) not in best or score > best[sampler, steps][0]:
+            best[sampler, steps] = score, options
+
+
+def calibrate(model, counts, measure):
+    """Options of least squared error for every sampler and number of steps: {(sampler, steps): (PSNR, options)}.
+
+    measure  {name: (steps, options)} -> rows of `evaluate` on calibration images
+    """
+    samplers = ["euler"] if model.config["loss"] == "fm" else ["gd", "nesterov"]
+    candidates = {}
+    for sampler in samplers:
+        for steps in counts:
+            candidates[sampler, steps] = []
+            for options in starting_options(sampler, steps, model):
+                candidates[sampler, steps] += [scaled(options, power) for power in FIRST_POWERS]
+    best = {}
+    keep_better(best, candidates, measure)
+    for power in REFINEMENTS:
+        around = {key: [scaled(options, -power), scaled(options, power)] for key, (_, options) in best.items()}
+        keep_better(best, around, measure)
+    return best
+
+
+def sweep_runs(best):
+    """`evaluate`'s steps from what calibrate found, {name of the row: (steps, options)}, and the adaptive stop."""
+    runs = {}
+    for (sampler, steps), (_, options) in best.items():
+        runs[run_name(sampler, steps, options)] = steps, options
+    most = max(steps for _, steps in best)
+    scores = {sampler: score for (sampler, steps), (score, _) in best.items() if steps == most}
+    winner = max(scores, key=scores.get)
+    if winner != "euler":  # which has no stop
+        _, options = best[winner, most]
+        for tol in TOLERANCES:
+            stopping = options | {"tol": tol}
+            runs[run_name(f"adaptive {winner}", most, stopping)] = most, stopping
+    return runs
+
+
+def run_name(sampler, steps, options):
+    """As in "nesterov 8 mu 0.3 eta 0.212"."""
+    words = [f"{sampler} {steps}"]
+    for key, value in options.items():
+        if key != "method":
+            words.append(f"{key} {value:.3g}")
+    return " ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def csv_text(rows):
+    """One line a row, one column for each key of any row, empty where a row has no value."""
+    keys = []
+    for row in rows:
+        keys += [key for key in row if key not in keys]
+    lines = [",".join(keys)]
+    for row in rows:
+        values = [row.get(key) for key in keys]
+        lines.append(",".join("" if value is None else str(value) for value in values))
+    return "\n".join(lines) + "\n"
+
+
+def plot_sweep(rows, path):
+    """PNG: quality against network evaluations, one curve a sampler, the baseline dashed."""
+    from matplotlib.figure import Figure
+    baseline, *others = rows
+    curves = {}
+    for row in others:
+        sampler = row.get("method", "euler")
+        name = f"adaptive {sampler}" if "tol" in row else sampler
+        curves.setdefault(name, []).append(row)
+    labels = {key: label for key, label in PLOTTED.items() if baseline.get(key) is not None}
+    figure = Figure(figsize=(4.5 * len(labels), 4), layout="constrained")
+    axes = figure.subplots(1, len(labels), squeeze=False)[0]
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+        for name, curve in curves.items():
+            axis.plot([row["nfe"] for row in curve], [row[key] for row in curve], marker="o", label=name)
+        axis.axhline(baseline[key], color="grey", linestyle="--", label=baseline["name"])
+        axis.set(xlabel="network evaluations an image", ylabel=label, xscale="log")
+    axes[-1].legend()
+    figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def split_images(dataset, calibrate, limit):
+    """(the images that calibrate, at most half of all; of the others the `limit` that are evaluated, or all): two data
+    sets, each evenly spread over the whole."""
+    n = len(dataset)
+    k = min(calibrate, n // 2)
+    if k == 0:
+        raise ValueError(f"a sweep needs at least 2 images, {dataset.name} has {n}")
+    held = np.arange(k) * n // k
+    rest = np.delete(np.arange(n), held)                     # (n - k,)
+    m = min(limit or n, n - k)
+    return dataset.subset(held), dataset.subset(rest[np.arange(m) * (n - k) // m])
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared_arguments(parser)
+    loader_arguments(parser)
+    add = parser.add_argument
+    add("--out", metavar="DIR", help="folder of what is written; default: the checkpoint's")
+    add("--steps", type=int, nargs="+", default=COUNTS, help="numbers of steps %(default)s")
+    add("--calibrate", type=int, default=64, metavar="N", help="choose step sizes on N images, at most half of all "
+        "[%(default)s]")
+    add("--plot", action="store_true", help="also sweep.png (needs matplotlib)")
+    metric_arguments(parser)
+    args = parser.parse_args()
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs the matplotlib package: pip install matplotlib")
+    check_at_least_one(args, "batch_size", "steps", "calibrate")
+    check_metrics(args)
+    args.steps = sorted(set(args.steps))
+    return args
+
+
+def main():
+    args = parse_arguments()
+    rank, world, device = setup(args.device)
+    model, size = load_model(args, device)
+    out = Path(args.out or Path(args.ckpt).parent)
+    dataset = make_dataset(args.data, size, train=False, crop=args.crop, split=args.part)
+    networks = load_networks(args, size, device, world)
+    calibration, others = split_images(dataset, args.calibrate, args.limit)
+
+    def measure(runs):
+        loader = make_loader(calibration, args.batch_size * world, False, args.workers, rank=rank, world=world)
+        seed = args.seed + 1  # another noise than the evaluation's
+        result = evaluate(model, loader, device, runs, seed=seed, rank=rank, world=world, pictures=0)
+        _, *rows = result["rows"]  # without the baseline
+        return rows
+
+    runs = sweep_runs(calibrate(model, args.steps, measure))
+    sampler = f"options of least squared error on {len(calibration)} other images"
+    result = report(args, model, others, networks, runs, sampler, out, rank, world, device)
+    if rank > 0:
+        return
+    write_whole(out / "sweep.csv", csv_text(result["rows"]))
+    written = "sweep.csv"
+    if args.plot:
+        plot_sweep(result["rows"], out / "sweep.png")
+        written += " and sweep.png"
+    print(f"wrote {written} to {out}")
+
+
+if __name__ == "__main__":
+    guarded(main)
