@@ -13,8 +13,10 @@ All on images clamped to [-1, 1] and rounded to 8 bit, against the identically p
   DreamSim  Fu et al. 2023 (arXiv 2306.09344), the package's ensemble
   rFID      see fid.py, also for FD-DINOv2 and features of your own, which are not rFID; biased below 10,000 images
   NFE, ms   network evaluations an image; milliseconds an image of decoding, the first batch (warm-up) left out
-+- is the standard error of the mean over images. The baseline row is no autoencoder at all: shrink by the model's
-factor with antialiasing, enlarge bilinearly. A metric whose network cannot be had is "-", with the reason below.
+  cells     step between pixels across the borders of the encoder's cells over that elsewhere, relative to the
+            originals: 1 where no cells show
++- is the standard error of the mean over images. Two rows are no networks at all: shrinking by the model's factor with
+antialiasing and enlarging bilinearly; and the linear code with as many numbers an image as the latent. A metric whose network cannot be had is "-", with the reason below.
 """
 import argparse
 import json
@@ -36,9 +38,10 @@ from sampler import seeded_generator
 
 from launch import (LARGEST_KEPT, check_at_least_one, guarded, keep_freed_memory, load_model,  # isort: skip
                     loader_arguments, setup, shared_arguments)
-from metrics import (cache_files, check_metrics, hf_energy, hf_ratio, load_cached, load_networks,  # isort: skip
-                     mean_and_error, metric_arguments, metric_of, psnr, save_cached, shrink_enlarge, ssim, to8bit)
+from metrics import (cache_files, cell_steps, check_metrics, hf_energy, hf_ratio, linear_code,  # isort: skip
+                     load_cached, load_networks, mean_and_error, metric_arguments, metric_of, psnr, save_cached, shrink_enlarge, ssim, to8bit)
 
+REFERENCES = {"baseline": "shrink/enlarge x {f}", "linear": "linear code"}  # first rows of every table
 UNBIASED_FROM = 10_000                                       # images; fewer bias a Frechet distance upwards visibly
 MOVED = {  # flags of earlier versions, and where they are now
     "--bench": "python -m tools.bench",
@@ -85,13 +88,15 @@ def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=N
     options    sampler options;  dtype  torch.bfloat16 for autocast in encoder and decoder, None for float32
     rank, world  with world > 1 all processes must call this, and all get the same result
     originals  {metric: fid.Statistics of exactly these originals}, to save computing them
-    Returns a dict: images, skipped (unreadable ones), rows (a dict of numbers for the baseline, then one per number of
-    steps; NAME_se is NAME's standard error), pictures (rows originals, baseline, *steps of (n, 3, s, s)), originals.
+    Returns a dict: images, skipped (unreadable ones), rows (a dict of numbers for each of REFERENCES, then one per
+    number of steps; NAME_se is NAME's standard error), pictures (rows originals, *REFERENCES, *steps of (n, 3, s, s)),
+    originals.
     ValueError where no image can be read, or one comes twice.
     """
     device, distances, features = torch.device(device), distances or {}, features or {}
     runs = steps if isinstance(steps, dict) else {row_name(n): (n, options or {}) for n in steps}
-    of_rows = {(row, net): Statistics(features[net].dim, device) for row in ["baseline", *runs] for net in features}
+    rows_of_table = [*REFERENCES, *runs]
+    of_rows = {(row, net): Statistics(features[net].dim, device) for row in rows_of_table for net in features}
     originals = dict(originals or {})
     missing = {net: Statistics(features[net].dim, device) for net in features if net not in originals}
     dataset = getattr(loader, "dataset", ())
@@ -104,7 +109,7 @@ def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=N
         noise = image_noise(seed, index, image.shape[1:]).to(device)
         x = to8bit(image)
         outputs, nfe, seconds = reconstruct(model, image, noise, runs, dtype)
-        values = image_metrics(x, outputs, distances)
+        values = image_metrics(x, outputs, distances, model.downscale)
         values["original", "index"] = index
         for row in runs:
             values[row, "nfe"] = nfe[row]
@@ -133,15 +138,17 @@ def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=N
         if statistics.n != images:
             raise ValueError(f"statistics of {statistics.n} originals for {images} images")
 
-    rows = [table_row("baseline", {"name": f"shrink/enlarge x {model.downscale}", "steps": 0}, values, distances)]
+    rows = []
+    for name, text in REFERENCES.items():
+        rows.append(table_row(name, {"name": text.format(f=model.downscale), "steps": 0}, values, distances))
     for name, (n, run_options) in runs.items():
         rows.append(table_row(name, {"name": name, "steps": n, **run_options}, values, distances))
-    for name, row in zip(["baseline", *runs], rows, strict=True):
+    for name, row in zip(rows_of_table, rows, strict=True):
         if images > 1:  # or there is no covariance
             row |= {net: distance_between(originals[net], of_rows[name, net]) for net in features}
         if name in ms:
             row["ms"] = ms[name]
-    shown = [shown[i] for i in sorted(shown)[:pictures]]                        # an image's original, baseline, *steps
+    shown = [shown[i] for i in sorted(shown)[:pictures]]                        # an image's original, references, *steps
     shown = [torch.stack(row) for row in zip(*shown, strict=True)]              # (n, 3, s, s) each
     return {"images": images, "skipped": len(skipped), "rows": rows, "pictures": shown, "originals": originals}
 
@@ -159,9 +166,10 @@ def reconstruct(model, image, noise, runs, dtype):
     """One batch, once for every row of the table: {row: images (b, 3, s, s)}, {row: evaluations (b,)}, {row: seconds}.
     """
     device, nfe, seconds = image.device, {}, {}
-    outputs = {"baseline": shrink_enlarge(image, model.downscale)}
+    outputs = {"baseline": shrink_enlarge(image, model.downscale), "linear": None}
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
         z = model.encode(image).mode().float()                                  # (b, c, s / f, s / f)
+        outputs["linear"] = linear_code(image, model.downscale, z.shape[1])
         for name, (steps, options) in runs.items():
             start = now(device)
             outputs[name], nfe[name] = model.sample(z, steps=steps, noise=noise, **options)
@@ -169,9 +177,12 @@ def reconstruct(model, image, noise, runs, dtype):
     return {name: to8bit(y) for name, y in outputs.items()}, nfe, seconds
 
 
-def image_metrics(x, outputs, distances):
-    """{(row, metric): one value an image (b,)} of reconstructions beside the originals x."""
+def image_metrics(x, outputs, distances, f):
+    """{(row, metric): one value an image (b,)} of reconstructions, with cells of f x f pixels, beside the originals x.
+    """
     values = {("original", "hf"): hf_energy(x)}
+    for name, y in {"original": x, **outputs}.items():
+        values[name, "across"], values[name, "elsewhere"] = cell_steps(y, f)
     for name, y in outputs.items():
         values[name, "mse"] = (x - y).square().mean((1, 2, 3))
         values[name, "ssim"] = ssim(x, y)
@@ -218,9 +229,20 @@ def table_row(name, row, values, distances):
     row["psnr_pooled"] = float(psnr(values[name, "mse"].mean()))
     row["ssim"], row["ssim_se"] = mean_and_error(values[name, "ssim"])
     row["hf"], row["hf_se"] = hf_ratio(values[name, "hf"], values["original", "hf"])
+    row["cells"] = cell_ratio(values, name)
     for metric in distances:
         row[metric], row[metric + "_se"] = mean_and_error(values[name, metric])
     return row
+
+
+def cell_ratio(values, name):
+    """Step across cell borders over that elsewhere, relative to the originals; None where there is no border."""
+    ratio = {}
+    for row in (name, "original"):
+        across, elsewhere = values[row, "across"].sum(), values[row, "elsewhere"].sum()
+        ratio[row] = float(across / elsewhere)
+    result = ratio[name] / ratio["original"] if ratio["original"] else math.nan
+    return result if math.isfinite(result) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,7 +254,7 @@ def table_columns(rows, images):
     columns = {
         "name": ("", "{}"), "runs": ("runs", "{}"), "gain": ("gain, dB", "{:.2f}"), "nfe": ("NFE", "{:.4g}"),
         "psnr": ("PSNR", "{:.2f}"), "psnr_pooled": ("pooled", "{:.2f}"), "ssim": ("SSIM", "{:.4f}"),
-        "hf": ("HF ratio", "{:.3f}"), "lpips_vgg": ("LPIPS vgg", "{:.4f}"), "lpips_alex": ("LPIPS alex", "{:.4f}"),
+        "hf": ("HF ratio", "{:.3f}"), "cells": ("cells", "{:.2f}"), "lpips_vgg": ("LPIPS vgg", "{:.4f}"), "lpips_alex": ("LPIPS alex", "{:.4f}"),
         "dreamsim": ("DreamSim", "{:.4f}"), "rfid": ("rFID" + biased, "{:.3f}"),
         "fd_dinov2": ("FD-DINOv2" + biased, "{:.3f}"),
     }

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import import_torchvision
+from encoder import LappedCode
 from fid import Statistics, load_features
 from losses import LPIPSLoss
 from model import local_file
@@ -92,6 +93,18 @@ def hf_ratio(energy, reference):
     return float(ratio), error / float(reference.mean())
 
 
+def cell_steps(x, f):
+    """Mean step between neighbouring pixels across the borders of cells of f x f pixels, and elsewhere: (B,), (B,).
+    NaN across borders where an image is a single cell."""
+    across, elsewhere = [], []
+    for lines in (x, x.mT):
+        steps = lines.diff(dim=3).abs().mean((1, 2))                             # (B, W - 1)
+        border = torch.arange(1, lines.shape[3], device=x.device) % f == 0
+        across.append(steps[:, border])
+        elsewhere.append(steps[:, ~border])
+    return torch.cat(across, dim=1).mean(1), torch.cat(elsewhere, dim=1).mean(1)
+
+
 def mean_and_error(values):
     """Mean of (N,) values and the standard error of that mean (0 for a single image): two floats."""
     values = values.double()
@@ -105,6 +118,13 @@ def shrink_enlarge(x, factor):
     sides = [side // factor for side in x.shape[2:]]
     small = F.interpolate(x, size=sides, mode="bilinear", antialias=True)
     return F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def linear_code(x, f, channels):
+    """The yardstick of every autoencoder: x decoded from the linear code (encoder.LappedCode) with as many numbers an
+    image; at most the 3 f^2 of a cell, which are exact."""
+    code = LappedCode(f, min(channels, 3 * f * f)).to(x.device)
+    return code.decode(code.encode(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -44,10 +44,13 @@ SIZES = {
 # What reading a damaged file raises, in one library or another.
 BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, struct.error,
                pickle.UnpicklingError, SafetensorError)
-GROUP_SIZE = 8  # channels of a group norm's group beside a linear base; XS as published, 32 groups on 32 channels, takes
-#                 each channel's mean away, and with it the image's mean colour
-OUTPUT_GAIN = 0.05  # of the network beside a linear base: about the deviation of what can be predicted at first. With 1 a
-#                     step of Adam moves the output by as much as all there is to learn, and the network falls silent
+# A network that adds to a linear base learns from a residual that is small and mostly unpredictable at first. Adam makes
+# full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less of it
+# is to fall silent: norms let a few large values outweigh the rest. Measured in docs/results.md. So, beside a base:
+GROUP_SIZE = 8  # channels of a group of the adaptive norms; XS as published, 32 groups on 32 channels, takes away each
+#                 channel's mean. The other norms (ResBlock.norm2, norm_out) are scale and shift only: contrast stays
+OUTPUT_GAIN = 0.05  # of the network's output: the deviation of what it can predict at first
+INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about the image
 T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
 RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
 FORMAT = 3  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution
@@ -188,7 +191,7 @@ def groups(channels, group_size):
 
 
 class GroupNorm(nn.Module):
-    """Weight and bias of a group norm; called with SiLU after it: see NormSiLU."""
+    """Weight and bias of a group norm, and SiLU after it: see NormSiLU. groups 0: weight and bias without the norm."""
 
     def __init__(self, channels, groups, eps=1e-5):
         super().__init__()
@@ -198,7 +201,10 @@ class GroupNorm(nn.Module):
     def forward(self, x, scale=0.0, shift=0.0):
         """scale, shift: (B, C) of the time's modulation, * (1 + scale) + shift."""
         scale, shift = self.weight * (1 + scale), self.bias * (1 + scale) + shift
-        return NormSiLU.apply(x, *(t.reshape(-1, x.shape[1], 1, 1) for t in (scale, shift)), self.groups, self.eps)
+        scale, shift = scale.reshape(-1, x.shape[1], 1, 1), shift.reshape(-1, x.shape[1], 1, 1)
+        if self.groups == 0:
+            return F.silu(torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype)))
+        return NormSiLU.apply(x, scale, shift, self.groups, self.eps)
 
 
 def upsample(x, conv):
@@ -226,7 +232,7 @@ class ResBlock(nn.Module):
     def __init__(self, cin, cout, group_size, ctx, temb=None):
         super().__init__()
         self.norm1, self.conv1 = AdaGN(cin, groups(cin, group_size), ctx), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = GroupNorm(cout, groups(cout, group_size)), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(cout, 0 if group_size else 32), nn.Conv2d(cout, cout, 3, padding=1)
         self.time = nn.Linear(temb, 2 * cout) if temb else None
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
@@ -356,7 +362,7 @@ class UViT(nn.Module):
                input to its output
     base       (f, count): the estimate of the image starts from a linear one, `count` lapped coefficients
                (encoder.LappedCode) read from the latent by a 1x1 convolution; the network adds to it, is silent at
-               first, and sees it beside the noisy image. Its group norms have GROUP_SIZE channels a group
+               first, and sees it beside the noisy image; see GROUP_SIZE, OUTPUT_GAIN, INPUT_GAIN
     joint_input  one input convolution on image and latent together, the latent not normalised: SSDD as published
     without    parts to leave out, for ablations: "norm_z", the latent's normalisation; "context", the latent's way to
                the adaptive norms, which keep a learned scale and shift
@@ -419,7 +425,7 @@ class UViT(nn.Module):
             if i < 3:
                 level.append(nn.Conv2d(cout, cout, 3, padding=1))
             self.up.append(level)
-        self.norm_out = GroupNorm(c, groups(c, group_size))
+        self.norm_out = GroupNorm(c, 0 if base else 32)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
         for m in self.modules():  # residual branches start at zero, so that the network starts as a shallow one
@@ -486,7 +492,7 @@ class UViT(nn.Module):
 
         if images:
             base, h_base = images
-            h = F.conv2d(x.to(dtype), self.conv_in_x.weight[:, :3], self.conv_in_x.bias, padding=1) + h_base
+            h = F.conv2d((INPUT_GAIN * x).to(dtype), self.conv_in_x.weight[:, :3], self.conv_in_x.bias, padding=1) + h_base
         else:
             h = self.conv_in_x(x.to(dtype))
         h = F.conv2d(h, self.conv_in.weight[:, :h.shape[1]], padding=1).add_(spread(z, *x.shape[-2:]))

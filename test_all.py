@@ -44,10 +44,11 @@ import fid
 import losses
 import sampler
 import train
-from encoder import DiagonalGaussian, make_encoder
+from encoder import DiagonalGaussian, LappedCode, lapped_basis, make_encoder, parse_name
 from losses import EqM, PatchGAN, hinge_loss
 from model import (
     DCSSDAE,
+    RIDGE,
     SIZES,
     LatentNorm,
     NormSiLU,
@@ -552,6 +553,117 @@ def test_the_dc_encoder_starts_linear_and_with_what_is_coarse(enc):
             if isinstance(module, nn.Conv2d):
                 module.reset_parameters()
         assert smooth > 2 * explained(encoder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The linear code: an untrained model is one, and a trained one starts from it
+
+@pytest.mark.parametrize("f", [8, 16, 32, 64, 128])
+def test_the_lapped_basis_is_orthonormal_and_ordered(f):
+    basis = lapped_basis(f)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(f, dtype=torch.float64), rtol=0, atol=1e-12)
+    next_cell = basis[:, :f] @ basis[:, f:].T  # with the same vectors f pixels further
+    assert next_cell.abs().max() < 1e-12
+    pixels = torch.arange(2 * f, dtype=torch.float64)
+    variance = ((basis @ 0.98 ** (pixels[:, None] - pixels).abs()) * basis).sum(1)  # of a first-order Markov line
+    assert (variance[:8].diff() < 0).all()
+
+
+@pytest.mark.parametrize("f, size", [(8, (24, 40)), (16, (16, 64)), (32, (64, 32))])
+def test_the_lapped_code_is_exact_with_all_vectors_and_a_projection_with_fewer(f, size):
+    g = torch.Generator().manual_seed(f)
+    x = torch.randn(2, 3, *size, generator=g)
+    whole = LappedCode(f, 3 * f * f)
+    z = whole.encode(x)
+    torch.testing.assert_close(whole.decode(z), x, rtol=0, atol=1e-5)
+    part = LappedCode(f, 20)
+    torch.testing.assert_close(part.encode(x), z[:, :20], rtol=0, atol=1e-5)
+    torch.testing.assert_close(part.encode(part.decode(z[:, :20])), z[:, :20], rtol=0, atol=1e-5)
+    # decode is encode's adjoint, but for the deviations that one divides by and the other multiplies with
+    y, scaled = torch.randn(2, 20, *z.shape[2:], generator=g), part.deviation.square()
+    torch.testing.assert_close((part.decode(y) * x).sum(), (y * scaled * part.encode(x)).sum(), rtol=1e-4, atol=1e-2)
+    with pytest.raises(ValueError, match="have 192 coefficients"):
+        LappedCode(8, 193)
+
+
+@pytest.mark.parametrize("f, c", [(8, 4), (8, 16), (16, 16)])
+def test_the_lapped_code_is_no_worse_than_principal_components(f, c):
+    train = data.make_dataset("demo", 64, train=True, limit=400)
+    val = data.make_dataset("demo", 64, train=False, limit=100)
+    x = torch.stack([val[i][0] for i in range(100)]).double()
+    patches = F.unfold(torch.stack([train[i][0] for i in range(400)]).double(), f, stride=f).mT.flatten(0, 1)
+    mean = patches.mean(0)
+    vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean)).eigenvectors[:, -c:]
+    components = (F.unfold(x, f, stride=f).mT - mean) @ vectors @ vectors.T + mean
+    components = F.fold(components.mT, (64, 64), f, stride=f)
+    code = LappedCode(f, c)
+    z = code.encode(x)
+    lapped = code.decode(z).double()
+
+    def quality(y):
+        return evaluate.psnr((y - x).square().mean((1, 2, 3))).mean()
+
+    assert quality(lapped) > quality(components) - 0.1
+    deviations = z.std((0, 2, 3))
+    assert deviations.min() > 0.4 and deviations.max() < 2
+
+
+@pytest.mark.parametrize("enc", ["dc_f32c32", "vq_f8c4", "dc_f64c128"])
+@pytest.mark.parametrize("loss", ["fm", "eqm"])
+def test_an_untrained_model_is_the_linear_code(enc, loss):
+    torch.manual_seed(0)
+    _, f, c = parse_name(enc)
+    model = DCSSDAE(enc, "XS", loss, 0.125, depth=1, input_skip=True, linear_encoder=True, linear_decoder=c).eval()
+    code = LappedCode(f, c)
+    x = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        z = model.encode(x).mode()
+        torch.testing.assert_close(z, code.encode(x), rtol=0, atol=1e-5)
+        for steps in (1, 4):
+            # four steps leave 1 % of EqM's noise by choice of eta; FM's last steps stop short by T_MIN
+            atol = 1e-5 if steps == 1 else 0.06
+            torch.testing.assert_close(model.decode(z, steps), code.decode(z), rtol=0, atol=atol)
+
+
+def test_the_linear_decoder_is_fitted_by_least_squares():
+    torch.manual_seed(0)
+    model = DCSSDAE("dcae_f32c32", "XS", "eqm", 0.125, depth=1, input_skip=True, linear_decoder=40).eval()
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.rand(8, 3, 64, 64, generator=g) * 2 - 1 for _ in range(4)]
+    model.fit_linear_decoder(batches)
+    code = LappedCode(32, 40)
+    with torch.no_grad():
+        z = torch.cat([model.encode(x).mode() for x in batches]).double()
+        c = torch.cat([code.encode(x) for x in batches]).double()
+    z, c = z.permute(0, 2, 3, 1).reshape(-1, 32).numpy(), c.permute(0, 2, 3, 1).reshape(-1, 40).numpy()
+    z = np.concatenate([z, np.ones((len(z), 1))], 1)
+    ridge = np.sqrt(RIDGE * np.mean(np.sum(z * z, 0))) * np.eye(33)  # as further equations
+    expected, *_ = np.linalg.lstsq(np.concatenate([z, ridge]), np.concatenate([c, np.zeros((33, 40))]), rcond=None)
+    np.testing.assert_allclose(model.decoder.base.weight[:, :, 0, 0].detach().numpy().T, expected[:32], atol=1e-4)
+    np.testing.assert_allclose(model.decoder.base.bias.detach().numpy(), expected[32], atol=1e-4)
+    with pytest.raises(ValueError, match="no image"):
+        model.fit_linear_decoder([])
+    with pytest.raises(ValueError, match="no linear decoder"):
+        DCSSDAE("vq_f8c4", "XS", enc_width=0.125, depth=1).fit_linear_decoder(batches)
+
+
+def test_linear_models_are_saved_and_their_encoders_taken_over(tmp_path):
+    torch.manual_seed(0)
+    model = DCSSDAE("dc_f8c4", "XS", "fm", 0.125, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    model.save(tmp_path / "m.safetensors")
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    again, other = DCSSDAE.load(tmp_path / "m.safetensors"), DCSSDAE("dc_f8c4", "XS", "eqm", 0.125, depth=1).eval()
+    other.load_published(tmp_path / "m.safetensors", part="encoder")
+    with torch.no_grad():
+        z = model.eval().encode(x).mode()
+        assert torch.equal(again.encode(x).mode(), z) and torch.equal(other.encode(x).mode(), z)
+        noise = torch.randn(1, 3, 32, 32)
+        assert torch.equal(again.decode(z, 2, noise), model.decode(z, 2, noise))
+    assert other.config["linear_encoder"] and not other.config["linear_decoder"]
+    with pytest.raises(ValueError, match="input skip"):
+        DCSSDAE("dc_f8c4", "XS", linear_decoder=4)
 
 
 @pytest.mark.parametrize("enc", ["vq_f8c4", "vq_f16c16", "dc_f8c4", "dc_f16c16", "dc_f32c32", "dc_f32c64",
@@ -1786,8 +1898,8 @@ def test_evaluate_gives_the_expected_numbers():
     x = demo_batch(6, 32)
     result = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 4), steps=(1, 4),
                                distances={"lpips_vgg": lambda a, b: (a - b).abs().mean((1, 2, 3))})
-    baseline, one, four = result["rows"]
-    assert result["images"] == 6 and (baseline["steps"], one["steps"], four["steps"]) == (0, 1, 4)
+    baseline, linear, one, four = result["rows"]
+    assert result["images"] == 6 and [row["steps"] for row in result["rows"]] == [0, 0, 1, 4]
     assert one["psnr"] == pytest.approx(100) and one["ssim"] == pytest.approx(1) and one["hf"] == pytest.approx(1)
     assert one["lpips_vgg"] == 0 and one["psnr_se"] == 0 and one["ms"] > 0 and "rfid" not in one
     assert (one["nfe"], four["nfe"]) == (1.5, 4.5) and one["nfe_se"] == pytest.approx(0.5 * (6 / 5) ** 0.5 / 6**0.5)
@@ -1800,12 +1912,21 @@ def test_evaluate_gives_the_expected_numbers():
     assert baseline["psnr_pooled"] == pytest.approx(10 * math.log10(255**2 / float(mse.mean())), abs=1e-4)
     assert baseline["hf"] < 0.1 and "nfe" not in baseline
     rows = result["pictures"]
-    assert len(rows) == 4 and all(row.shape == (6, 3, 32, 32) for row in rows) and torch.equal(rows[0], rows[2])
+    assert len(rows) == 5 and all(row.shape == (6, 3, 32, 32) for row in rows) and torch.equal(rows[0], rows[3])
+    code = LappedCode(8, 3)  # as many numbers as the "latent" here has channels
+    mse = (evaluate.to8bit(code.decode(code.encode(x))) - evaluate.to8bit(x)).square().mean((1, 2, 3))
+    assert linear["psnr"] == pytest.approx(float(evaluate.psnr(mse).mean()), abs=1e-4)
+    assert one["cells"] == pytest.approx(1) and 0.5 < linear["cells"] < 2
+    cells = F.avg_pool2d(x, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    flat = evaluate.evaluate(FakeAutoencoder(lambda z, *_: cells[:len(z)]), [(x, torch.arange(6))])["rows"][2]
+    assert flat["cells"] is None  # no step at all but at the borders: not a number
+    mixed = evaluate.evaluate(FakeAutoencoder(lambda z, *_: (z + cells) / 2), [(x, torch.arange(6))])["rows"][2]
+    assert mixed["cells"] > 2
 
-    blurred = evaluate.evaluate(FakeAutoencoder(lambda z, *_: F.avg_pool2d(z, 3, 1, 1)), batches_of(x, 4))["rows"][1]
+    blurred = evaluate.evaluate(FakeAutoencoder(lambda z, *_: F.avg_pool2d(z, 3, 1, 1)), batches_of(x, 4))["rows"][2]
     assert baseline["psnr"] < blurred["psnr"] < 60 and blurred["hf"] < 0.5
     brighter = FakeAutoencoder(lambda z, *_: z + 2 / 255)  # by one level
-    bright = evaluate.evaluate(brighter, batches_of(x.clamp(-1, 0.9), 4))["rows"][1]
+    bright = evaluate.evaluate(brighter, batches_of(x.clamp(-1, 0.9), 4))["rows"][2]
     assert bright["psnr"] == pytest.approx(20 * math.log10(255), abs=0.3)
     with pytest.raises(ValueError, match="not one image"):
         evaluate.evaluate(FakeAutoencoder(), [])
@@ -1816,7 +1937,7 @@ def test_evaluate_gives_the_expected_numbers():
 def test_noise_depends_on_seed_and_index_alone():
     x = demo_batch(5, 16)
     noisy = FakeAutoencoder(lambda z, noise, steps: z + 0.2 * noise)
-    values = [evaluate.evaluate(noisy, batches_of(x, batch), seed=seed)["rows"][1]["psnr"]
+    values = [evaluate.evaluate(noisy, batches_of(x, batch), seed=seed)["rows"][2]["psnr"]
               for batch, seed in ((5, 0), (2, 0), (5, 1))]
     assert values[0] == pytest.approx(values[1], rel=1e-7) and values[0] != values[2]
     a, b = evaluate.image_noise(0, [3, 2**33], (3, 8, 8))
@@ -1826,7 +1947,7 @@ def test_noise_depends_on_seed_and_index_alone():
 def test_rfid_of_a_perfect_decoder_is_zero_and_originals_are_reused():
     x, network = demo_batch(3, 16), TinyInception()
     result = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 2), features={"rfid": network})
-    baseline, one = (row["rfid"] for row in result["rows"])
+    baseline, _, one = (row["rfid"] for row in result["rows"])
     assert baseline > 1e-4 and 0 <= one < 1e-9
     again = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 2), features={"rfid": network},
                               originals=result["originals"])
@@ -1999,7 +2120,7 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(line[k]) for line in log for k in ("loss", "kl", "lr", "grad_norm", "images_per_s"))
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert metrics["images"] == 4 and [row["steps"] for row in metrics["rows"]] == [0, 1, 4]
+    assert metrics["images"] == 4 and [row["steps"] for row in metrics["rows"]] == [0, 0, 1, 4]
     assert Image.open(trained / "reconstructions.png").size[1] > 4 * 32  # original, baseline, 1 step, 4 steps
     model = DCSSDAE.load(trained / "model.safetensors")
     assert model.config["notes"]["size"] == 32

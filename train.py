@@ -656,9 +656,9 @@ def main():
             result = evaluate(ema, loader, device, steps=args.eval_steps, seed=args.seed, dtype=dtype,
                               rank=rank, world=world, progress=False)
             if rank == 0:
-                row = result["rows"][1]
-                tqdm.write(f"step {step}: one-step PSNR {row['psnr']:.2f} dB, "
-                           f"baseline {result['rows'][0]['psnr']:.2f} dB on {result['images']} images")
+                baseline, linear, first, *_ = result["rows"]
+                tqdm.write(f"step {step}: PSNR {first['psnr']:.2f} dB in {first['name']}, linear code "
+                           f"{linear['psnr']:.2f}, baseline {baseline['psnr']:.2f} on {result['images']} images")
                 write_results(result, args.out)
                 append_log(log_path, board, step, result["pictures"], eval=result["rows"])
             clock += time.time() - before

@@ -30,7 +30,7 @@ LOSS_WINDOW = 10                                                            # li
 # Reading
 
 def read_run(folder):
-    """A run: a dict of images and rows as in its metrics.json, with "gain" (dB) and "minutes" of training; "curves" of
+    """A run: a dict of images and rows as in its metrics.json, with "gain" (dB over the linear code) and "minutes"; "curves" of
     log.jsonl: loss and one-step gain, [(images seen, value)]. ValueError: no readable run."""
     path = Path(folder, "log.jsonl")
     try:
@@ -70,21 +70,30 @@ def loss_curve(training):
 
 
 def gain_curve(log, training):
-    """[(images seen, PSNR of one step over the baseline's)] at the evaluations, whose lines hold steps, not images."""
+    """[(images seen, PSNR of one step over the linear code's)] at the evaluations, whose lines hold steps, not images."""
     batch = training[-1]["images"] // training[-1]["step"] if training else 0
     curve = []
     for line in log:
         for row in line.get("eval", ()):
             if row["steps"] == 1:
-                baseline = line["eval"][0]
-                curve.append((line["step"] * batch, row["psnr"] - baseline["psnr"]))
+                curve.append((line["step"] * batch, row["psnr"] - strongest_reference(line["eval"])["psnr"]))
     return curve
 
 
 def with_gain(rows, minutes):
-    """metrics.json's rows: the baseline as it is, the others with "gain" over it and "minutes"."""
-    baseline, *others = rows
-    return [baseline] + [row | {"gain": row["psnr"] - baseline["psnr"], "minutes": minutes} for row in others]
+    """metrics.json's rows: the references as they are, the others with "gain" over the strongest and "minutes"."""
+    reference = strongest_reference(rows)
+    result = []
+    for row in rows:
+        if row["steps"] > 0:
+            row = row | {"gain": row["psnr"] - reference["psnr"], "minutes": minutes}
+        result.append(row)
+    return result
+
+
+def strongest_reference(rows):
+    """Of the rows without a network, which come first, the last: the linear code."""
+    return [row for row in rows if row["steps"] == 0][-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,14 +109,14 @@ def grouped(folders):
 
 
 def rows_by_name(groups):
-    """{row of the table: rows of the runs that it averages}: one baseline for all, where all have the same."""
+    """{row of the table: rows of the runs that it averages}: references once for all, where all have the same."""
     runs = list(itertools.chain(*groups.values()))
     baselines = {(run["rows"][0]["name"], round(run["rows"][0]["psnr"], 2)) for run in runs}
     table = {}
     for group, members in groups.items():
         for row in itertools.chain(*(run["rows"] for run in members)):
-            is_baseline = "gain" not in row
-            name = row["name"] if is_baseline and len(baselines) == 1 else f"{group}, {row['name']}"
+            is_reference = "gain" not in row
+            name = row["name"] if is_reference and len(baselines) == 1 else f"{group}, {row['name']}"
             table.setdefault(name, []).append(row)
     return table
 
@@ -157,7 +166,7 @@ def plot_curves(groups, out):
     draw(left, groups, 0, width=LOSS_WINDOW, marker="")
     draw(right, groups, 1, width=1, marker=".")
     left.set(xlabel="images seen", ylabel="loss (fm, eqm)", yscale="log")
-    right.set(xlabel="images seen", ylabel="one step: PSNR gain over the baseline, dB", yscale="linear")
+    right.set(xlabel="images seen", ylabel="one step: PSNR gain over the linear code, dB", yscale="linear")
     right.legend()
     Path(out).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(out, "curves.png"), dpi=150)

@@ -122,21 +122,23 @@ def csv_text(rows):
 
 
 def plot_sweep(rows, path):
-    """PNG: quality against network evaluations, one curve a sampler, the baseline dashed."""
+    """PNG: quality against network evaluations, one curve a sampler, the references grey."""
     from matplotlib.figure import Figure
-    baseline, *others = rows
+    references = [row for row in rows if row["steps"] == 0]
+    others = [row for row in rows if row["steps"] > 0]
     curves = {}
     for row in others:
         sampler = row.get("method", "euler")
         name = f"adaptive {sampler}" if "tol" in row else sampler
         curves.setdefault(name, []).append(row)
-    labels = {key: label for key, label in PLOTTED.items() if baseline.get(key) is not None}
+    labels = {key: label for key, label in PLOTTED.items() if references[0].get(key) is not None}
     figure = Figure(figsize=(4.5 * len(labels), 4), layout="constrained")
     axes = figure.subplots(1, len(labels), squeeze=False)[0]
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
         for name, curve in curves.items():
             axis.plot([row["nfe"] for row in curve], [row[key] for row in curve], marker="o", label=name)
-        axis.axhline(baseline[key], color="grey", linestyle="--", label=baseline["name"])
+        for row, style in zip(references, ("--", ":")):
+            axis.axhline(row[key], color="grey", linestyle=style, label=row["name"])
         axis.set(xlabel="network evaluations an image", ylabel=label, xscale="log")
     axes[-1].legend()
     figure.savefig(path, dpi=150)
@@ -191,7 +193,7 @@ def main():
         loader = make_loader(calibration, args.batch_size * world, False, args.workers, rank=rank, world=world)
         seed = args.seed + 1  # another noise than the evaluation's
         result = evaluate(model, loader, device, runs, seed=seed, rank=rank, world=world, pictures=0)
-        _, *rows = result["rows"]  # without the baseline
+        rows = [row for row in result["rows"] if row["steps"] > 0]  # without the references
         return rows
 
     runs = sweep_runs(calibrate(model, args.steps, measure))
