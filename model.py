@@ -46,7 +46,7 @@ BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeErr
                pickle.UnpicklingError, SafetensorError)
 # A network that adds to a linear base learns from a residual that is small and mostly unpredictable at first. Adam makes
 # full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less of it
-# is to fall silent: norms let a few large values outweigh the rest. Measured in docs/results.md. So, beside a base:
+# is to fall silent, which norms make easy: a few large values outweigh the rest. So, beside a linear base:
 GROUP_SIZE = 8  # channels of a group of the adaptive norms; XS as published, 32 groups on 32 channels, takes away each
 #                 channel's mean. The other norms (ResBlock.norm2, norm_out) are scale and shift only: contrast stays
 OUTPUT_GAIN = 0.05  # of the network's output: the deviation of what it can predict at first
@@ -547,7 +547,7 @@ class DCSSDAE(nn.Module):
                                  image that the network starts from (UViT's base); 0: none. z_dim with linear_encoder:
                                  an untrained model is then the linear code; more after fit_linear_decoder
     joint_input                  UViT's, for published SSDD decoders
-    latents                      {"mean": [c], "std": [c], ...} per channel, from evaluate.py --z_stats, for normalize
+    latents                      {"mean": [c], "std": [c], ...} per channel, from tools.latents --z_stats, for normalize
     without                      UViT's, for ablations
     notes                        anything else worth keeping in the saved file: training size, losses left out, ...
     raises                       ValueError for unknown names
@@ -638,7 +638,8 @@ class DCSSDAE(nn.Module):
 
     def _latent_moments(self, z):
         if not self.config["latents"]:
-            raise ValueError("this model has no latent statistics: evaluate.py --ckpt F --data D --z_stats stores them")
+            raise ValueError("this model has no latent statistics: python -m tools.latents --ckpt F --data D --z_stats stores "
+                             "them")
         return (torch.tensor(self.config["latents"][k]).to(z)[:, None, None] for k in ("mean", "std"))
 
     def default_eta(self, steps):

@@ -647,6 +647,20 @@ def test_the_linear_decoder_is_fitted_by_least_squares():
         DCSSDAE("vq_f8c4", "XS", enc_width=0.125, depth=1).fit_linear_decoder(batches)
 
 
+def test_what_the_linear_flag_builds():
+    def config(*flags):
+        args = train.get_args(["--enc", "dc_f32c32", "--enc_width", "0.125", "--dec", "XS", "--depth", "1", *flags])
+        config = train.new_model(args).config
+        return config["linear_encoder"], config["linear_decoder"]
+
+    assert config() == (True, 32) and config("--linear", "off") == (False, 0)
+    assert config("--linear", "encoder") == (True, 0) and config("--linear", "decoder") == (False, 256)
+    assert config("--enc", "dcae_f32c32") == (False, 256)  # given encoders keep their latents: a fit, of more than c
+    assert config("--enc", "vq_f8c4", "--enc_ckpt", "some file") == (False, 32)
+    with pytest.raises(ValueError, match="input skip"):
+        config("--no-input_skip")
+
+
 def test_linear_models_are_saved_and_their_encoders_taken_over(tmp_path):
     torch.manual_seed(0)
     model = DCSSDAE("dc_f8c4", "XS", "fm", 0.125, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4)
@@ -2223,6 +2237,9 @@ def test_frozen_encoder_from_a_checkpoint(trained, tmp_path):
     before, after = (DCSSDAE.load(folder / "model.safetensors") for folder in (trained, tmp_path / "run"))
     assert all(torch.equal(a, b) for a, b in zip(before.encoder.parameters(), after.encoder.parameters()))
     assert not torch.equal(before.decoder.conv_in.weight, after.decoder.conv_in.weight)
+    assert after.config["linear_encoder"] and after.config["linear_decoder"] == 128
+    _, linear, one, *_ = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
+    assert one["psnr"] > linear["psnr"] - 0.1  # hardly trained: this is the least-squares fit
 
 
 def test_ablations_from_the_command_line(tmp_path):
@@ -2578,7 +2595,7 @@ def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
         with open(tmp_path / n / "sweep.csv", newline="") as file:
             tables.append(list(csv.DictReader(file)))
         rows = json.loads((tmp_path / n / "metrics.json").read_text())["rows"]
-        assert [row["name"] for row in tables[-1]] == [row["name"] for row in rows] and len(rows) == 1 + 4 + 4
+        assert [row["name"] for row in tables[-1]] == [row["name"] for row in rows] and len(rows) == 2 + 4 + 4
         for line, row in zip(tables[-1], rows, strict=True):
             assert float(line["psnr"]) == row["psnr"] and line["lpips_vgg"] == ""
             assert line["nfe"] == str(row.get("nfe", ""))
@@ -2586,7 +2603,7 @@ def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
         assert a["name"] == b["name"]
         for key in a.keys() - {"name", "method", "ms"}:
             assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-6), key
-    for row in rows[1:]:  # the numbers are evaluate's for these options
+    for row in rows[2:]:  # the numbers are evaluate's for these options
         assert row["steps"] in (1, 2) and row["eta"] > 0 and row["nfe"] <= row["steps"]
     with pytest.raises(SystemExit, match="2"):  # it chooses the sampler's options itself
         run_main(sweep, monkeypatch, *common, "--eta", 1)

@@ -41,11 +41,14 @@ from sampler import seeded_generator
 from losses import (EqM, LPIPSLoss, PatchGAN, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix,  # isort: skip
                     fm_predict_x, hinge_loss, kl_loss)
 
+# Two cores without GPU or network. Measured results stand in the README's quick start.
+TEACHING = {"enc_width": 0.125, "dec": "XS", "depth": 2, "warmup": 50, "decay": 0.5, "lr": 1e-3, "ema": 0.99,
+            "w_lpips": 0.0, "w_repa": 0.0}
 PRESETS = {
-    # Two cores without GPU or network. Measured results stand in the README's quick start.
-    "tiny": {"enc": "dc_f8c16", "enc_width": 0.125, "dec": "XS", "depth": 2, "size": 32, "batch_size": 8, "steps": 1500,
-             "lr": 2e-3, "t_mean": 2.0, "g_power": 2.0, "warmup": 50, "decay": 0.5, "w_lpips": 0.0, "w_repa": 0.0,
-             "ema": 0.99, "eval_every": 500, "eval_images": 256, "save_every": 750},
+    "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 1500, "t_mean": 2.0, "g_power": 2.0,
+                        "eval_every": 500, "eval_images": 256, "save_every": 750},
+    "deep": TEACHING | {"enc": "dc_f32c32", "size": 64, "batch_size": 4, "steps": 1200, "t_mean": 4.0, "g_power": 6.0,
+                        "eval_every": 300, "eval_images": 64, "save_every": 600},
 }
 
 # DC-AE's decoupled high-resolution adaptation (arXiv 2410.10733): its learning rates; batch and steps are our choice.
@@ -55,7 +58,8 @@ PHASES = {
     3: {"size": 256, "lr": 5.4e-5, "steps": 50_000, "w_repa": 0.0},          # details, at low: later layers than REPA's
 }
 # What --init_from's file decides; and what --resume may change, being neither model nor samples nor objective.
-MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "b", "lam", "input_skip", "without", "linear")
+MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "b", "lam", "input_skip", "without",
+               "linear")
 FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights", "workers", "steps", "lr", "warmup",
               "decay", "weight_decay", "grad_clip", "ema", "ema_start", "micro_batch", "checkpointing", "out", "resume",
               "keep", "dtype", "device", "compile", "eval_every", "eval_steps", "eval_images", "save_every",
