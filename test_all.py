@@ -657,8 +657,8 @@ def test_what_the_linear_flag_builds():
     assert config("--linear", "encoder") == (True, 0) and config("--linear", "decoder") == (False, 256)
     assert config("--enc", "dcae_f32c32") == (False, 256)  # given encoders keep their latents: a fit, of more than c
     assert config("--enc", "vq_f8c4", "--enc_ckpt", "some file") == (False, 32)
-    with pytest.raises(ValueError, match="input skip"):
-        config("--no-input_skip")
+    with pytest.raises(ValueError, match="--linear off"):
+        train.check_args(train.get_args(["--no-input_skip"]))
 
 
 def test_linear_models_are_saved_and_their_encoders_taken_over(tmp_path):
@@ -2239,7 +2239,7 @@ def test_frozen_encoder_from_a_checkpoint(trained, tmp_path):
     assert not torch.equal(before.decoder.conv_in.weight, after.decoder.conv_in.weight)
     assert after.config["linear_encoder"] and after.config["linear_decoder"] == 128
     _, linear, one, *_ = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
-    assert one["psnr"] > linear["psnr"] - 0.1  # hardly trained: this is the least-squares fit
+    assert one["psnr"] > linear["psnr"] - 0.3  # hardly trained: this is the least-squares fit
 
 
 def test_ablations_from_the_command_line(tmp_path):
@@ -2250,7 +2250,7 @@ def test_ablations_from_the_command_line(tmp_path):
     assert decoder.blocks[0].attn.bias_table.shape[:2] == (5, 5)
     one, other = (decoder.condition(z, 32, 32) for z in (torch_z, -torch_z))
     assert not torch.equal(one[0], other[0])  # the latent still enters beside the image
-    assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one[1:3], other[1:3], strict=True))  # scales and shifts
     with pytest.raises(ValueError, match="norm_z and context"):
         UViT("XS", 4, without=["attention"])
 
@@ -2514,7 +2514,7 @@ def test_several_features_and_dreamsim_in_one_pass(tmp_path, checkpoint, offline
     for a, b in zip(*rows, strict=True):
         assert a["rfid"] > 0 and a["fd_mine"] > 0 and a["fd_dinov2"] is None
         assert (a["rfid"], a["fd_mine"]) == (pytest.approx(b["rfid"], rel=1e-6), pytest.approx(b["fd_mine"], rel=1e-6))
-    assert calls == [4, 4, 1, 1] * 2  # baseline and one step, batches of 4 and 1
+    assert calls == [4, 4, 4, 1, 1, 1] * 2  # baseline, linear code and one step, batches of 4 and 1
     x = torch.stack([data.make_dataset("demo", 32, False, limit=5)[i][0] for i in range(5)])
     y = evaluate.to8bit(evaluate.shrink_enlarge(x, 8))
     small = [F.interpolate(v / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1) for v in (x, y)]
@@ -3401,7 +3401,7 @@ def test_the_discriminators_gradients_and_when_it_starts(tmp_path, monkeypatch):
     state = load_checkpoint(tmp_path / "g")
     args = train.get_args([*map(str, common), "--w_gan", "0.5"])
     torch.manual_seed(0)
-    model = DCSSDAE(args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, input_skip=True)
+    model = train.new_model(args)
     gan = PatchGAN()
     x, _ = next(iter(data.make_loader(data.make_dataset("demo", 24, True), 4, True)))
     e, eps, s = train.draw(0, 0, range(4), x.shape[1:], (16, 3, 3), x.device)
@@ -3444,7 +3444,7 @@ def test_tensorboard_shows_the_log(tmp_path, monkeypatch):
         assert [(v.step, v.value) for v in board.Scalars(name)] == [
             (line["step"], pytest.approx(line[name])) for line in log
         ]
-    row = lines_of(tmp_path / "r" / "log.jsonl")[-1]["eval"][1]
+    row = lines_of(tmp_path / "r" / "log.jsonl")[-1]["eval"][2]
     assert board.Scalars("1 step/psnr")[-1].value == pytest.approx(row["psnr"]) and [
         v.step for v in board.Images("reconstructions")
     ] == [2, 3]

@@ -208,6 +208,8 @@ def check_args(args):
         raise ValueError(f"--phase {args.phase} goes on from a trained model: give --init_from FILE")
     if args.freeze_enc and (args.phase == 2 or not (args.enc_ckpt or args.init_from)):
         raise ValueError("--freeze_enc needs an encoder, given by --enc_ckpt FILE, and not --phase 2, which adapts it")
+    if LINEAR[args.linear][1] and not args.input_skip:
+        raise ValueError("--no-input_skip needs --linear off or encoder: a linear decoder is part of the input skip")
     if args.w_gan and args.size < 24:
         raise ValueError(f"--w_gan needs images of at least 24 px, got --size {args.size}")
     if args.g_power <= 0:
@@ -422,6 +424,7 @@ def load_checkpoint(out, rank=0):
 def compare_flags(then, args, rank):
     """ValueError that lists the flags which describe another model, other samples or another objective than `then`;
     other changes are printed."""
+    then = {"linear": "off"} | then  # runs from before there was a linear start
     now = vars(args)
     differ = [name for name in now if then.get(name, now[name]) != now[name] and name not in ("out", "resume")]
     refused = [name for name in differ if name not in FREE_FLAGS]
