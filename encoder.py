@@ -102,8 +102,8 @@ def lapped_basis(f, rho=0.98):
 
 
 class LappedCode(nn.Module):
-    """The linear code for cells of f x f pixels: of the 3 f^2 lapped coefficients of a cell those `count` that carry most
-    of an average photograph's energy, each divided by its expected deviation. No parameters; computed in float32 (in a
+    """The linear code for cells of f x f pixels: of the 3 f^2 lapped coefficients of a cell those `count` that carry
+    most of an average photograph's energy, each divided by its expected deviation. No parameters; computed in float32 (in a
     model that is cast to bf16 the tables are rounded, by 0.4 % at most).
 
     encode  images (B, 3, H, W) -> coefficients of about unit variance (B, count, H/f, W/f)

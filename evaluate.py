@@ -16,7 +16,8 @@ All on images clamped to [-1, 1] and rounded to 8 bit, against the identically p
   cells     step between pixels across the borders of the encoder's cells over that elsewhere, relative to the
             originals: 1 where no cells show
 +- is the standard error of the mean over images. Two rows are no networks at all: shrinking by the model's factor with
-antialiasing and enlarging bilinearly; and the linear code with as many numbers an image as the latent. A metric whose network cannot be had is "-", with the reason below.
+antialiasing and enlarging bilinearly; and the linear code with as many numbers an image as the latent.
+A metric whose network cannot be had is "-", with the reason below.
 """
 import argparse
 import json
@@ -39,7 +40,8 @@ from sampler import seeded_generator
 from launch import (LARGEST_KEPT, check_at_least_one, guarded, keep_freed_memory, load_model,  # isort: skip
                     loader_arguments, setup, shared_arguments)
 from metrics import (cache_files, cell_steps, check_metrics, hf_energy, hf_ratio, linear_code,  # isort: skip
-                     load_cached, load_networks, mean_and_error, metric_arguments, metric_of, psnr, save_cached, shrink_enlarge, ssim, to8bit)
+                     load_cached, load_networks, mean_and_error, metric_arguments, metric_of, psnr, save_cached,
+                     shrink_enlarge, ssim, to8bit)
 
 REFERENCES = {"baseline": "shrink/enlarge x {f}", "linear": "linear code"}  # first rows of every table
 UNBIASED_FROM = 10_000                                       # images; fewer bias a Frechet distance upwards visibly
@@ -148,7 +150,7 @@ def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=N
             row |= {net: distance_between(originals[net], of_rows[name, net]) for net in features}
         if name in ms:
             row["ms"] = ms[name]
-    shown = [shown[i] for i in sorted(shown)[:pictures]]                        # an image's original, references, *steps
+    shown = [shown[i] for i in sorted(shown)[:pictures]]                        # an image's original, references, steps
     shown = [torch.stack(row) for row in zip(*shown, strict=True)]              # (n, 3, s, s) each
     return {"images": images, "skipped": len(skipped), "rows": rows, "pictures": shown, "originals": originals}
 
@@ -254,7 +256,8 @@ def table_columns(rows, images):
     columns = {
         "name": ("", "{}"), "runs": ("runs", "{}"), "gain": ("gain, dB", "{:.2f}"), "nfe": ("NFE", "{:.4g}"),
         "psnr": ("PSNR", "{:.2f}"), "psnr_pooled": ("pooled", "{:.2f}"), "ssim": ("SSIM", "{:.4f}"),
-        "hf": ("HF ratio", "{:.3f}"), "cells": ("cells", "{:.2f}"), "lpips_vgg": ("LPIPS vgg", "{:.4f}"), "lpips_alex": ("LPIPS alex", "{:.4f}"),
+        "hf": ("HF ratio", "{:.3f}"), "cells": ("cells", "{:.2f}"),
+        "lpips_vgg": ("LPIPS vgg", "{:.4f}"), "lpips_alex": ("LPIPS alex", "{:.4f}"),
         "dreamsim": ("DreamSim", "{:.4f}"), "rfid": ("rFID" + biased, "{:.3f}"),
         "fd_dinov2": ("FD-DINOv2" + biased, "{:.3f}"),
     }

@@ -44,8 +44,8 @@ SIZES = {
 # What reading a damaged file raises, in one library or another.
 BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, struct.error,
                pickle.UnpicklingError, SafetensorError)
-# A network that adds to a linear base learns from a residual that is small and mostly unpredictable at first. Adam makes
-# full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less of it
+# A network that adds to a linear base learns from a residual that is small and mostly unpredictable at first. Adam
+# makes full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less of it
 # is to fall silent, which norms make easy: a few large values outweigh the rest. So, beside a linear base:
 GROUP_SIZE = 8  # channels of a group of the adaptive norms; XS as published, 32 groups on 32 channels, takes away each
 #                 channel's mean. The other norms (ResBlock.norm2, norm_out) are scale and shift only: contrast stays
@@ -128,7 +128,7 @@ class NormSiLU(torch.autograd.Function):
         x, scale, shift, mean, rstd = ctx.saved_tensors
         groups, (C, H, W) = ctx.groups, x.shape[1:]
         exact = torch.promote_types(x.dtype, torch.float32)
-        mean, rstd = (t.to(exact).repeat_interleave(C // groups, 1)[:, :, None, None] for t in (mean, rstd))  # (B, C, 1, 1)
+        mean, rstd = (t.to(exact).repeat_interleave(C // groups, 1)[:, :, None, None] for t in (mean, rstd))
         v, a = blocks(x, scale), rstd * scale
         y = torch.addcmul(per_block((shift - mean * a).to(x.dtype)), v, per_block(a.to(x.dtype)))
         g = torch.ops.aten.silu_backward(blocks(grad, scale), y)
@@ -394,7 +394,8 @@ class UViT(nn.Module):
         else:
             self.norm_z = nn.Identity() if "norm_z" in without else LatentNorm(z_dim)
             images = 6 if base else 3  # channels of the noisy image and of the base
-            self.conv_in_x, self.conv_in_z = nn.Conv2d(images, c // 2, 3, padding=1), nn.Conv2d(z_dim, c // 2, 3, padding=1)
+            self.conv_in_x, self.conv_in_z = nn.Conv2d(images, c // 2, 3, padding=1), nn.Conv2d(
+                z_dim, c // 2, 3, padding=1)
         self.conv_in = nn.Conv2d(3 + z_dim if joint_input else c, c, 3, padding=1)
         self.context = None if "context" in without else nn.Sequential(
             nn.Conv2d(z_dim, c, 3, padding=1), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1))
@@ -492,7 +493,8 @@ class UViT(nn.Module):
 
         if images:
             base, h_base = images
-            h = F.conv2d((INPUT_GAIN * x).to(dtype), self.conv_in_x.weight[:, :3], self.conv_in_x.bias, padding=1) + h_base
+            h = F.conv2d((INPUT_GAIN * x).to(dtype), self.conv_in_x.weight[:, :3], self.conv_in_x.bias, padding=1)
+            h = h + h_base
         else:
             h = self.conv_in_x(x.to(dtype))
         h = F.conv2d(h, self.conv_in.weight[:, :h.shape[1]], padding=1).add_(spread(z, *x.shape[-2:]))
@@ -638,8 +640,8 @@ class DCSSDAE(nn.Module):
 
     def _latent_moments(self, z):
         if not self.config["latents"]:
-            raise ValueError("this model has no latent statistics: python -m tools.latents --ckpt F --data D --z_stats stores "
-                             "them")
+            raise ValueError("this model has no latent statistics: python -m tools.latents --ckpt F --data D "
+                             "--z_stats stores them")
         return (torch.tensor(self.config["latents"][k]).to(z)[:, None, None] for k in ("mean", "std"))
 
     def default_eta(self, steps):
