@@ -3,15 +3,20 @@
     python data.py --data demo --out grid.png            # look at your data: a grid of what training would see
 
 Images are float32 (3, size, size) in [-1, 1]. An item depends on (seed, epoch, index) alone and the order on (seed,
-epoch) alone, so a run gets the same batches with any number of workers or processes, and after a resume.
+epoch) alone, so a run gets the same batches with any number of workers or processes, and after a resume. At the end
+what every program begins with: its place among the processes, its device, files that are whole or not there.
 """
 import argparse
+import contextlib
+import ctypes
 import functools
 import os
 import sys
+import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -392,7 +397,111 @@ def make_loader(dataset, batch_size, train, workers=0, seed=0, rank=0, world=1, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Looking at images
+# Processes and devices
+
+# glibc's mallopt: what memory that is freed stays with the process.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+MMAP_MAX = 65536                                             # glibc's default number of maps of their own
+LARGEST_KEPT = 1024                                          # pixels a side up to which freed memory stays
+
+
+def setup(device=None):
+    """(rank, world, device). Under torchrun joins the process group: nccl on GPUs, gloo otherwise.
+    One process needs no launcher.
+
+    device  "cuda", "mps" or "cpu"; None: the first that is there. ValueError where there is no such device.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    name = device or best_device()
+    try:
+        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: there is no such device here") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    keep_freed_memory(True)
+    if world > 1 and not dist.is_initialized():
+        join_processes("nccl" if device.type == "cuda" else "gloo", rank, world)
+    return rank, world, device
+
+
+def best_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def join_processes(backend, rank, world):
+    """torch.distributed's process group."""
+    store, *_ = next(dist.rendezvous("env://"))
+    # Keys of its own for each restart by torchrun: the store may still hold the addresses of the processes before.
+    store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
+def keep_freed_memory(keep):
+    """Linux: let freed memory stay with the process. On CPUs, fetching pages from the system again for every large map
+    costs more time than computing on it; but the gaps between maps of gigabytes cost memory: False gives those back."""
+    settings = {
+        M_MMAP_MAX: 0 if keep else MMAP_MAX,
+        M_MMAP_THRESHOLD: 2**25,
+        M_TRIM_THRESHOLD: 2**31 - 1,
+    }
+    with contextlib.suppress(OSError, AttributeError):  # another system, another C library
+        for option, value in settings.items():
+            ctypes.CDLL("libc.so.6").mallopt(option, value)
+
+
+def guarded(main):
+    """Call main(); what the user can mend ends in one sentence and exit code 1, not in a traceback
+    (TRACEBACK=1 shows it)."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(1)  # the first process says it
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_at_least_one(args, *names):
+    """ValueError where one of these flags, a number or a list of them, is below 1."""
+    for name in names:
+        value = getattr(args, name)
+        numbers = value if isinstance(value, list) else [value]
+        if min(numbers) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {min(numbers)}")
+
+
+def gathered(value, world):
+    """[value of process 0, of process 1, ...], the same list in all processes. All must call this."""
+    values = [value]
+    if world > 1:
+        values = [None] * world
+        dist.all_gather_object(values, value)
+    return values
+
+
+def now(device):
+    """Seconds, once the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files, written whole or not at all
 
 def save_grid(path, images, pad=2):
     """Write a PNG of rows of images, white between them. images: (R, C, 3, H, W), or a list of R tensors (C, 3, H, W)
@@ -407,6 +516,18 @@ def save_grid(path, images, pad=2):
     temporary = f"{path}.{os.getpid()}.tmp"
     Image.fromarray(grid).save(temporary, format="PNG")
     os.replace(temporary, path)
+
+
+def write_whole(path, data):
+    """Text, or an array as .npy, into `path`: whole and on the disk, or not at all."""
+    with open(f"{path}.tmp", "wb") as file:
+        if isinstance(data, str):
+            file.write(data.encode())
+        else:
+            np.save(file, data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def main():

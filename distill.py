@@ -19,12 +19,13 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data import make_dataset, make_loader
-from evaluate import evaluate, guarded, image_noise, print_table, setup, write_results
+from data import guarded, make_dataset, make_loader, setup
+from evaluate import evaluate, print_table, write_results
 from losses import EqM, eqm_loss, fm_loss, fm_predict_x
-from model import DCSSDAE
+from model import DCSSDAE, check_size
+from sampler import image_noise
 
-from train import (StopSignal, append_log, autocast, bad_step, check_shared, check_size, draw, leave,  # isort: skip
+from train import (StopSignal, append_log, autocast, bad_step, check_shared, draw, leave,  # isort: skip
                    lr_factor, make_parser, open_board, open_run, peak_memory, perceptual_losses, pick_dtype,
                    save_checkpoint, shared_arguments, training_batches, update_ema)
 

@@ -22,37 +22,31 @@ A metric whose network cannot be had is "-", with the reason below.
 import argparse
 import json
 import math
-import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from data import make_dataset, make_loader, save_grid, to_rgb
-from fid import Statistics, frechet_distance
-from sampler import seeded_generator
+from model import DCSSDAE, check_size
+from sampler import image_noise, seeded_generator
 
-from launch import (LARGEST_KEPT, check_at_least_one, guarded, keep_freed_memory, load_model,  # isort: skip
-                    loader_arguments, setup, shared_arguments)
-from metrics import (cache_files, cell_steps, check_metrics, hf_energy, hf_ratio, linear_code,  # isort: skip
-                     load_cached, load_networks, mean_and_error, metric_arguments, metric_of, psnr, save_cached,
-                     shrink_enlarge, ssim, to8bit)
+from data import (LARGEST_KEPT, check_at_least_one, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
+                  make_loader, now, save_grid, setup, to_rgb, write_whole)
+from fid import (Statistics, cache_files, check_metrics, distance_between, load_cached, load_networks,  # isort: skip
+                 metric_arguments, metric_of, save_cached)
+from losses import (cell_ratio, cell_steps, hf_energy, hf_ratio, linear_code, mean_and_error, psnr,  # isort: skip
+                    shrink_enlarge, ssim, to8bit)
 
 REFERENCES = {"baseline": "shrink/enlarge x {f}", "linear": "linear code"}  # first rows of every table
 UNBIASED_FROM = 10_000                                       # images; fewer bias a Frechet distance upwards visibly
+DEFAULT_SIZE = 256                                           # pixels a side, for models that do not say theirs
 MOVED = {  # flags of earlier versions, and where they are now
-    "--bench": "python -m tools.bench",
-    "--sweep": "python -m tools.sweep",
-    "--compare": "python -m tools.compare",
-    "--field": "python -m tools.field",
-    "--latents": "python -m tools.latents --out",
-    "--latents_sample": "python -m tools.latents --sample",
-    "--z_stats": "python -m tools.latents --z_stats",
+    "--bench": "python -m tools.bench", "--sweep": "python -m tools.sweep", "--field": "python -m tools.field",
+    "--compare": "python -m tools.compare", "--latents": "python -m tools.latents --out",
+    "--latents_sample": "python -m tools.latents --sample", "--z_stats": "python -m tools.latents --z_stats",
     "--plot": "an option of python -m tools.sweep and of python -m tools.compare",
     "--calibrate": "an option of python -m tools.sweep",
     **dict.fromkeys(["--flip", "--shard"], "an option of python -m tools.latents"),
@@ -64,30 +58,16 @@ MOVED = {  # flags of earlier versions, and where they are now
 # ---------------------------------------------------------------------------------------------------------------------
 # The pass over the data
 
-def image_noise(seed, index, shape):
-    """Standard normal (len(index), *shape); row i depends on (seed, index[i]) alone: no batch, process, device."""
-    return torch.stack([torch.randn(shape, generator=seeded_generator("cpu", seed, int(i))) for i in index])
-
-
-def now(device):
-    """Seconds, once the device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
-
-
 @torch.no_grad()
-def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=None, options=None, seed=0,
-             dtype=None, rank=0, world=1, originals=None, pictures=8, progress=False):
+def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=None, seed=0, dtype=None,
+             rank=0, world=1, originals=None, pictures=8, progress=False):
     """Metrics of the reconstructions decode(encode(x).mode()), for every number of steps, in one pass.
 
     model      .encode(x).mode() -> z, .sample(z, steps, noise, **options) -> (x, nfe), .downscale; in eval mode
     loader     yields (x (b, 3, s, s) in [-1, 1], index (b,)); the part of this process, every image once in all of them
     steps      numbers of steps, or {name of the row: (steps, sampler options)}
     distances  {metric: callable (x, y) -> (b,)};  features  {metric: network of fid.py}, Frechet distances; or None
-    options    sampler options;  dtype  torch.bfloat16 for autocast in encoder and decoder, None for float32
+    dtype      torch.bfloat16 for autocast in encoder and decoder, None for float32
     rank, world  with world > 1 all processes must call this, and all get the same result
     originals  {metric: fid.Statistics of exactly these originals}, to save computing them
     Returns a dict: images, skipped (unreadable ones), rows (a dict of numbers for each of REFERENCES, then one per
@@ -95,8 +75,10 @@ def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=N
     originals.
     ValueError where no image can be read, or one comes twice.
     """
-    device, distances, features = torch.device(device), distances or {}, features or {}
-    runs = steps if isinstance(steps, dict) else {row_name(n): (n, options or {}) for n in steps}
+    device = torch.device(device)
+    distances = distances or {}
+    features = features or {}
+    runs = steps if isinstance(steps, dict) else {row_name(n): (n, {}) for n in steps}
     rows_of_table = [*REFERENCES, *runs]
     of_rows = {(row, net): Statistics(features[net].dim, device) for row in rows_of_table for net in features}
     originals = dict(originals or {})
@@ -155,11 +137,6 @@ def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=N
     return {"images": images, "skipped": len(skipped), "rows": rows, "pictures": shown, "originals": originals}
 
 
-def distance_between(a, b):
-    """Frechet distance of two fid.Statistics."""
-    return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
-
-
 def row_name(steps):
     return "1 step" if steps == 1 else f"{steps} steps"
 
@@ -197,10 +174,7 @@ def image_metrics(x, outputs, distances, f):
 def gather(part, world):
     """What all processes found, the same in each: {(row, metric): (N,)}, {row: milliseconds an image},
     {index: pictures}, set of unreadable images. In the order of the data set: no sum depends on who computed what."""
-    parts = [part]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, part)
+    parts = gathered(part, world)
     filled = [p["values"] for p in parts if p["values"]]                        # a process may have had no image at all
     if not filled:
         raise ValueError("not one image could be read")
@@ -231,20 +205,11 @@ def table_row(name, row, values, distances):
     row["psnr_pooled"] = float(psnr(values[name, "mse"].mean()))
     row["ssim"], row["ssim_se"] = mean_and_error(values[name, "ssim"])
     row["hf"], row["hf_se"] = hf_ratio(values[name, "hf"], values["original", "hf"])
-    row["cells"] = cell_ratio(values, name)
+    steps, original_steps = ((values[key, "across"], values[key, "elsewhere"]) for key in (name, "original"))
+    row["cells"] = cell_ratio(steps, original_steps)
     for metric in distances:
         row[metric], row[metric + "_se"] = mean_and_error(values[name, metric])
     return row
-
-
-def cell_ratio(values, name):
-    """Step across cell borders over that elsewhere, relative to the originals; None where there is no border."""
-    ratio = {}
-    for row in (name, "original"):
-        across, elsewhere = values[row, "across"].sum(), values[row, "elsewhere"].sum()
-        ratio[row] = float(across / elsewhere)
-    result = ratio[name] / ratio["original"] if ratio["original"] else math.nan
-    return result if math.isfinite(result) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,18 +273,6 @@ def write_results(result, out):
     write_whole(out / "metrics.json", json.dumps(numbers, indent=1) + "\n")
 
 
-def write_whole(path, data):
-    """Text, or an array as .npy, into `path`: whole and on the disk, or not at all."""
-    with open(f"{path}.tmp", "wb") as file:
-        if isinstance(data, str):
-            file.write(data.encode())
-        else:
-            np.save(file, data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Own pictures
 
@@ -347,20 +300,50 @@ def reconstruct_images(model, args, options, device, out):
         x, y = to8bit(x), to8bit(y)
         error = 4 * (x - y).abs() - 1                                           # black where there is none
         save_grid(out / f"{Path(path).name}.reconstruction.png", [torch.cat([x, y, error])])
-        c, h, w = latent_shape(model, height, width)
+        c, h, w = model.latent_shape(height, width)
         pixel_bytes, latent_bytes = 3 * height * width, 2 * c * h * w           # of 8 and 16 bit
-        print(f"{path}: {width} x {height}, PSNR {psnr((x - y).square().mean()):.2f} dB, SSIM {ssim(x, y).item():.4f}, "
+        decibels = psnr((x - y).square().mean())
+        print(f"{path}: {width} x {height}, PSNR {decibels:.2f} dB, SSIM {ssim(x, y).item():.4f}, "
               f"latent {c} x {h} x {w} of 16 bit, {pixel_bytes} : {latent_bytes} bytes = "
               f"{pixel_bytes / latent_bytes:.1f}, {seconds:.2f} s for encoding and {row_name(steps)}")
     if bad:
         raise ValueError(f"{len(bad)} of {len(args.images)} --images could not be read: {', '.join(bad)}")
 
 
-def latent_shape(model, height, width):
-    """(c, h, w) of an image's latent: `reconstruct` pads the sides to multiples of 8 and of the factor."""
-    unit = max(8, model.downscale)
-    sides = [math.ceil(side / unit) * unit // model.downscale for side in (height, width)]
-    return model.encoder.z_dim, *sides
+# ---------------------------------------------------------------------------------------------------------------------
+# What tools/ share: the flags of programs that open a trained model and a data set
+
+def shared_arguments(parser):
+    """The flags of every program that opens a trained model and a data set."""
+    add = parser.add_argument
+    add("--ckpt", required=True, metavar="FILE", help="model.safetensors written by train.py or distill.py")
+    add("--device", metavar="NAME", help="default: cuda, mps or cpu, the first that is there")
+    add("--dtype", choices=["float32", "bf16"], default="float32", help="weights and maps of both parts [%(default)s]")
+    add("--seed", type=int, default=0, help="of the decoder's noise and of posterior samples [%(default)s]")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="demo", metavar="DIR", help="demo, imagenette, cifar10 or a folder [%(default)s]")
+    add("--part", choices=["train", "val"], default="val", help="default: val; of latents' shards train")
+    add("--size", type=int, help="image side in pixels; default: the training size, else 256")
+    add("--crop", choices=["center", "adm"], default="center", help="short side, centre crop; or DC-AE's [%(default)s]")
+    add("--limit", type=int, help="N images, evenly spread over the data; default: all")
+
+
+def loader_arguments(parser):
+    parser.add_argument("--batch_size", type=int, default=32, help="images at a time in each process [%(default)s]")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images [%(default)s]")
+
+
+def load_model(args, device):
+    """The model of --ckpt in --dtype on `device`, and the image size: --size, the training's, or 256: (model, int)."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: no TF32 in decoder and LPIPS
+    model = DCSSDAE.load(args.ckpt, device=device).to(memory_format=torch.channels_last)
+    if args.dtype == "bf16":
+        model.to(torch.bfloat16)
+    notes = model.config.get("notes", {})
+    size = args.size or notes.get("size") or DEFAULT_SIZE
+    check_size(size, model)
+    keep_freed_memory(size <= LARGEST_KEPT)
+    return model, size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,9 +357,10 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared_arguments(parser)
     loader_arguments(parser)
-    parser.add_argument("--out", metavar="DIR", help="folder of what is written; default: the checkpoint's")
-    parser.add_argument("--images", nargs="+", metavar="FILE", help="instead of a data set: reconstruct pictures of any "
-                        "size with the first of --steps")
+    add = parser.add_argument
+    add("--out", metavar="DIR", help="folder of what is written; default: the checkpoint's")
+    add("--images", nargs="+", metavar="FILE", help="instead of a data set: reconstruct pictures of any size with the "
+        "first of --steps")
     add = parser.add_argument_group("sampler").add_argument
     add("--steps", type=int, nargs="+", default=[1], help="numbers of decoding steps, one row each [%(default)s]")
     add("--sampler", choices=["euler", "gd", "nesterov"], help="default: euler for FM, gd (nesterov with --mu) for EqM")

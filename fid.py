@@ -1,4 +1,4 @@
-"""Frechet distance of two sets of images (FID, FD-DINOv2), from scratch. Needs none of our other files.
+"""Frechet distance of two sets of images (FID, FD-DINOv2), from scratch; the networks of all metrics.
 
 FID (Heusel et al. 2017, arXiv 1706.08500) fits a Gaussian to 2048 features of each image set and measures the distance
 of the two Gaussians; rFID is the FID between images and their reconstructions. Small differences of protocol move it
@@ -36,6 +36,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import nn
+
+from data import best_device, gathered, import_torchvision
+from losses import LPIPSLoss, dreamsim_distance
+from model import local_file
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -352,6 +356,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross))
 
 
+def distance_between(a, b):
+    """Frechet distance of two Statistics."""
+    return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 def read_image(path, size=None):
     """(3, H, W) uint8, or None when the file cannot be decoded. size: short side to size (bilinear), centre crop."""
@@ -386,6 +395,143 @@ def folder_statistics(folder, network, device="cpu", batch_size=32, size=None):
     return statistics
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The networks of evaluate.py's metrics: those of Frechet distances, LPIPS, DreamSim
+
+SMALLEST = {"lpips_vgg": 16, "lpips_alex": 32}               # pixels; below, the network's last map has none
+
+
+def metric_arguments(parser):
+    add = parser.add_argument_group("metrics that need a network").add_argument
+    add("--lpips_net", nargs="+", choices=["vgg", "alex"], help="default: both; vgg with one --lpips_weights")
+    add("--lpips_weights", nargs="+", metavar="FILE", help="ImageNet weights, one file for each --lpips_net")
+    add("--dreamsim", action="store_true", help="also DreamSim, where that package is installed")
+    add("--features", nargs="*", default=["inception"], metavar="F", help="of Frechet distances: inception (rFID), "
+        "dinov2 (FD-DINOv2), TorchScript files that map (B, 3, H, W) in [-1, 1] to (B, D) [inception]")
+    add("--inception", metavar="FILE", help="FID's Inception weights; default: torch.hub's cache or download")
+    add("--dinov2", metavar="FILE", help="DINOv2 ViT-L/14 weights; default: torch.hub's cache or download")
+    add("--cache", default="~/.cache/dc-ssdae", help="folder for originals' statistics; '' for none [%(default)s]")
+
+
+def check_metrics(args):
+    """Complete metric_arguments' flags, and complain about them before anything is loaded."""
+    if not args.lpips_net:
+        one_file = args.lpips_weights is not None and len(args.lpips_weights) == 1
+        args.lpips_net = ["vgg"] if one_file else ["vgg", "alex"]
+    if args.lpips_weights and len(args.lpips_weights) != len(args.lpips_net):
+        raise ValueError(f"--lpips_weights needs one file for each of --lpips_net {' '.join(args.lpips_net)}")
+    if len({metric_of(name) for name in args.features}) < len(args.features):
+        raise ValueError(f"--features {' '.join(args.features)}: two of one name")
+
+
+def metric_of(features):
+    """Key of the Frechet distance in a row: rfid, fd_dinov2, fd_<file stem>."""
+    if features == "inception":
+        return "rfid"
+    if features == "dinov2":
+        return "fd_dinov2"
+    return f"fd_{Path(features).stem}"
+
+
+def wanted_networks(args, size, device):
+    """What the flags ask for: {metric: (file that the user named or None, function that builds the network)}."""
+    inception, dinov2 = local_file(args.inception), local_file(args.dinov2)
+    lpips_files = [local_file(file) for file in args.lpips_weights or [None] * len(args.lpips_net)]
+    wanted = {}
+    for net, file in zip(args.lpips_net, lpips_files, strict=True):
+        wanted[f"lpips_{net}"] = file, functools.partial(LPIPSLoss, net=net, weights=file)
+    if args.dreamsim:
+        wanted["dreamsim"] = None, functools.partial(dreamsim_distance, device)
+    for name in args.features:
+        file = {"inception": inception, "dinov2": dinov2}.get(name, name)  # of the others the name is the file
+        wanted[metric_of(name)] = file, functools.partial(load_features, name, inception, dinov2, size)
+    return wanted
+
+
+def load_networks(args, size, device, world):
+    """({metric: distance}, {metric: features}, {metric: reason why it is unavailable}); the same in all processes.
+
+    A file the user named must exist; one that was merely not found makes its metric unavailable.
+    """
+    if "dinov2" in args.features:
+        import_torchvision()  # timm imports it
+    frechet = [metric_of(name) for name in args.features]
+    distances, features, unavailable = {}, {}, {}
+    for metric, (file, build) in wanted_networks(args, size, device).items():
+        network, reason = None, None
+        least = SMALLEST.get(metric, 0)
+        if size < least:
+            reason = f"the network needs images of at least {least} px"
+        else:
+            try:
+                network = build()
+            except (FileNotFoundError, ImportError) as error:
+                if file:
+                    raise
+                reason = " ".join(str(error).split())
+        reason = first_reason(reason, world)
+        if reason:
+            unavailable[metric] = reason
+            continue
+        if isinstance(network, nn.Module):
+            network = network.to(device).eval()
+        if metric in frechet:
+            features[metric] = network
+        else:
+            distances[metric] = network
+    return distances, features, unavailable
+
+
+def first_reason(reason, world):
+    """The first reason that any process has, or None: what one process cannot load, none uses."""
+    for found in gathered(reason, world):
+        if found:
+            return found
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics of the originals, kept on disk: they are the same for every model
+
+def cache_files(args, dataset, features):
+    """{metric: path of the .npz in --cache for the statistics of these originals, prepared in this way}.
+
+    The key holds names, sizes and times of all files, or the pixels, and the first prepared image, so that neither a
+    changed data set nor a changed preparation is taken for the old one.
+    """
+    if not features or not args.cache:
+        return {}
+    files = []
+    if dataset.images.dtype.kind == "S":  # file names, not pixels
+        for path in dataset.images:
+            status = os.stat(path)
+            files.append((status.st_size, status.st_mtime_ns))
+    first = dataset[0] and dataset[0][0].numpy().tobytes()
+    key = (hashlib.sha256(dataset.images.tobytes()).hexdigest(), files, first, args.data, dataset.size, args.crop)
+    paths = {}
+    for metric, network in features.items():
+        name = hashlib.sha256(repr((key, network.sha256)).encode()).hexdigest()[:20]
+        paths[metric] = Path(args.cache).expanduser() / f"fid-{name}.npz"
+    return paths
+
+
+def load_cached(paths, world):
+    """{metric: Statistics} of the `paths` that all processes find: a home directory may not be shared."""
+    mine = {metric for metric, path in paths.items() if path.is_file()}
+    everywhere = set.intersection(*gathered(mine, world))
+    return {metric: Statistics.load(paths[metric]) for metric in everywhere}
+
+
+def save_cached(paths, result):
+    """Write a result's statistics of the originals to {metric: path}."""
+    for metric, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result["originals"][metric].save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
 def main():
     parser = argparse.ArgumentParser(description="FID between two image folders or saved statistics (.npz).")
     add = parser.add_argument
@@ -403,7 +549,7 @@ def main():
         parser.error("give two sets A B, or A and --save FILE")
     name = {"inception": "FID", "dinov2": "FD-DINOv2"}.get(args.features) or f"FD {Path(args.features).stem}"
     try:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = best_device()
         network, sets, sources = None, [], [source for source in (args.a, args.b) if source]
         for source in sources:
             if not os.path.exists(source):

@@ -1,4 +1,5 @@
-"""Training objectives: flow matching, equilibrium matching, LPIPS, REPA, KL; a GAN term, off by default.
+"""Training objectives: flow matching, equilibrium matching, LPIPS, REPA, KL; a GAN term, off by default. Then the
+distances between images that evaluate.py measures.
 
   total = (FM or EqM) + 0.5 LPIPS(x, x^) + 0.25 REPA + 1e-6 KL (+ w_gan GAN)     x^: the one-step estimate of the image
 
@@ -12,15 +13,18 @@ Conventions: images x (B, 3, H, W) in [-1, 1]; noise e ~ N(0, I); FM time t: 0 d
 g: 0 noise, 1 data; t, g (B,).
 """
 import importlib.util
+import math
 import os
 import pickle
 import struct
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from data import import_torchvision
+from encoder import LappedCode
 
 
 def per_image(s):
@@ -254,6 +258,27 @@ class REPALoss(nn.Module):
         return 1 - F.cosine_similarity(self.mlp(tokens).float(), self.target(x).float(), dim=-1).mean()
 
 
+DREAMSIM_SIZE = 224                                          # pixels a side, what its `preprocess` resizes to
+
+
+def dreamsim_distance(device):
+    """DreamSim, callable (x, y) -> (b,), on images in [-1, 1]. FileNotFoundError without the package or its weights:
+    in torch.hub's folder, else downloaded."""
+    try:
+        from dreamsim import dreamsim
+        folder = Path(torch.hub.get_dir(), "dreamsim")
+        folder.mkdir(parents=True, exist_ok=True)
+        network, _ = dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
+    except Exception as error:  # noqa: BLE001 no package, no network, an incomplete folder
+        raise FileNotFoundError(f"needs the dreamsim package and its weights: pip install dreamsim ({error})") from None
+
+    def prepared(x):
+        size = (DREAMSIM_SIZE, DREAMSIM_SIZE)
+        return F.interpolate((x + 1) / 2, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+    return lambda x, y: network(prepared(x), prepared(y))
+
+
 def _pretrained(filename, weights, what, flag, off):
     """State dict of torchvision's `filename`: from the file `weights`, torch hub's cache, or a download."""
     cached = os.path.join(torch.hub.get_dir(), "checkpoints", filename)
@@ -270,3 +295,125 @@ def _pretrained(filename, weights, what, flag, off):
     except (RuntimeError, ValueError, LookupError, EOFError, struct.error, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): "
                          f"fetch it again or give another with {flag}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distances between images, one value an image: what evaluate.py measures. Images (B, 3, H, W) in [-1, 1], already
+# through to8bit. Which of these rewards what is said in evaluate.py.
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5                            # the paper's Gaussian window, in pixels
+SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2      # the paper's (K1 L)^2 and (K2 L)^2 for 8-bit images
+HIGH_FREQUENCY = 0.25                                        # cycles a pixel: half the Nyquist frequency
+LUMA = (0.299, 0.587, 0.114)                                 # ITU-R BT.601: brightness of R, G, B
+
+
+def to8bit(x):
+    """Clamp to [-1, 1] and round to the 256 levels of an 8-bit image, any shape; stays a float in [-1, 1]."""
+    return (x.float().clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
+
+
+def psnr(mse):
+    """Peak signal-to-noise ratio in dB of a mean squared error on the [-1, 1] scale; at most 100."""
+    # PSNR = 10 log10(peak^2 / MSE), and from -1 to 1 the peak is 2
+    return 10 * torch.log10(4 / mse.double().clamp(min=4e-10))
+
+
+def ssim(x, y):
+    """Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004) at every place where the window fits. -> (B,)
+
+    K1 = 0.01, K2 = 0.03, population covariance. Images smaller than the window get the largest odd one that fits.
+    """
+    side = min(SSIM_WINDOW, (min(x.shape[-2:]) - 1) // 2 * 2 + 1)
+    if x.device.type != "mps":  # Apple GPUs have no float64
+        x, y = x.double(), y.double()
+    x, y = (x + 1) * 127.5, (y + 1) * 127.5                                     # [0, 255]
+    distance = torch.arange(side, device=x.device) - side // 2
+    window = torch.exp(-distance.to(x) ** 2 / (2 * SSIM_SIGMA**2))              # (side,)
+    window = window / window.sum()
+
+    # Local means of x, y, x^2, y^2 and x y: the window over all of them at once, along the rows, then the columns.
+    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]        # (15 B, 1, H, W)
+    maps = F.conv2d(maps, window.view(1, 1, 1, side))
+    maps = F.conv2d(maps, window.view(1, 1, side, 1))                           # (15 B, 1, H - side + 1, ...)
+    mx, my, xx, yy, xy = maps.unflatten(0, (5, len(x), 3))                      # (B, 3, 1, ...) each
+
+    # Equation 13: (2 mx my + C1) (2 cov + C2) / ((mx^2 + my^2 + C1) (var x + var y + C2))
+    covariance = xy - mx * my
+    variances = xx - mx * mx + yy - my * my
+    likeness = (2 * mx * my + SSIM_C1) * (2 * covariance + SSIM_C2)
+    largest = (mx * mx + my * my + SSIM_C1) * (variances + SSIM_C2)
+    return (likeness / largest).flatten(1).mean(1)
+
+
+def hf_energy(x):
+    """Energy of the luminance above half the Nyquist frequency. -> (B,)
+
+    The mean is removed and a Hann window laid over the image, or else its borders would count as edges.
+    """
+    luma = LUMA[0] * x[:, 0] + LUMA[1] * x[:, 1] + LUMA[2] * x[:, 2]             # (B, H, W)
+    h, w = luma.shape[1:]
+    window = torch.hann_window(h, device=x.device)[:, None] * torch.hann_window(w, device=x.device)
+    luma = (luma - luma.mean((1, 2), keepdim=True)) * window
+    power = torch.fft.fft2(luma).abs().square()
+    radius = torch.hypot(torch.fft.fftfreq(h, device=x.device)[:, None], torch.fft.fftfreq(w, device=x.device))
+    return (power * (radius > HIGH_FREQUENCY)).sum((1, 2)) / (h * w)
+
+
+def hf_ratio(energy, reference):
+    """Ratio of two sums of hf_energy over a set of images, and its standard error (linearised): (float, float).
+
+    A ratio of sums: the mean of ratios would be ruled by the flattest image. None where the reference has no energy.
+    """
+    if float(reference.sum()) <= 0:
+        return None, None
+    ratio = energy.sum() / reference.sum()
+    _, error = mean_and_error(energy - ratio * reference)
+    return float(ratio), error / float(reference.mean())
+
+
+def cell_steps(x, f):
+    """Mean step between neighbouring pixels across the borders of cells of f x f pixels, and elsewhere: (B,), (B,).
+    NaN across borders where an image is a single cell."""
+    across, elsewhere = [], []
+    for lines in (x, x.mT):
+        steps = lines.diff(dim=3).abs().mean((1, 2))                             # (B, W - 1)
+        border = torch.arange(1, lines.shape[3], device=x.device) % f == 0
+        across.append(steps[:, border])
+        elsewhere.append(steps[:, ~border])
+    return torch.cat(across, dim=1).mean(1), torch.cat(elsewhere, dim=1).mean(1)
+
+
+def cell_ratio(steps, reference):
+    """Step across cell borders over that elsewhere, relative to the originals: a float, None where there is no border.
+
+    steps, reference  cell_steps' pair for a set of images, (N,) each
+    """
+    ratios = []
+    for across, elsewhere in (steps, reference):
+        ratios.append(float(across.sum() / elsewhere.sum()))
+    ours, original = ratios
+    if original == 0 or not math.isfinite(ours / original):
+        return None
+    return ours / original
+
+
+def mean_and_error(values):
+    """Mean of (N,) values and the standard error of that mean (0 for a single image): two floats."""
+    values = values.double()
+    if len(values) == 1:
+        return float(values.mean()), 0.0
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+def shrink_enlarge(x, factor):
+    """The baseline: bilinear with antialiasing to 1/factor of each side, bilinear back."""
+    sides = [side // factor for side in x.shape[2:]]
+    small = F.interpolate(x, size=sides, mode="bilinear", antialias=True)
+    return F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def linear_code(x, f, channels):
+    """The yardstick of every autoencoder: x decoded from the linear code (encoder.LappedCode) with as many numbers an
+    image; at most the 3 f^2 of a cell, which are exact."""
+    code = LappedCode(f, min(channels, 3 * f * f)).to(x.device)
+    return code.decode(code.encode(x))

@@ -628,6 +628,12 @@ class DCSSDAE(nn.Module):
         z = self.encode(pad_to_multiple(x, max(8, self.downscale))).mode()
         return self.decode(z, steps, noise, generator, **options)[..., :H, :W]
 
+    def latent_shape(self, height, width):
+        """(c, h, w) of an image's latent; `reconstruct` pads the sides to multiples of 8 and of the factor."""
+        unit = max(8, self.downscale)
+        h, w = (math.ceil(side / unit) * unit // self.downscale for side in (height, width))
+        return self.encoder.z_dim, h, w
+
     def normalize(self, z):
         """Latents -> mean 0, standard deviation 1 per channel over --z_stats's data: for training on latents."""
         mean, std = self._latent_moments(z)
@@ -762,6 +768,15 @@ def pad_to_multiple(x, unit):
         i = torch.arange(math.ceil(n / unit) * unit, device=x.device) % max(1, 2 * (n - 1))  # up ...
         x = x.index_select(dim, torch.minimum(i, 2 * (n - 1) - i))  # ... and down again
     return x
+
+
+def check_size(size, model):
+    """ValueError unless --size fits the encoder's cells and the decoder's levels."""
+    unit = max(8, model.downscale)
+    if size < unit or size % unit:
+        raise ValueError(f"--size {size} is not a multiple of {unit}, "
+                         f"which {model.config['enc']} and the decoder need: "
+                         f"take {max(1, size // unit) * unit} or {(size // unit + 1) * unit}")
 
 
 def local_file(path):

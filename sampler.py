@@ -81,3 +81,8 @@ def seeded_generator(device, *key):
     batch or process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def image_noise(seed, index, shape):
+    """Standard normal (len(index), *shape); row i depends on (seed, index[i]) alone: no batch, process, device."""
+    return torch.stack([torch.randn(shape, generator=seeded_generator("cpu", seed, int(i))) for i in index])

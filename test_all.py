@@ -601,7 +601,7 @@ def test_the_lapped_code_is_no_worse_than_principal_components(f, c):
     lapped = code.decode(z).double()
 
     def quality(y):
-        return evaluate.psnr((y - x).square().mean((1, 2, 3))).mean()
+        return losses.psnr((y - x).square().mean((1, 2, 3))).mean()
 
     assert quality(lapped) > quality(components) - 0.1
     deviations = z.std((0, 2, 3))
@@ -951,7 +951,7 @@ def test_latent_statistics_are_stored_in_the_model(tmp_path):
     x = torch.stack([dataset[i][0] for i in range(16)])
     with torch.no_grad():
         posterior = loaded.encode(x)
-        z = posterior.sample(evaluate.image_noise(0, range(16), posterior.mean.shape[1:]))
+        z = posterior.sample(sampler.image_noise(0, range(16), posterior.mean.shape[1:]))
     stored = loaded.config["latents"]
     assert np.allclose(stored["mean"], z.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
     assert np.allclose(stored["std"], z.transpose(0, 1).flatten(1).std(dim=1, correction=0), rtol=1e-3)
@@ -1840,23 +1840,23 @@ def demo_batch(n=3, size=48):
 
 def test_to8bit_and_psnr():
     x = torch.tensor([-3.0, -1, -0.999, 0.0, 0.5, 1, 7])
-    levels = (evaluate.to8bit(x) + 1) * 127.5
+    levels = (losses.to8bit(x) + 1) * 127.5
     torch.testing.assert_close(levels, torch.tensor([0.0, 0, 0, 128, 191, 255, 255]), rtol=0, atol=1e-4)
-    assert torch.equal(evaluate.to8bit(evaluate.to8bit(x)), evaluate.to8bit(x))
+    assert torch.equal(losses.to8bit(losses.to8bit(x)), losses.to8bit(x))
     one_level = torch.tensor((2 / 255) ** 2)
-    assert float(evaluate.psnr(one_level)) == pytest.approx(20 * math.log10(255), abs=1e-5)  # 48.13 dB
-    assert float(evaluate.psnr(torch.tensor(0.0))) == pytest.approx(100)
+    assert float(losses.psnr(one_level)) == pytest.approx(20 * math.log10(255), abs=1e-5)  # 48.13 dB
+    assert float(losses.psnr(torch.tensor(0.0))) == pytest.approx(100)
 
 
 def test_ssim_equals_scikit_image():
-    x = evaluate.to8bit(demo_batch())
+    x = losses.to8bit(demo_batch())
     noise = 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    assert evaluate.ssim(x, x).tolist() == pytest.approx([1] * 3, abs=1e-6)
+    assert losses.ssim(x, x).tolist() == pytest.approx([1] * 3, abs=1e-6)
     for side in (1, 5, 8):  # smaller than the window
-        assert bool(evaluate.ssim(x[..., :side], x[..., :side] * 0.5).isfinite().all())
+        assert bool(losses.ssim(x[..., :side], x[..., :side] * 0.5).isfinite().all())
     peer = pytest.importorskip("skimage.metrics")
-    for y in (evaluate.to8bit(x + noise), evaluate.to8bit(F.avg_pool2d(x, 3, 1, 1)), -x, torch.ones_like(x)):
-        for k, got in enumerate(evaluate.ssim(x, y)):
+    for y in (losses.to8bit(x + noise), losses.to8bit(F.avg_pool2d(x, 3, 1, 1)), -x, torch.ones_like(x)):
+        for k, got in enumerate(losses.ssim(x, y)):
             a, b = (((t[k] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for t in (x, y))
             want = peer.structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
                                               data_range=255, channel_axis=2)
@@ -1865,16 +1865,16 @@ def test_ssim_equals_scikit_image():
 
 def test_hf_ratio_sees_blur_and_noise():
     x = demo_batch()
-    energy = evaluate.hf_energy(x)
-    blurred = evaluate.hf_ratio(evaluate.hf_energy(F.avg_pool2d(x, 3, 1, 1)), energy)[0]
-    noisy = evaluate.hf_ratio(evaluate.hf_energy(x + 0.3 * torch.randn_like(x)), energy)[0]
-    assert evaluate.hf_ratio(energy, energy) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
+    energy = losses.hf_energy(x)
+    blurred = losses.hf_ratio(losses.hf_energy(F.avg_pool2d(x, 3, 1, 1)), energy)[0]
+    noisy = losses.hf_ratio(losses.hf_energy(x + 0.3 * torch.randn_like(x)), energy)[0]
+    assert losses.hf_ratio(energy, energy) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
     assert blurred < 0.5 and noisy > 1.2
-    assert evaluate.hf_ratio(evaluate.hf_energy(0.5 * x), energy)[0] == pytest.approx(0.25, rel=1e-4)  # an energy
-    flat = evaluate.hf_energy(torch.full((2, 3, 16, 16), 0.3))
-    assert evaluate.hf_ratio(flat, torch.zeros(2)) == (None, None)
+    assert losses.hf_ratio(losses.hf_energy(0.5 * x), energy)[0] == pytest.approx(0.25, rel=1e-4)  # an energy
+    flat = losses.hf_energy(torch.full((2, 3, 16, 16), 0.3))
+    assert losses.hf_ratio(flat, torch.zeros(2)) == (None, None)
     ramp = torch.linspace(-1, 1, 48).expand(1, 3, 48, 48)  # low frequencies only, though its borders do not match
-    assert float(evaluate.hf_energy(ramp)) < 1e-3 * float(energy.mean())
+    assert float(losses.hf_energy(ramp)) < 1e-3 * float(energy.mean())
 
 
 class TinyInception(nn.Module):
@@ -1928,8 +1928,8 @@ def test_evaluate_gives_the_expected_numbers():
     rows = result["pictures"]
     assert len(rows) == 5 and all(row.shape == (6, 3, 32, 32) for row in rows) and torch.equal(rows[0], rows[3])
     code = LappedCode(8, 3)  # as many numbers as the "latent" here has channels
-    mse = (evaluate.to8bit(code.decode(code.encode(x))) - evaluate.to8bit(x)).square().mean((1, 2, 3))
-    assert linear["psnr"] == pytest.approx(float(evaluate.psnr(mse).mean()), abs=1e-4)
+    mse = (losses.to8bit(code.decode(code.encode(x))) - losses.to8bit(x)).square().mean((1, 2, 3))
+    assert linear["psnr"] == pytest.approx(float(losses.psnr(mse).mean()), abs=1e-4)
     assert one["cells"] == pytest.approx(1) and 0.5 < linear["cells"] < 2
     cells = F.avg_pool2d(x, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
     flat = evaluate.evaluate(FakeAutoencoder(lambda z, *_: cells[:len(z)]), [(x, torch.arange(6))])["rows"][2]
@@ -1954,8 +1954,8 @@ def test_noise_depends_on_seed_and_index_alone():
     values = [evaluate.evaluate(noisy, batches_of(x, batch), seed=seed)["rows"][2]["psnr"]
               for batch, seed in ((5, 0), (2, 0), (5, 1))]
     assert values[0] == pytest.approx(values[1], rel=1e-7) and values[0] != values[2]
-    a, b = evaluate.image_noise(0, [3, 2**33], (3, 8, 8))
-    assert torch.equal(a, evaluate.image_noise(0, torch.tensor([3]), (3, 8, 8))[0]) and not torch.equal(a, b)
+    a, b = sampler.image_noise(0, [3, 2**33], (3, 8, 8))
+    assert torch.equal(a, sampler.image_noise(0, torch.tensor([3]), (3, 8, 8))[0]) and not torch.equal(a, b)
 
 
 def test_rfid_of_a_perfect_decoder_is_zero_and_originals_are_reused():
@@ -1978,7 +1978,7 @@ def run_main(module, monkeypatch, *argv):
     """A command in this process, where its parts can be replaced."""
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
     if module is evaluate or module.__name__.startswith("tools."):
-        evaluate.guarded(module.main)
+        data.guarded(module.main)
     else:  # guards itself
         module.main()
 
@@ -2516,7 +2516,7 @@ def test_several_features_and_dreamsim_in_one_pass(tmp_path, checkpoint, offline
         assert (a["rfid"], a["fd_mine"]) == (pytest.approx(b["rfid"], rel=1e-6), pytest.approx(b["fd_mine"], rel=1e-6))
     assert calls == [4, 4, 4, 1, 1, 1] * 2  # baseline, linear code and one step, batches of 4 and 1
     x = torch.stack([data.make_dataset("demo", 32, False, limit=5)[i][0] for i in range(5)])
-    y = evaluate.to8bit(evaluate.shrink_enlarge(x, 8))
+    y = losses.to8bit(losses.shrink_enlarge(x, 8))
     small = [F.interpolate(v / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1) for v in (x, y)]
     want = (small[0] - small[1]).abs().mean((1, 2, 3))
     assert rows[0][0]["dreamsim"] == pytest.approx(float(want.mean()), rel=1e-4)
@@ -2637,7 +2637,7 @@ def test_own_pictures(tmp_path, checkpoint, monkeypatch, capsys):
     assert len(lines) == 3 and (tmp_path / "a.png").read_bytes() == before
     for line, (name, (w, h)), k in zip(lines, sizes.items(), (0, 2, 4), strict=True):
         x = torch.from_numpy(np.array(Image.open(tmp_path / name).convert("RGB"))).permute(2, 0, 1)[None].float()
-        generator = evaluate.seeded_generator("cpu", 0, k)
+        generator = sampler.seeded_generator("cpu", 0, k)
         with torch.no_grad():
             y = model.reconstruct(x / 127.5 - 1, 2, generator=generator)
         y = (y.clamp(-1, 1) * 127.5 + 127.5).round()
@@ -2743,7 +2743,7 @@ def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, mon
     assert z.shape == (5, 2, 4, 4, 4) and (np.load(tmp_path / "z" / "labels_00000.npy") == -1).all()
     dataset = data.make_dataset("demo", 32, False, limit=5, split="train")
     x = torch.stack([dataset[i][0] for i in range(5)])
-    noise = evaluate.image_noise(0, range(5), (2, 4, 4, 4))
+    noise = sampler.image_noise(0, range(5), (2, 4, 4, 4))
     model = DCSSDAE.load(checkpoint)
     for k, v in enumerate((x, x.flip(3))):
         with torch.no_grad():
@@ -2987,7 +2987,7 @@ def child(module, argv, env, output, sabotage):
 
     train.draw = distill.draw = drawing
     try:
-        evaluate.guarded({"train": train, "distill": distill}[module].main)
+        data.guarded({"train": train, "distill": distill}[module].main)
     finally:
         train.kill_workers()  # forked children skip atexit
 
@@ -3521,7 +3521,7 @@ def test_field_picture(tmp_path, monkeypatch, loss):
         assert (tile - y).abs().max() <= 1, (row, column)
 
     x = data.make_dataset("demo", 32, train=False)[3][0][None]
-    e, z, rms = evaluate.image_noise(5, [3], x.shape[1:]), model.encode(x).mode(), None
+    e, z, rms = sampler.image_noise(5, [3], x.shape[1:]), model.encode(x).mode(), None
     fm, path, previous, iterates = loss == "fm", e, e, [e]
     for j, g in enumerate(torch.tensor([[0.0], [0.2], [0.4], [0.6], [0.8], [1.0]])):
         mixed = g * x + (1 - g) * e
@@ -3530,7 +3530,7 @@ def test_field_picture(tmp_path, monkeypatch, loss):
         rms = rms or float(f.square().mean().sqrt())
         for row, y in enumerate((mixed, estimate, f / rms / 2)):
             check(row, j, y)
-        db = evaluate.psnr((evaluate.to8bit(estimate) - evaluate.to8bit(x)).square().mean())
+        db = losses.psnr((losses.to8bit(estimate) - losses.to8bit(x)).square().mean())
         numbers = [float(v) for v in re.findall(r"^[gt] = (\S+): estimate (\S+) dB, field rms (\S+);", text[j])[0]]
         wanted = float(1 - g if fm else g), float(db), float(f.square().mean().sqrt())
         assert numbers == pytest.approx(wanted, abs=0.006)

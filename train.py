@@ -32,10 +32,10 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data import make_dataset, make_loader
+from data import check_at_least_one, gathered, guarded, make_dataset, make_loader, setup
 from encoder import parse_name
-from evaluate import evaluate, guarded, print_table, setup, write_results
-from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, local_file
+from evaluate import evaluate, print_table, write_results
+from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, check_size, local_file
 from sampler import seeded_generator
 
 from losses import (EqM, LPIPSLoss, PatchGAN, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix,  # isort: skip
@@ -194,14 +194,6 @@ def shared_arguments(p):
     return optimisation, run
 
 
-def check_size(size, model):
-    unit = max(8, model.downscale)
-    if size < unit or size % unit:
-        raise ValueError(f"--size {size} is not a multiple of {unit}, "
-                         f"which {model.config['enc']} and the decoder need: "
-                         f"take {max(1, size // unit) * unit} or {(size // unit + 1) * unit}")
-
-
 def check_args(args):
     """Complaints about train.py's own flags and combinations, before anything is built on them."""
     if args.phase in (2, 3) and not (args.init_from or args.resume):
@@ -225,9 +217,7 @@ def check_shared(args, world):
     """Complaints about the flags of shared_arguments."""
     if args.batch_size < 1 or args.batch_size % world:
         raise ValueError(f"--batch_size {args.batch_size} must be a positive multiple of the {world} processes")
-    for name in ("steps", "log_every", "save_every", "eval_images", "keep"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    check_at_least_one(args, "steps", "log_every", "save_every", "eval_images", "keep")
     if not (0 <= args.ema < 1 and 0 <= args.decay <= 1):
         raise ValueError(f"--ema must lie in [0, 1) and --decay in [0, 1], got {args.ema} and {args.decay}")
 
@@ -306,9 +296,7 @@ def bad_step(step, bad, norm, totals, index, rank, world):
     if rank == 0:
         tqdm.write(f"warning: step {step} skipped, {what}")
     if bad == 10:
-        images = [index.tolist()] * world
-        if world > 1:
-            dist.all_gather_object(images, index.tolist())
+        images = gathered(index.tolist(), world)
         raise ValueError(f"ten steps in a row were skipped, the last is {step}, {what}, images "
                          f"{', '.join(str(i) for part in images for i in part)}: lower --lr, or use --dtype float32; "
                          "the last checkpoint is kept")
@@ -461,8 +449,7 @@ def open_run(args, rank, world):
     except (OSError, ValueError) as error:
         problem = error
     if world > 1:
-        views = [None] * world
-        dist.all_gather_object(views, str(problem) if problem else checkpoint and checkpoint["step"])
+        views = gathered(str(problem) if problem else checkpoint and checkpoint["step"], world)
         if len(set(views)) > 1:
             problem = problem or ValueError(f"the processes find different checkpoints in {args.out}: "
                                             "all nodes need the same folder")

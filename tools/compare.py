@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import guarded
 from evaluate import print_table
-from launch import guarded
-from metrics import mean_and_error
+from losses import mean_and_error
 
 AVERAGED = "gain|psnr|ssim|hf|lpips_.{3,4}|dreamsim|rfid|fd_.*|minutes"     # columns of the table; not their errors
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what a damaged file may lead to

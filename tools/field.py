@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import make_dataset, save_grid
-from evaluate import image_noise
-from launch import guarded, load_model, setup, shared_arguments
-from losses import EqM, fm_mix, fm_predict_x
-from metrics import psnr, to8bit
-from sampler import euler
+from data import guarded, make_dataset, save_grid, setup
+from evaluate import load_model, shared_arguments
+from losses import EqM, fm_mix, fm_predict_x, psnr, to8bit
+from sampler import euler, image_noise
 
 LEVELS = 6                                                   # columns, from pure noise to data
 SHOWN = (0, 1, 2, 4, 8, 16)                                  # steps after which the path is shown, one a column

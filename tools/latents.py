@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import collate, make_dataset
-from evaluate import image_noise, write_whole
-from launch import check_at_least_one, guarded, load_model, loader_arguments, setup, shared_arguments
+from data import check_at_least_one, collate, gathered, guarded, make_dataset, setup, write_whole
+from evaluate import load_model, loader_arguments, shared_arguments
 from model import local_file, read_weights
+from sampler import image_noise
 
 LARGEST_HALF = 65504                                         # where float16 ends
 
@@ -139,12 +139,8 @@ def finish_all(model, dataset, what, args, rank, world, device):
         if world == 1:
             raise
         problem = str(error)
-    if world == 1:
-        return found
-    parts = [None] * world
-    dist.all_gather_object(parts, (found, problem))
     merged = {}
-    for part, its_problem in parts:
+    for part, its_problem in gathered((found, problem), world):
         if its_problem:
             raise ValueError(its_problem)  # in all processes, whoever met it
         merged |= part

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import make_dataset, make_loader
-from evaluate import evaluate, report, write_whole
-from launch import check_at_least_one, guarded, load_model, loader_arguments, setup, shared_arguments
-from metrics import check_metrics, load_networks, metric_arguments
+from data import check_at_least_one, guarded, make_dataset, make_loader, setup, write_whole
+from evaluate import evaluate, load_model, loader_arguments, report, shared_arguments
+from fid import check_metrics, load_networks, metric_arguments
 
 COUNTS = [1, 2, 3, 4, 8, 16, 25]                             # numbers of steps
 MOMENTA = (0.3, 0.6, 0.9)                                    # Nesterov's mu
