@@ -11,23 +11,21 @@ model.safetensors, reconstructions.png, metrics.json, log.jsonl.
 import copy
 import math
 import os
-import time
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from data import guarded, make_dataset, make_loader, setup
 from evaluate import evaluate, print_table, write_results
-from losses import EqM, eqm_loss, fm_loss, fm_predict_x
+from losses import EqM
 from model import DCSSDAE, check_size
 from sampler import image_noise
 
-from train import (StopSignal, append_log, autocast, bad_step, check_shared, draw, leave,  # isort: skip
-                   lr_factor, make_parser, open_board, open_run, peak_memory, perceptual_losses, pick_dtype,
-                   save_checkpoint, shared_arguments, training_batches, update_ema)
+from train import (VALIDATION_BATCH, Run, append_log, autocast, check_shared, data_parallel, draw,  # isort: skip
+                   finish_step, make_optimizer, make_parser, matching, open_board, open_run, perceptual_losses,
+                   pick_dtype, restore, set_learning_rate, shared_arguments, skip_step, summed, training_batches,
+                   update_ema)
 
 
 def get_args(argv=None):
@@ -57,14 +55,9 @@ class OneStep(nn.Module):
 
     def forward(self, z, e, target):
         """z latents, e noise (B, 3, H, W), target x_T (B, 3, H, W) -> {name: scalar}."""
-        if self.eqm is None:
-            t = torch.ones(len(e), device=e.device)
-            v, tokens = self.decoder.forward_with_tokens(e, z, t)
-            terms, estimate = {"fm": fm_loss(v, target, e)}, fm_predict_x(e, v.float(), t)
-        else:
-            g = torch.zeros(len(e), device=e.device)
-            f, tokens = self.decoder.forward_with_tokens(e, z)
-            terms, estimate = {"eqm": eqm_loss(f, target, e, g, self.eqm)}, self.eqm.predict_x(e, f.float(), g)
+        # Pure noise is level t = 1 of FM, g = 0 of EqM.
+        level = torch.full((len(e),), 1.0 if self.eqm is None else 0.0, device=e.device)
+        terms, estimate, tokens = matching(self.decoder.forward_with_tokens, self.eqm, target, e, z, level)
         if self.lpips[0] is not None:
             terms["lpips"] = self.lpips[0](target, estimate).mean()
         if self.repa is not None:
@@ -84,8 +77,9 @@ def closeness(teacher, student, loader, teacher_steps, options, device, dtype, s
         with autocast(device, dtype):
             z = teacher.encode(x.to(device)).mode()
             target = teacher.decode(z, teacher_steps, noise, **options)
-            for i, m in enumerate((teacher, student)):
-                sums[i] += (m.decode(z, 1, noise) - target).float().square().mean(dim=(1, 2, 3)).sum().item()
+            for i, model in enumerate((teacher, student)):
+                distance = (model.decode(z, 1, noise) - target).float().square().mean(dim=(1, 2, 3))      # (b,)
+                sums[i] += distance.sum().item()
         count += len(x)
     return (sums / count).tolist()
 
@@ -95,6 +89,8 @@ def main():
     rank, world, device = setup(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
+
+    # Teacher, and what it decides
     teacher = DCSSDAE.load(args.ckpt).requires_grad_(False)
     notes = teacher.config["notes"]
     args.size = args.size or notes.get("size") or 128
@@ -102,86 +98,82 @@ def main():
         args.w_lpips = 0.5 if notes.get("w_lpips", 0.5) else 0.0
     check_size(args.size, teacher)
     check_shared(args, world)
-    options = {k: getattr(args, k) for k in ("t_shift", "eta", "mu") if getattr(args, k) is not None}
+    options = {}  # of the teacher's sampler
+    for name in ("t_shift", "eta", "mu"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+
+    # Data, student, objective, optimiser
     checkpoint, log_path, _ = open_run(args, rank, world)
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
     lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank)
-
     teacher.to(device, memory_format=torch.channels_last)
     student = copy.deepcopy(teacher)
     student.config["notes"] = dict(notes, distilled_from_steps=args.teacher_steps, left_out=left_out)
     student.decoder.requires_grad_(True)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
-    objective = OneStep(student, lpips and lpips.to(device), repa).to(device)
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.99),
-                                  fused=device.type != "mps")
-    parts = {"model": student, "ema": ema, "repa": repa and repa.mlp, "optimizer": optimizer}
-    for name, part in parts.items() if checkpoint else ():
-        if part:
-            part.load_state_dict(checkpoint[name])
-    start, skipped = (checkpoint["step"], checkpoint.get("skipped", 0)) if checkpoint else (0, 0)
-    parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
+    if lpips is not None:
+        lpips.to(device)
     weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa}
+    objective = OneStep(student, lpips, repa).to(device)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = make_optimizer(trained, args, device)
 
-    local = args.batch_size // world
-    z_shape = (teacher.encoder.z_dim, args.size // teacher.downscale, args.size // teacher.downscale)
+    # The run
+    parts = {"model": student, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer}
+    start, skipped = restore(parts, checkpoint)
+    parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start)
     board = open_board(args, start) if rank == 0 else None
-    stop, bad, clock, clock_step = StopSignal(), 0, time.time(), start
-    bar = tqdm(total=args.steps, initial=start, disable=rank != 0, unit="step", dynamic_ncols=True)
+    run = Run(args, rank, world, device, log_path, board, parts, start, skipped)
+    local = args.batch_size // world                                            # images of this process
+    z_shape = teacher.latent_shape(args.size, args.size)
+
     for step in range(start, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * lr_factor(step, args)
+        # Draw
+        set_learning_rate(optimizer, step, args)
         x, index = next(batches)
-        x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
-        e, eps, _ = draw(args.seed, step, range(rank * local, (rank + 1) * local), x.shape[1:], z_shape, device)
+        x = x.to(device, memory_format=torch.channels_last, non_blocking=True)  # (local, 3, size, size)
+        rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
+        e, eps, _ = draw(args.seed, step, rows, x.shape[1:], z_shape, device)
         e = e.contiguous(memory_format=torch.channels_last)
+
+        # Teacher, student, backward
         with autocast(device, dtype):
             with torch.no_grad():
                 z = teacher.encode(x).sample(eps)
                 target = teacher.decode(z, args.teacher_steps, e, **options).float()
             terms = parallel(z, e, target)
-        loss = sum(weights[name] * term for name, term in terms.items())
-        loss.backward()
+        terms["loss"] = sum(weights[name] * term for name, term in terms.items())
+        terms["loss"].backward()
         norm = clip_grad_norm_(trained, args.grad_clip).item()
 
-        shared = torch.stack([t.detach().float() for t in (*terms.values(), loss)]
-                             + [torch.tensor(float(stop.received > 0), device=device)])
-        if world > 1:
-            dist.all_reduce(shared)
-        totals = dict(zip([*terms, "loss"], (shared[:-1] / world).tolist()))
+        # One small sum over the processes: loss terms, and whether anybody was asked to stop
+        shared = [term.detach().float() for term in terms.values()]
+        shared.append(torch.tensor(float(run.stop.received > 0), device=device))
+        shared = summed(torch.stack(shared), device, world)
+        totals, stopped = dict(zip(terms, (shared[:-1] / world).tolist())), shared[-1] > 0
+
+        # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients
         if math.isfinite(norm) and shared.isfinite().all():
             optimizer.step()
             update_ema(ema, student, args.ema, step - args.ema_start)
-            bad = 0
+            run.skipped_in_a_row = 0
         else:
-            bad, skipped = bad + 1, skipped + 1
-            bad_step(step, bad, norm, totals, index, rank, world)
+            skip_step(run, norm, totals, index)
         optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
-        bar.update()
-        if rank == 0 and (done % args.log_every == 0 or done == args.steps):
-            rate = (done - clock_step) * args.batch_size / (time.time() - clock)
-            clock, clock_step = time.time(), done
-            bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
-            append_log(log_path, board, done, images=done * args.batch_size, **totals,
-                       lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
-                       skipped=skipped, images_per_s=rate, peak_mib=peak_memory(device))
-        stopped = shared[-1] > 0
-        if rank == 0 and (stopped or done % args.save_every == 0 or done == args.steps):
-            state = {name: part and part.state_dict() for name, part in parts.items()}
-            save_checkpoint(args.out, {"step": done, "skipped": skipped, "args": vars(args), **state}, args.keep, ema)
-        if stopped:
-            leave(bar, done, stop, rank, world)
-    bar.close()
-    result = evaluate(ema, make_loader(val, 64 * world, train=False, rank=rank, world=world), device, steps=[1],
-                      seed=args.seed, dtype=dtype, rank=rank, world=world)
+        # Log and save
+        finish_step(run, totals, norm, stopped)
+
+    # Evaluate
+    run.bar.close()
+    loader = make_loader(val, VALIDATION_BATCH * world, train=False, rank=rank, world=world)
+    result = evaluate(ema, loader, device, steps=[1], seed=args.seed, dtype=dtype, rank=rank, world=world)
     if rank == 0:
-        before, after = closeness(teacher, ema, make_loader(val, 64, train=False), args.teacher_steps,
-                                  options, device, dtype, args.seed)
+        loader = make_loader(val, VALIDATION_BATCH, train=False)
+        before, after = closeness(teacher, ema, loader, args.teacher_steps, options, device, dtype, args.seed)
         result["mse_to_teacher"] = {"teacher_steps": args.teacher_steps, "undistilled": before, "distilled": after}
         write_results(result, args.out)
         append_log(log_path, board, args.steps, result["pictures"], eval=result["rows"],

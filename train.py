@@ -70,6 +70,10 @@ FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights"
 LINEAR = {"both": (True, True), "encoder": (True, False), "decoder": (False, True), "off": (False, False)}
 FITTED_COEFFICIENTS = 8  # for each latent channel, of a decoder fitted to a given encoder: those beyond are too fine to
 #                          be guessed linearly
+BETAS = (0.9, 0.99)  # AdamW's memory: about 10 steps of the gradient, 100 of its square
+GAN_BETAS = (0.5, 0.9)  # the discriminator's, as VQGAN's: it chases a target that moves
+MOST_SKIPPED = 10  # steps in a row that are not finite: what goes wrong so often will not go away
+VALIDATION_BATCH = 64  # images at a time in each process
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,20 +126,32 @@ def get_args(argv=None):
     run("--eval_steps", type=int, nargs="+", default=[1, 4], help="sampler steps of evaluations %(default)s")
 
     known = p.parse_known_args(argv)[0]
-    p.set_defaults(**{**PHASES.get(known.phase, {}), **PRESETS.get(known.preset, {})})
-    config = DCSSDAE.load(known.init_from).config if known.init_from else {}
-    if config:
-        parts = bool(config["linear_encoder"]), bool(config["linear_decoder"])
-        config["linear"] = next(name for name, value in LINEAR.items() if value == parts)
-    p.set_defaults(**{name: config[name] for name in MODEL_FLAGS if config})
+    p.set_defaults(**PHASES.get(known.phase, {}))
+    p.set_defaults(**PRESETS.get(known.preset, {}))
+    given = model_flags(known.init_from) if known.init_from else {}
+    p.set_defaults(**given)
     args = p.parse_args(argv)
-    differ = [name for name in MODEL_FLAGS if config and config[name] != getattr(args, name)]
+    differ = [name for name in given if given[name] != getattr(args, name)]
     if differ:
-        raise ValueError(f"--init_from {args.init_from} holds a model with{flags(config, differ)}, "
+        raise ValueError(f"--init_from {args.init_from} holds a model with{flags(given, differ)}, "
                          f"but{flags(vars(args), differ)} was given: leave it out, the file decides")
-    name = f"{args.preset or args.enc}_{args.loss}" + (f"_phase{args.phase}" if args.phase else "")
-    args.out = args.out or os.path.join("runs", name)
+    if not args.out:
+        name = f"{args.preset or args.enc}_{args.loss}"
+        if args.phase:
+            name += f"_phase{args.phase}"
+        args.out = os.path.join("runs", name)
     return args
+
+
+def model_flags(path):
+    """The flags that describe the model in a file: {name: value}."""
+    config = DCSSDAE.load(path).config
+    values = {name: config[name] for name in MODEL_FLAGS if name != "linear"}
+    parts = bool(config["linear_encoder"]), bool(config["linear_decoder"])
+    for name, starts in LINEAR.items():
+        if starts == parts:
+            values["linear"] = name
+    return values
 
 
 def make_parser(doc, epilog):
@@ -211,7 +227,7 @@ def check_args(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces that distill.py shares
+# Pieces that distill.py shares: what is built
 
 def check_shared(args, world):
     """Complaints about the flags of shared_arguments."""
@@ -225,8 +241,11 @@ def check_shared(args, world):
 def pick_dtype(name, device):
     """torch.bfloat16 or None (float32, no autocast)."""
     if name == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        name = "bf16" if fast or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()) else "float32"
+        if device.type == "cuda":
+            is_fast = torch.cuda.is_bf16_supported()
+        else:
+            is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if is_fast else "float32"
     return torch.bfloat16 if name == "bf16" else None
 
 
@@ -240,76 +259,35 @@ def perceptual_losses(args, width, rank):
     A network that cannot be had stops the program, so that an objective never changes silently; only on the built-in
     images, which anybody should be able to try offline, is the term left out, in one visible line.
     """
-    built, left_out = [], {}
-    for name, weight, build in (("lpips", args.w_lpips, lambda: LPIPSLoss("vgg", local_file(args.lpips_weights))),
-                                ("repa", args.w_repa, lambda: REPALoss(width, local_file(args.repa_weights)))):
-        module = None
+    networks, left_out = {"lpips": None, "repa": None}, {}
+    for name, weight in (("lpips", args.w_lpips), ("repa", args.w_repa)):
+        if not weight:
+            continue
+        file = getattr(args, f"{name}_weights")
         try:
-            module = build() if weight else None
+            if name == "lpips":
+                networks[name] = LPIPSLoss("vgg", local_file(file))
+            else:
+                networks[name] = REPALoss(width, local_file(file))
         except WeightsUnavailable as error:
-            if args.data != "demo" or getattr(args, f"{name}_weights"):
+            if args.data != "demo" or file:
                 raise
             left_out[name] = str(error)
             if rank == 0:
                 print(f"NOTE: training WITHOUT {name.upper()} on the built-in images: {error}", flush=True)
-        built.append(module)
-    return *built, left_out
+    return networks["lpips"], networks["repa"], left_out
 
 
-def draw(seed, step, rows, x_shape, z_shape, device, t_mean=None):
-    """What is random in a step, per sample from (seed, step, row): noise e (B, *x_shape), posterior noise
-    (B, *z_shape), level s (B,).
-
-    t_mean  None: s ~ U(0, 1), EqM's g. A number: s = sigmoid(n), n ~ N(t_mean, 1), FM's t (SSDD).
-    """
-    e, eps, s = [], [], []
-    for row in rows:
-        gen = seeded_generator(device, seed, step, row)
-        s.append(torch.rand((), generator=gen, device=device) if t_mean is None else
-                 (torch.randn((), generator=gen, device=device) + t_mean).sigmoid())
-        eps.append(torch.randn(z_shape, generator=gen, device=device))
-        e.append(torch.randn(x_shape, generator=gen, device=device))
-    return torch.stack(e), torch.stack(eps), torch.stack(s)
+def make_optimizer(parameters, args, device):
+    return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, betas=BETAS,
+                             fused=device.type != "mps")
 
 
-def lr_factor(step, args):
-    """Linear warm-up, constant, linear fall to zero over the last `decay` of the steps."""
-    left = (args.steps - step) / max(1.0, args.decay * args.steps) if args.decay else 1.0
-    return min(1.0, (step + 1) / max(1, args.warmup), left)
-
-
-@torch.no_grad()
-def update_ema(ema, model, decay, step):
-    """Parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) * model; faster in
-    the first steps, a copy before step 0."""
-    decay = min(decay, (1 + step) / (10 + step)) if step >= 0 else 0.0
-    for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
-        if a.is_floating_point():
-            a.lerp_(b, 1 - decay)
-        else:
-            a.copy_(b)
-
-
-def bad_step(step, bad, norm, totals, index, rank, world):
-    """Say that a step was skipped; ValueError, on all ranks, where it is the tenth in a row."""
-    what = f"not finite: gradient norm {norm:.4g}, " + ", ".join(f"{k} {v:.4g}" for k, v in totals.items())
-    if rank == 0:
-        tqdm.write(f"warning: step {step} skipped, {what}")
-    if bad == 10:
-        images = gathered(index.tolist(), world)
-        raise ValueError(f"ten steps in a row were skipped, the last is {step}, {what}, images "
-                         f"{', '.join(str(i) for part in images for i in part)}: lower --lr, or use --dtype float32; "
-                         "the last checkpoint is kept")
-
-
-def peak_memory(device):
-    """Most memory held so far, MiB: the GPU's allocations, else this process's resident set (0 where unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if os.name != "posix":
-        return 0.0
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def data_parallel(objective, world):
+    """The objective, with gradients averaged over the processes."""
+    if world == 1:
+        return objective
+    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
 
 
 def training_batches(args, dataset, rank, world, start):
@@ -334,6 +312,161 @@ def kill_workers():
         worker.kill()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces that distill.py shares: a step
+
+def draw(seed, step, rows, x_shape, z_shape, device, t_mean=None):
+    """What is random in a step, per sample from (seed, step, row): noise e (B, *x_shape), posterior noise
+    (B, *z_shape), level s (B,).
+
+    t_mean  None: s ~ U(0, 1), EqM's g. A number: s = sigmoid(n), n ~ N(t_mean, 1), FM's t (SSDD).
+    """
+    e, eps, s = [], [], []
+    for row in rows:
+        gen = seeded_generator(device, seed, step, row)
+        if t_mean is None:
+            s.append(torch.rand((), generator=gen, device=device))
+        else:
+            n = torch.randn((), generator=gen, device=device) + t_mean
+            s.append(n.sigmoid())
+        eps.append(torch.randn(z_shape, generator=gen, device=device))
+        e.append(torch.randn(x_shape, generator=gen, device=device))
+    return torch.stack(e), torch.stack(eps), torch.stack(s)
+
+
+def matching(field, eqm, x, e, z, s):
+    """The decoder's own loss at noise level s (B,), FM's t or EqM's g, of images x and noise e (B, 3, H, W):
+    ({name: scalar}, one-step estimate (B, 3, H, W), the decoder's tokens).
+
+    field  UViT.forward_with_tokens;  eqm  the EqM objective, None for FM
+    """
+    if eqm is None:
+        x_t = fm_mix(x, e, s)
+        v, tokens = field(x_t, z, s)
+        return {"fm": fm_loss(v, x, e)}, fm_predict_x(x_t, v.float(), s), tokens
+    x_g = eqm.mix(x, e, s)
+    f, tokens = field(x_g, z)
+    return {"eqm": eqm_loss(f, x, e, s, eqm)}, eqm.predict_x(x_g, f.float(), s), tokens
+
+
+def set_learning_rate(optimizer, step, args):
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * lr_factor(step, args)
+
+
+def lr_factor(step, args):
+    """Linear warm-up, constant, linear fall to zero over the last `decay` of the steps."""
+    rise = (step + 1) / max(1, args.warmup)
+    fall = 1.0
+    if args.decay:
+        fall = (args.steps - step) / max(1.0, args.decay * args.steps)
+    return min(1.0, rise, fall)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """Parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) * model; faster in
+    the first steps, a copy before step 0."""
+    decay = min(decay, (1 + step) / (10 + step)) if step >= 0 else 0.0
+    for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
+        if a.is_floating_point():
+            a.lerp_(b, 1 - decay)
+        else:
+            a.copy_(b)
+
+
+def summed(values, device, world):
+    """values (n,), summed over the processes, on the CPU."""
+    if world > 1:
+        values = values.to(device if device.type == "cuda" else "cpu")
+        dist.all_reduce(values)
+    return values.cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces that distill.py shares: the run around the steps
+
+class Run:
+    """A run under way: where it logs and saves, and how far it is.
+
+    parts    {name: module, optimiser or None}: what a checkpoint holds
+    done     steps;  skipped  those of them that were not finite
+    """
+
+    def __init__(self, args, rank, world, device, log_path, board, parts, done, skipped):
+        self.args, self.rank, self.world, self.device = args, rank, world, device
+        self.log_path, self.board, self.parts = log_path, board, parts
+        self.done, self.skipped, self.skipped_in_a_row = done, skipped, 0
+        self.logged, self.logged_at = done, time.time()  # steps and time at the last line of the log,
+        self.evaluating = 0.0  # and the seconds of evaluations since then
+        self.stop = StopSignal()
+        self.bar = tqdm(total=args.steps, initial=done, disable=rank != 0, unit="step", dynamic_ncols=True)
+
+
+def restore(parts, checkpoint):
+    """Read a checkpoint, or None for a new run, into the parts. -> (steps done, steps skipped)"""
+    if checkpoint is None:
+        return 0, 0
+    for name, part in parts.items():
+        if part is not None:
+            part.load_state_dict(checkpoint[name])
+    return checkpoint["step"], checkpoint.get("skipped", 0)
+
+
+def skip_step(run, norm, totals, index):
+    """Count a step that is not finite and say so; ValueError, on all ranks, where too many come in a row."""
+    run.skipped += 1
+    run.skipped_in_a_row += 1
+    what = f"not finite: gradient norm {norm:.4g}, " + ", ".join(f"{k} {v:.4g}" for k, v in totals.items())
+    if run.rank == 0:
+        tqdm.write(f"warning: step {run.done} skipped, {what}")
+    if run.skipped_in_a_row == MOST_SKIPPED:
+        images = []
+        for part in gathered(index.tolist(), run.world):
+            images += part
+        raise ValueError(f"ten steps in a row were skipped, the last is {run.done}, {what}, images "
+                         f"{', '.join(map(str, images))}: lower --lr, or use --dtype float32; "
+                         "the last checkpoint is kept")
+
+
+def finish_step(run, totals, norm, stopped):
+    """Count a step; log and save where it is due; where a process was asked to stop, save and end the program."""
+    args = run.args
+    run.done += 1
+    run.bar.update()
+    is_last = run.done == args.steps
+    if run.rank == 0 and (is_last or run.done % args.log_every == 0):
+        log_step(run, totals, norm)
+    if run.rank == 0 and (is_last or stopped or run.done % args.save_every == 0):
+        state = {"step": run.done, "skipped": run.skipped, "args": vars(args)}
+        for name, part in run.parts.items():
+            state[name] = None if part is None else part.state_dict()
+        save_checkpoint(args.out, state, args.keep, run.parts["ema"])
+    if stopped:
+        leave(run)
+
+
+def log_step(run, totals, norm):
+    """A line of the log: the step's loss terms, and the speed since the last line, without evaluations."""
+    seconds = time.time() - run.logged_at - run.evaluating
+    rate = (run.done - run.logged) * run.args.batch_size / seconds
+    run.logged, run.logged_at, run.evaluating = run.done, time.time(), 0.0
+    run.bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
+    append_log(run.log_path, run.board, run.done, images=run.done * run.args.batch_size, **totals,
+               lr=run.parts["optimizer"].param_groups[0]["lr"], grad_norm=norm, skipped=run.skipped,
+               images_per_s=rate, peak_mib=peak_memory(run.device))
+
+
+def peak_memory(device):
+    """Most memory held so far, MiB: the GPU's allocations, else this process's resident set (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if os.name != "posix":
+        return 0.0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 class StopSignal:
     """Turns SIGINT and SIGTERM (a scheduler's preemption) into a flag that the loop reads at the end of a step."""
 
@@ -346,15 +479,18 @@ class StopSignal:
         self.received = number
 
 
-def leave(bar, step, stop, rank, world):
+def leave(run):
     """End the program after a StopSignal, on all ranks once rank 0 has saved: torchrun kills what outlives another."""
-    bar.close()
-    if world > 1:
+    run.bar.close()
+    if run.world > 1:
         dist.barrier()
-    if rank == 0:
-        print(f"stopped after step {step} and saved: continue with the same command and --resume")
-    sys.exit(128 + (stop.received or signal.SIGTERM))
+    if run.rank == 0:
+        print(f"stopped after step {run.done} and saved: continue with the same command and --resume")
+    sys.exit(128 + (run.stop.received or signal.SIGTERM))
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces that distill.py shares: files
 
 def save_checkpoint(out, state, keep=2, ema=None):
     """ema, a DCSSDAE, to model.safetensors and state to latest.pt; the ones before it stay as previous.pt,
@@ -399,9 +535,10 @@ def load_checkpoint(out, rank=0):
         except BROKEN_FILE as error:
             damaged[path] = f"{path} ({type(error).__name__})"
             continue
-        for broken in damaged if rank == 0 else ():
-            print(f"warning: damaged: {damaged[broken]}, now {broken}.damaged; going on from {path}", flush=True)
-            os.replace(broken, f"{broken}.damaged")
+        if rank == 0:
+            for broken, what in damaged.items():
+                print(f"warning: damaged: {what}, now {broken}.damaged; going on from {path}", flush=True)
+                os.replace(broken, f"{broken}.damaged")
         return state
     if damaged:
         raise ValueError(f"no readable checkpoint, damaged: {', '.join(damaged.values())}; "
@@ -414,7 +551,10 @@ def compare_flags(then, args, rank):
     other changes are printed."""
     then = {"linear": "off"} | then  # runs from before there was a linear start
     now = vars(args)
-    differ = [name for name in now if then.get(name, now[name]) != now[name] and name not in ("out", "resume")]
+    differ = []
+    for name in now:
+        if name in then and then[name] != now[name] and name not in ("out", "resume"):
+            differ.append(name)
     refused = [name for name in differ if name not in FREE_FLAGS]
     if refused:
         raise ValueError(f"--resume continues a run with{flags(then, refused)}, but{flags(now, refused)} was given: "
@@ -430,29 +570,18 @@ def open_run(args, rank, world):
     the log that will be written again. OSError or ValueError, on all ranks, where there is nothing to go on from,
     nothing left to do, or a run that would be overwritten.
     """
-    log, model, partial = (os.path.join(args.out, name) for name in ("log.jsonl", "model.safetensors", "latest.pt.tmp"))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    files, lines, checkpoint, evaluated, problem = checkpoint_files(args.out), [], None, None, None
+    log = os.path.join(args.out, "log.jsonl")
+    checkpoint, lines, problem = None, [], None
     try:
-        if args.resume or (restarted and files):
-            checkpoint = load_checkpoint(args.out, rank)
-            compare_flags(checkpoint["args"], args, rank)
-            step = checkpoint["step"]
-            if os.path.exists(log):
-                with open(log) as file:
-                    lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-            evaluated = max((json.loads(line)["step"] for line in lines if '"eval"' in line), default=None)
-            if step > args.steps or step == args.steps == evaluated:
-                raise ValueError(f"the run in {args.out} has done its {step} steps: give a larger --steps to go on")
-        elif files or (os.path.exists(model) and not (restarted and os.path.exists(partial))):  # killed in first save
-            raise ValueError(f"{args.out} already holds a run: continue it with --resume, or choose another --out")
+        checkpoint, lines = find_run(args, log, rank)
     except (OSError, ValueError) as error:
         problem = error
-    if world > 1:
-        views = gathered(str(problem) if problem else checkpoint and checkpoint["step"], world)
-        if len(set(views)) > 1:
-            problem = problem or ValueError(f"the processes find different checkpoints in {args.out}: "
-                                            "all nodes need the same folder")
+    # What one process finds, all must find.
+    found = str(problem) if problem else None
+    if checkpoint:
+        found = checkpoint["step"]
+    if len(set(gathered(found, world))) > 1 and not problem:
+        problem = ValueError(f"the processes find different checkpoints in {args.out}: all nodes need the same folder")
     if problem:
         raise problem
     if rank == 0:
@@ -463,7 +592,36 @@ def open_run(args, rank, world):
             os.replace(f"{log}.tmp", log)
         elif os.path.exists(log):
             os.remove(log)
-    return checkpoint, log, evaluated
+    return checkpoint, log, last_evaluation(lines)
+
+
+def find_run(args, log, rank):
+    """(checkpoint to go on from or None, lines of the log up to it); errors as open_run."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    files = checkpoint_files(args.out)
+    if not args.resume and not (restarted and files):
+        model, partial = (os.path.join(args.out, name) for name in ("model.safetensors", "latest.pt.tmp"))
+        killed_in_first_save = restarted and os.path.exists(partial)
+        if files or (os.path.exists(model) and not killed_in_first_save):
+            raise ValueError(f"{args.out} already holds a run: continue it with --resume, or choose another --out")
+        return None, []
+    checkpoint = load_checkpoint(args.out, rank)
+    compare_flags(checkpoint["args"], args, rank)
+    step, lines = checkpoint["step"], []
+    if os.path.exists(log):
+        with open(log) as file:
+            for line in file:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:  # or it was cut off
+                    lines.append(line)
+    if step > args.steps or step == args.steps == last_evaluation(lines):
+        raise ValueError(f"the run in {args.out} has done its {step} steps: give a larger --steps to go on")
+    return checkpoint, lines
+
+
+def last_evaluation(lines):
+    """Step of the last evaluation in lines of a log, or None."""
+    steps = [json.loads(line)["step"] for line in lines if '"eval"' in line]
+    return max(steps, default=None)
 
 
 def open_board(args, start):
@@ -481,36 +639,70 @@ def append_log(path, board, step, pictures=(), **values):
     """A line of log.jsonl, and for TensorBoard the same numbers and the pictures of an evaluation."""
     with open(path, "a") as file:
         file.write(json.dumps({"step": step, **values}) + "\n")
-    if board:
-        rows = {f"{row['name']}/{key}": value for row in values.get("eval", []) for key, value in row.items()}
-        for name, value in (values | rows).items():
-            if isinstance(value, float):
-                board.add_scalar(name, value, step)
-        if pictures:  # rows of (n, 3, s, s) -> (3, rows * s, n * s)
-            board.add_image("reconstructions", torch.cat([torch.cat([*row], 2) for row in pictures], 1) / 2 + 0.5, step)
-        board.flush()
+    if board is None:
+        return
+    numbers = dict(values)
+    for row in values.get("eval", []):
+        for key, value in row.items():
+            numbers[f"{row['name']}/{key}"] = value
+    for name, value in numbers.items():
+        if isinstance(value, float):
+            board.add_scalar(name, value, step)
+    if pictures:  # rows of (n, 3, s, s)
+        rows = [torch.cat([*row], dim=2) for row in pictures]                   # (3, s, n * s) each
+        board.add_image("reconstructions", torch.cat(rows, dim=1) / 2 + 0.5, step)
+    board.flush()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# The model and what of it is trained
 
 def choose_trained(model, phase=None, freeze_enc=False):
     """Leave gradients on for what a phase trains; the rest gets no gradient, no weight decay, no optimiser state. After
     DC-AE (arXiv 2410.10733), whose phase 2 trains the middle layers and phase 3 the decoder's head."""
-    enc, dec = model.encoder, model.decoder
-    if phase == 2:  # what makes the latent, and what reads it
-        last = [enc.stages[-1]] if hasattr(enc, "stages") else [enc.down[-1], enc.mid, enc.norm_out, enc.quant]
-        z_input = dec.conv_in if model.config["joint_input"] else dec.conv_in_z
-        base = [dec.base] if dec.base else []
-        parts = [*last, enc.conv_out, z_input, *base, dec.norm_z, *(dec.context or ()), *(block.ada for block in dec.blocks),
-                 *(m.proj for m in dec.modules() if isinstance(m, AdaGN))]
+    if phase == 2:
+        parts = makers_of_the_latent(model.encoder) + readers_of_the_latent(model.decoder)
     elif phase == 3:
-        parts = [dec.up[-1], dec.norm_out, dec.conv_out]
+        parts = [model.decoder.up[-1], model.decoder.norm_out, model.decoder.conv_out]
+    elif freeze_enc:
+        parts = [model.decoder]
     else:
-        parts = [dec] if freeze_enc else [enc, dec]
+        parts = [model.encoder, model.decoder]
     model.requires_grad_(False)
     for part in parts:
         part.requires_grad_(True)
+
+
+def makers_of_the_latent(encoder):
+    """The encoder's last layers."""
+    if hasattr(encoder, "stages"):
+        return [encoder.stages[-1], encoder.conv_out]
+    return [encoder.down[-1], encoder.mid, encoder.norm_out, encoder.conv_out, encoder.quant]
+
+
+def readers_of_the_latent(decoder):
+    """The decoder's layers that see the latent itself."""
+    parts = [decoder.norm_z]
+    joint_input = isinstance(decoder.conv_in_z, nn.Identity)
+    parts.append(decoder.conv_in if joint_input else decoder.conv_in_z)
+    if decoder.base is not None:
+        parts.append(decoder.base)
+    if decoder.context is not None:
+        parts.append(decoder.context)
+    for block in decoder.blocks:
+        parts.append(block.ada)
+    for module in decoder.modules():
+        if isinstance(module, AdaGN):
+            parts.append(module.proj)
+    return parts
+
+
+def trains(module):
+    return any(p.requires_grad for p in module.parameters())
+
+
+def millions(parameters):
+    return sum(p.numel() for p in parameters) / 1e6
 
 
 def encoder_is_given(args):
@@ -557,17 +749,7 @@ class Objective(nn.Module):
         (B, c, h, w), one-step estimate (B, 3, H, W)), the latter two detached."""
         posterior = self.encode(x)
         z = posterior.sample(eps)
-        terms = {}
-        if self.eqm is None:
-            x_s = fm_mix(x, e, s)
-            v, tokens = self.field(x_s, z, s)
-            terms["fm"] = fm_loss(v, x, e)
-            estimate = fm_predict_x(x_s, v.float(), s)
-        else:
-            x_s = self.eqm.mix(x, e, s)
-            f, tokens = self.field(x_s, z)
-            terms["eqm"] = eqm_loss(f, x, e, s, self.eqm)
-            estimate = self.eqm.predict_x(x_s, f.float(), s)
+        terms, estimate, tokens = matching(self.field, self.eqm, x, e, z, s)
         if self.lpips[0] is not None:
             terms["lpips"] = self.lpips[0](x, estimate).mean()
         if self.repa is not None:
@@ -576,6 +758,65 @@ class Objective(nn.Module):
             terms["gan"] = -self.gan[0](estimate).mean()
         terms["kl"] = kl_loss(posterior)
         return terms, z.detach(), estimate.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def discriminator_backward(gan, x, estimate, share, device, dtype):
+    """Gradients of `share` times the discriminator's loss, which is returned. Its parameters take gradients here
+    alone, not from the estimate's own term."""
+    gan.requires_grad_(True)
+    with autocast(device, dtype):
+        loss = hinge_loss(gan(x), gan(estimate))
+    (loss * share).backward()
+    gan.requires_grad_(False)
+    return loss
+
+
+def average_gradients(module, world):
+    """Over the processes, of a module that DDP does not wrap."""
+    if world > 1:
+        for p in module.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= world
+
+
+def latent_sums(z):
+    """Sums of z (B, c, h, w) and of its squares by channel: (2, c) float64."""
+    z = z.float().cpu().double()
+    return torch.stack([z.sum(dim=(0, 2, 3)), z.square().sum(dim=(0, 2, 3))])
+
+
+def evaluation_is_due(step, args):
+    if step == args.steps:
+        return True
+    return step > 0 and args.eval_every > 0 and step % args.eval_every == 0
+
+
+def report_evaluation(run, step, result):
+    """Print, write and log an evaluation."""
+    baseline, linear, first, *_ = result["rows"]
+    tqdm.write(f"step {step}: PSNR {first['psnr']:.2f} dB in {first['name']}, linear code {linear['psnr']:.2f}, "
+               f"baseline {baseline['psnr']:.2f} on {result['images']} images")
+    write_results(result, run.args.out)
+    append_log(run.log_path, run.board, step, result["pictures"], eval=result["rows"])
+
+
+def print_start(args, model, trained, dataset, world, device, dtype):
+    precision = "bf16" if dtype else "float32"
+    print(f"{args.enc} (x{args.enc_width:g}) {millions(model.encoder.parameters()):.2f} M + "
+          f"U-ViT {args.dec} {millions(model.decoder.parameters()):.2f} M parameters, "
+          f"{millions(trained):.2f} M of them trained, loss {args.loss}, {len(dataset)} images of '{args.data}' at "
+          f"{args.size} px, {world} process(es) on {device.type}, {precision} -> {args.out}")
+
+
+def print_end(args, dataset, result):
+    unreadable = int(dataset.skipped.sum())
+    if unreadable:
+        print(f"warning: {unreadable} unreadable images were replaced by others in training")
+    print_table(result)
+    print(f"saved {args.out}/model.safetensors, reconstructions.png, metrics.json and log.jsonl")
 
 
 def main():
@@ -589,158 +830,136 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)  # initial weights, the same on every rank
 
+    # Model
     model = DCSSDAE.load(args.init_from) if args.init_from else new_model(args)
     check_size(args.size, model)
     checkpoint, log_path, evaluated = open_run(args, rank, world)
     if args.enc_ckpt:
         model.load_published(args.enc_ckpt, part="encoder")
     choose_trained(model, args.phase, args.freeze_enc)
-    encoder_trains, norm_trains = (any(p.requires_grad for p in m.parameters())
-                                   for m in (model.encoder, model.decoder.norm_z))
+    encoder_trains, norm_trains = trains(model.encoder), trains(model.decoder.norm_z)
+    model.decoder.checkpointing = args.checkpointing
+
+    # Data
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
-    if encoder_is_given(args) and model.config["linear_decoder"] and not (args.init_from or checkpoint):
+    model_is_new = not args.init_from and checkpoint is None
+    if model_is_new and encoder_is_given(args) and model.config["linear_decoder"]:
         model.fit_linear_decoder(fit_images(dataset, model, args.size))
+
+    # Objective and optimisers
     lpips, repa, left_out = perceptual_losses(args, model.decoder.mid_in.out_features, rank)
     gan = PatchGAN().requires_grad_(False) if args.w_gan else None
+    model.to(device, memory_format=torch.channels_last)
+    if lpips is not None:
+        lpips.to(device)
+    if gan is not None:
+        gan.to(device, memory_format=torch.channels_last)
+    weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "gan": args.w_gan,
+               "kl": args.w_kl if encoder_trains else 0.0}
     model.config["notes"] |= {"size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
                               "w_repa": 0.0 if repa is None else args.w_repa, "left_out": left_out}
     if encoder_trains:
         model.config["latents"] = None  # --init_from's statistics are of other latents
-
-    model.decoder.checkpointing = args.checkpointing
-    model.to(device, memory_format=torch.channels_last)
-    lpips, gan = lpips and lpips.to(device), gan and gan.to(device, memory_format=torch.channels_last)
     objective = Objective(model, lpips, repa, gan, args).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.99),
-                                  fused=device.type != "mps")
-    gan_optimizer = gan and torch.optim.AdamW(gan.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.5, 0.9))
+    optimizer, gan_optimizer = make_optimizer(trained, args, device), None
+    optimizers = [optimizer]
+    if gan is not None:
+        gan_optimizer = torch.optim.AdamW(gan.parameters(), lr=args.lr, weight_decay=0.0, betas=GAN_BETAS)
+        optimizers.append(gan_optimizer)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    parts = {"model": model, "ema": ema, "repa": repa and repa.mlp, "optimizer": optimizer,
-             "gan": gan, "gan_optimizer": gan_optimizer}  # of a checkpoint
-    for name, part in parts.items() if checkpoint else ():
-        if part:
-            part.load_state_dict(checkpoint[name])
-    start, skipped = (checkpoint["step"], checkpoint.get("skipped", 0)) if checkpoint else (0, 0)
-    parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
-    weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "gan": args.w_gan,
-               "kl": args.w_kl if encoder_trains else 0.0}
 
-    local = args.batch_size // world
-    micro = min(args.micro_batch or local, local)
-    z_shape = (model.encoder.z_dim, args.size // model.downscale, args.size // model.downscale)
+    # The run
+    parts = {"model": model, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer,
+             "gan": gan, "gan_optimizer": gan_optimizer}
+    start, skipped = restore(parts, checkpoint)
+    parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start)
     board = open_board(args, start) if rank == 0 else None
     if rank == 0:
-        count = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.encoder, model.decoder)]
-        print(f"{args.enc} (x{args.enc_width:g}) {count[0]:.2f} M + U-ViT {args.dec} {count[1]:.2f} M parameters, "
-              f"{sum(p.numel() for p in trained) / 1e6:.2f} M of them trained, "
-              f"loss {args.loss}, {len(dataset)} images of '{args.data}' at {args.size} px, "
-              f"{world} process(es) on {device.type}, {'bf16' if dtype else 'float32'} -> {args.out}")
+        print_start(args, model, trained, dataset, world, device, dtype)
+    run = Run(args, rank, world, device, log_path, board, parts, start, skipped)
+    local = args.batch_size // world                                            # images of this process
+    micro = min(args.micro_batch or local, local)                               # images of a forward pass
+    z_shape = model.latent_shape(args.size, args.size)
+    t_mean = args.t_mean if args.loss == "fm" else None
 
-    stop, bad, clock, clock_step = StopSignal(), 0, time.time(), start
-    bar = tqdm(total=args.steps, initial=start, disable=rank != 0, unit="step", dynamic_ncols=True)
     for step in range(start, args.steps + 1):
-        # Here, not after the step: a run that is stopped between a checkpoint and its evaluation catches up on it.
-        due = step == args.steps or (step > 0 and args.eval_every and step % args.eval_every == 0)
-        if due and step != evaluated:
+        # Evaluate: here, not after the step, so that a run that is stopped between a checkpoint and its evaluation
+        # catches up on it.
+        if evaluation_is_due(step, args) and step != evaluated:
             before = time.time()
-            loader = make_loader(val, 64 * world, train=False, rank=rank, world=world)
-            result = evaluate(ema, loader, device, steps=args.eval_steps, seed=args.seed, dtype=dtype,
-                              rank=rank, world=world, progress=False)
+            loader = make_loader(val, VALIDATION_BATCH * world, train=False, rank=rank, world=world)
+            result = evaluate(ema, loader, device, steps=args.eval_steps, seed=args.seed, dtype=dtype, rank=rank,
+                              world=world)
             if rank == 0:
-                baseline, linear, first, *_ = result["rows"]
-                tqdm.write(f"step {step}: PSNR {first['psnr']:.2f} dB in {first['name']}, linear code "
-                           f"{linear['psnr']:.2f}, baseline {baseline['psnr']:.2f} on {result['images']} images")
-                write_results(result, args.out)
-                append_log(log_path, board, step, result["pictures"], eval=result["rows"])
-            clock += time.time() - before
+                report_evaluation(run, step, result)
+            run.evaluating += time.time() - before
         if step == args.steps:
             break
 
-        for group in optimizer.param_groups + (gan_optimizer.param_groups if gan else []):
-            group["lr"] = args.lr * lr_factor(step, args)
+        # Draw
+        for each in optimizers:
+            set_learning_rate(each, step, args)
         x, index = next(batches)
-        x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
-        rows = range(rank * local, (rank + 1) * local)
+        x = x.to(device, memory_format=torch.channels_last, non_blocking=True)  # (local, 3, size, size)
+        rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
         with_gan = gan is not None and step >= args.gan_start
 
+        # Forward and backward, one micro-batch after the other
         totals, moments = {}, 0
         for i in range(0, local, micro):
             xb = x[i:i + micro]
-            e, eps, s = draw(args.seed, step, rows[i:i + micro], xb.shape[1:], z_shape, device,
-                             args.t_mean if args.loss == "fm" else None)
-            s = s if args.loss == "fm" else s ** args.g_power
+            e, eps, s = draw(args.seed, step, rows[i:i + micro], xb.shape[1:], z_shape, device, t_mean)
+            e = e.contiguous(memory_format=torch.channels_last)
+            if args.loss == "eqm":
+                s = s ** args.g_power
             share = len(xb) / local
-            last = i + micro >= local
-            with nullcontext() if last or world == 1 else parallel.no_sync():
+            is_last = i + micro >= local
+            with nullcontext() if is_last or world == 1 else parallel.no_sync():
                 with autocast(device, dtype):
-                    terms, z, estimate = parallel(xb, e.contiguous(memory_format=torch.channels_last), eps, s, with_gan)
+                    terms, z, estimate = parallel(xb, e, eps, s, with_gan)
                 terms["loss"] = sum(weights[name] * term for name, term in terms.items())
                 (terms["loss"] * share).backward()
-            if with_gan:  # its parameters take gradients here alone, not from the estimate's own term
-                gan.requires_grad_(True)
-                with autocast(device, dtype):
-                    terms["gan_d"] = hinge_loss(gan(xb), gan(estimate))
-                (terms["gan_d"] * share).backward()
-                gan.requires_grad_(False)
+            if with_gan:
+                terms["gan_d"] = discriminator_backward(gan, xb, estimate, share, device, dtype)
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0) + term.detach() * share / world
-            z = z.float().cpu().double()
-            moments = moments + torch.stack([z.sum(dim=(0, 2, 3)), z.square().sum(dim=(0, 2, 3))])
-
+            moments = moments + latent_sums(z)                                  # (2, c)
         norm = clip_grad_norm_(trained, args.grad_clip).item()
         if with_gan:
-            for p in gan.parameters() if world > 1 else ():
-                dist.all_reduce(p.grad)
-                p.grad /= world
+            average_gradients(gan, world)
             totals["gan_grad_norm"] = clip_grad_norm_(gan.parameters(), args.grad_clip) / world
-        # One small all-reduce a step: loss terms, the latents' moments, and whether anybody was asked to stop.
+
+        # One small sum over the processes: loss terms, the latents' moments, and whether anybody was asked to stop
         shared = torch.cat([torch.stack(list(totals.values())).double().cpu(), moments.flatten(),
-                            torch.tensor([float(stop.received)])])
-        if world > 1:
-            shared = shared.to(device if device.type == "cuda" else "cpu")
-            dist.all_reduce(shared)
-        shared = shared.cpu()
+                            torch.tensor([float(run.stop.received)])])
+        shared = summed(shared, device, world)
+        moments, stopped = shared[len(totals):-1].view(2, -1), shared[-1] > 0
         totals = dict(zip(totals, shared.tolist()))
-        if math.isfinite(norm) and shared.isfinite().all():  # on all ranks or none: they hold the same gradients
+
+        # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients
+        if math.isfinite(norm) and shared.isfinite().all():
             optimizer.step()
             if with_gan:
                 gan_optimizer.step()
             if norm_trains:
-                count = args.batch_size * z_shape[1] * z_shape[2]
-                model.decoder.norm_z.update(count, *shared[len(totals):-1].view(2, -1))
+                model.decoder.norm_z.update(args.batch_size * z_shape[1] * z_shape[2], *moments)
             update_ema(ema, model, args.ema, step - args.ema_start)
-            bad = 0
+            run.skipped_in_a_row = 0
         else:
-            bad, skipped = bad + 1, skipped + 1
-            bad_step(step, bad, norm, totals, index, rank, world)
+            skip_step(run, norm, totals, index)
         optimizer.zero_grad()
         if with_gan:
             gan_optimizer.zero_grad()
 
-        done = step + 1
-        bar.update()
-        if rank == 0 and (done % args.log_every == 0 or done == args.steps):
-            rate = (done - clock_step) * args.batch_size / (time.time() - clock)
-            clock, clock_step = time.time(), done
-            bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
-            append_log(log_path, board, done, images=done * args.batch_size, **totals,
-                       lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
-                       skipped=skipped, images_per_s=rate, peak_mib=peak_memory(device))
-        stopped = shared[-1] > 0
-        if rank == 0 and (stopped or done % args.save_every == 0 or done == args.steps):
-            state = {name: part and part.state_dict() for name, part in parts.items()}
-            save_checkpoint(args.out, {"step": done, "skipped": skipped, "args": vars(args), **state}, args.keep, ema)
-        if stopped:
-            leave(bar, done, stop, rank, world)
-    bar.close()
+        # Log and save
+        finish_step(run, totals, norm, stopped)
+
+    run.bar.close()
     if rank == 0:
-        if int(dataset.skipped.sum()):
-            print(f"warning: {int(dataset.skipped.sum())} unreadable images were replaced by others in training")
-        print_table(result)
-        print(f"saved {args.out}/model.safetensors, reconstructions.png, metrics.json and log.jsonl")
+        print_end(args, dataset, result)
 
 
 if __name__ == "__main__":
