@@ -18,7 +18,7 @@ import os
 import pickle
 import re
 import struct
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,8 @@ SIZES = {
 BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, struct.error,
                pickle.UnpicklingError, SafetensorError)
 # A network that adds to a linear base learns from a residual that is small and mostly unpredictable at first. Adam
-# makes full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less of it
-# is to fall silent, which norms make easy: a few large values outweigh the rest. So, beside a linear base:
+# makes full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less
+# of it is to fall silent, which norms make easy: a few large values outweigh the rest. So, beside a linear base:
 GROUP_SIZE = 8  # channels of a group of the adaptive norms; XS as published, 32 groups on 32 channels, takes away each
 #                 channel's mean. The other norms (ResBlock.norm2, norm_out) are scale and shift only: contrast stays
 OUTPUT_GAIN = 0.05  # of the network's output: the deviation of what it can predict at first
@@ -54,8 +54,11 @@ INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about t
 T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
 RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
 FORMAT = 3  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution
-
-
+ALL_VALUES = 5  # along an axis, of two 3x3 convolutions on a map that is constant over blocks of at least 5 pixels: the
+#                 first two and the last two pixels of a block see its neighbours, those between all see the same
+NO_BIAS = -1e4  # of the offsets that a smaller window in a file does not have: exp of it is 0 in every precision
+UNKNOWN = "?"  # a decoder's size that is none of SIZES
+MASKED = -1e9  # bias of an offset outside the attention window: exp of it is 0
 
 def level_widths(size):
     """Channels of the four levels, highest resolution first."""
@@ -110,7 +113,8 @@ class NormSiLU(torch.autograd.Function):
     def forward(ctx, x, scale, shift, groups=32, eps=1e-5):
         B, C, H, W = x.shape
         # PyTorch's CPU kernel for bf16 maps of under 1024 pixels is 8 times slower than the one for float32.
-        y = x.float() if x.dtype is torch.bfloat16 and H * W < 1024 and x.device.type == "cpu" else x
+        slow = x.dtype is torch.bfloat16 and H * W < 1024 and x.device.type == "cpu"
+        y = x.float() if slow else x
         scale, shift = scale.to(y.dtype), shift.to(y.dtype)
         if len(scale) == scale[0, 0].numel() == 1:  # the same everywhere: group norm's own weights
             y, mean, rstd = torch.native_group_norm(y, scale.flatten(), shift.flatten(), B, C, H * W, groups, eps)
@@ -128,21 +132,34 @@ class NormSiLU(torch.autograd.Function):
         x, scale, shift, mean, rstd = ctx.saved_tensors
         groups, (C, H, W) = ctx.groups, x.shape[1:]
         exact = torch.promote_types(x.dtype, torch.float32)
-        mean, rstd = (t.to(exact).repeat_interleave(C // groups, 1)[:, :, None, None] for t in (mean, rstd))
+
+        def per_channel(t):  # (B, groups) -> (B, C, 1, 1)
+            return t.repeat_interleave(C // groups, 1)[:, :, None, None]
+
+        def block_sums(t):  # (B, h, H/h, w, W/w, C) -> (B, C, h, w)
+            return t.sum(4).to(exact).sum(2).permute(0, 3, 1, 2)
+
+        def group_mean(t):  # over a group's pixels and channels, of scale * t that is given by its sums over blocks
+            sums = (scale * t).sum((2, 3)).unflatten(1, (groups, -1)).sum(2)                    # (B, groups)
+            return per_channel(sums / (C // groups * H * W))
+
+        mean, rstd = per_channel(mean.to(exact)), per_channel(rstd.to(exact))
+        # x^ = (x - mean) rstd, y = scale x^ + shift = a x + (shift - mean a) with a = rstd scale
         v, a = blocks(x, scale), rstd * scale
         y = torch.addcmul(per_block((shift - mean * a).to(x.dtype)), v, per_block(a.to(x.dtype)))
         g = torch.ops.aten.silu_backward(blocks(grad, scale), y)
-        # With x^ = (x - mean) rstd and y = scale x^ + shift, sums over every block of pixels: (B, C, h, w)
-        dshift, g_x = (t.sum(4).to(exact).sum(2).permute(0, 3, 1, 2) for t in (g, g * v))
-        dscale = (g_x - mean * dshift) * rstd
-        # dx = rstd (scale g - mean(scale g) - x^ mean(scale g x^)), means over a group's pixels and channels
-        m, m_xhat = (((scale * t).sum((2, 3)).unflatten(1, (groups, -1)).sum(2) / (C // groups * H * W))
-                     .repeat_interleave(C // groups, 1)[:, :, None, None] for t in (dshift, dscale))
+        # dshift = sum g, dscale = sum g x^, over every block of pixels
+        dshift = block_sums(g)                                                                  # (B, C, h, w)
+        dscale = (block_sums(g * v) - mean * dshift) * rstd
+        # dx = rstd (scale g - mean(scale g) - x^ mean(scale g x^))
+        m, m_xhat = group_mean(dshift), group_mean(dscale)
         slope = -rstd.square() * m_xhat
         constant = -rstd * m - mean * slope
         dx = torch.addcmul(per_block(constant.to(x.dtype)), v, per_block(slope.to(x.dtype)))
         dx = unblock(dx.addcmul_(g, per_block(a.to(x.dtype))), x.shape)
-        return dx, *(t.sum_to_size(scale.shape).to(scale.dtype) for t in (dscale, dshift)), None, None
+        dscale = dscale.sum_to_size(scale.shape).to(scale.dtype)
+        dshift = dshift.sum_to_size(shift.shape).to(shift.dtype)
+        return dx, dscale, dshift, None, None
 
 
 def blocks(x, scale):
@@ -162,16 +179,17 @@ def unblock(x, shape):
     return x.reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
-def spread(z, H, W):
-    """UViT.condition's input map (B, C, 5h, 5w) -> (B, C, H, W): of the 5 values that a block has along an axis, the
-    first two and the last two stand at its ends, the third everywhere between."""
-    z = z.permute(0, 2, 3, 1)
-    for dim, n in ((2, W), (1, H)):
-        side = 5 * n // z.shape[dim]
-        p = torch.arange(n, device=z.device)
-        p, inside = p // side, p % side
-        z = z.index_select(dim, 5 * p + torch.where(inside < 2, inside, (inside - side + 5).clamp(min=2)))
-    return z.permute(0, 3, 1, 2)
+def spread(values, H, W):
+    """Condition.input_map (B, C, 5h, 5w) -> (B, C, H, W): of the 5 values that a block has along an axis, the first two
+    and the last two stand at its ends, the third everywhere between."""
+    values = values.permute(0, 2, 3, 1)
+    for dim, pixels in ((2, W), (1, H)):
+        side = ALL_VALUES * pixels // values.shape[dim]  # of a block
+        p = torch.arange(pixels, device=values.device)
+        block, inside = p // side, p % side
+        from_end = (inside - side + ALL_VALUES).clamp(min=2)
+        values = values.index_select(dim, ALL_VALUES * block + torch.where(inside < 2, inside, from_end))
+    return values.permute(0, 3, 1, 2)
 
 
 def modulate(x, scale, shift):
@@ -242,56 +260,74 @@ class ResBlock(nn.Module):
         return self.conv2(h).add_(self.shortcut(x))
 
 
+def axis_blocks(n, window):
+    """One axis of n positions, cut into blocks of queries: (starts of the blocks, starts of their keys, queries of a
+    block, keys of a block).
+
+    A block has max(8, r) queries, r = window // 2, and its keys are the block + 2 r positions around it, moved inwards
+    at the borders. An axis that is not longer than that is one block.
+    """
+    r = window // 2
+    block = max(8, r)
+    keys = block + 2 * r
+    if n <= keys:
+        return [0], [0], n, n
+    starts, reach = [], []
+    for i in range(math.ceil(n / block)):
+        start = min(i * block, n - block)
+        starts.append(start)
+        reach.append(min(max(start - r, 0), n - keys))
+    return starts, reach, block, keys
+
+
 class Windows:
     """Which tokens of an h x w grid are attended together: blocks of queries, and the keys that their windows reach.
 
-    An axis longer than a block's reach is cut into blocks of max(8, r) queries, r = window // 2; a block's keys are the
-    block + 2 r positions around it, moved inwards at the borders. So cost and memory are linear in h w, no key is
-    padding, and blocks at the same distance from the borders share one table of biases.
+    So cost and memory are linear in h w, no key is padding, and blocks at the same distance from the borders (of the
+    same kind) share one table of biases.
     """
 
     def __init__(self, h, w, window, device):
-        r = self.r = window // 2
-        axes = []
-        for n in (h, w):
-            block = max(8, r)
-            keys = block + 2 * r
-            if n <= keys:
-                block = keys = n
-            starts = [min(i * block, n - block) for i in range(-(-n // block))]        # of the blocks
-            reach = [min(max(q - r, 0), n - keys) for q in starts]                     # of their keys
-            kinds = sorted({q - k for q, k in zip(starts, reach)})
-            where = [min(p // block, len(starts) - 1) for p in range(n)]               # block of every position
-            axes.append((starts, reach, block, keys, kinds, where))
-        self.block, self.keys = ((axes[0][i], axes[1][i]) for i in (2, 3))
+        r = window // 2
+        starts, reach, block, keys = zip(axis_blocks(h, window), axis_blocks(w, window))      # (rows, columns) each
+        self.block, self.keys = block, keys
+        self.single = len(starts[0]) == len(starts[1]) == 1
 
-        def index(values, device=device):
-            return torch.tensor(values, device=device)
-
-        def tokens(starts, length):  # (blocks, tokens of one)
-            y, x = ((index(s)[:, None] + torch.arange(n, device=device)) for s, n in zip(starts, length))
+        def tokens(first, length):
+            """Numbers of the tokens in every block: (blocks, tokens of one)."""
+            y, x = (torch.tensor(s, device=device)[:, None] + torch.arange(n, device=device)
+                    for s, n in zip(first, length))                                           # (blocks, length) each
             return (y[:, None, :, None] * w + x[None, :, None, :]).flatten(2).flatten(0, 1)
 
-        self.single = len(axes[0][0]) == len(axes[1][0]) == 1
-        self.q = tokens([a[0] for a in axes], self.block)
-        self.kv = tokens([a[1] for a in axes], self.keys)
+        self.q = tokens(starts, block)
+        self.kv = tokens(reach, keys)
+
+        # Along each axis: the block of every position, its place in there; the kind of every block; and where the
+        # biases of a kind and a query begin in the padded table.
+        home, place, kind, self.rows = [], [], [], []
+        for axis, n in enumerate((h, w)):
+            first = torch.tensor(starts[axis], device=device)
+            position = torch.arange(n, device=device)
+            home.append((position // block[axis]).clamp(max=len(first) - 1))                  # (n,)
+            place.append(position - first[home[axis]])                                        # (n,)
+            distances = [s - k for s, k in zip(starts[axis], reach[axis])]  # of queries from their keys
+            kinds = sorted(set(distances))
+            kind.append(torch.tensor([kinds.index(d) for d in distances], device=device))     # (blocks,)
+            query = torch.arange(block[axis], device=device)
+            begin = keys[axis] + r - torch.tensor(kinds, device=device)[:, None] - query
+            self.rows.append(begin)                                                           # (kinds, block)
         # Where every token's result stands among the blocks' results.
-        (y, iy), (x, ix) = ((index(a[5]), torch.arange(n, device=device) - index(a[0])[index(a[5])])
-                            for a, n in zip(axes, (h, w)))
-        block = y[:, None] * len(axes[1][0]) + x
-        self.back = (block * self.q.shape[1] + iy[:, None] * self.block[1] + ix).flatten()
-        kind = [index([a[4].index(q - k) for q, k in zip(a[0], a[1])]) for a in axes]
-        self.kind = (kind[0][:, None] * len(axes[1][4]) + kind[1]).flatten()           # of every block
-        # Where the biases of a kind of block and a query begin in the padded table: (kinds, block) along each axis.
-        self.rows = [k + r - index(a[4])[:, None] - torch.arange(b, device=device)
-                     for a, b, k in zip(axes, self.block, self.keys)]
+        home = home[0][:, None] * len(starts[1]) + home[1]                                    # (h, w)
+        place = place[0][:, None] * block[1] + place[1]                                       # (h, w)
+        self.back = (home * self.q.shape[1] + place).flatten()
+        self.kind = (kind[0][:, None] * len(self.rows[1]) + kind[1]).flatten()                # of every block
 
     def bias(self, table):
-        """table (window, window, heads) -> (kinds of blocks, queries, heads, keys); -1e9 outside the window."""
+        """table (window, window, heads) -> (kinds of blocks, queries, heads, keys); MASKED outside the window."""
         (ky, kx), (iy, ix) = self.keys, self.rows
-        t = F.pad(table.flip(0, 1).permute(2, 0, 1), (kx, kx, ky, ky), value=-1e9)      # by key - query
-        t = t.unfold(1, ky, 1).unfold(2, kx, 1).permute(1, 2, 0, 3, 4)                  # (row, column, heads, ky, kx)
-        t = t[iy[:, None, :, None], ix[None, :, None, :]]                               # (uy, ux, by, bx, heads, ...)
+        t = F.pad(table.flip(0, 1).permute(2, 0, 1), (kx, kx, ky, ky), value=MASKED)          # by key - query
+        t = t.unfold(1, ky, 1).unfold(2, kx, 1).permute(1, 2, 0, 3, 4)                        # (row, column, ...)
+        t = t[iy[:, None, :, None], ix[None, :, None, :]]                                     # (uy, ux, by, bx, ...)
         return t.flatten(5).flatten(2, 3).flatten(0, 1)
 
 
@@ -310,11 +346,13 @@ class WindowAttention(nn.Module):
         """x (B, C, h, w), windows Windows(h, w, self.window, ...) -> (B, C, h, w)."""
         bias = windows.bias(self.bias_table)
         q = linear(x, self.q).flatten(2).mT                                              # (B, N, C)
-        kv = F.conv2d(x, torch.cat([self.k.weight, self.v.weight])[:, :, None, None]).flatten(2).mT
+        kv_weight = torch.cat([self.k.weight, self.v.weight])[:, :, None, None]
+        kv = F.conv2d(x, kv_weight).flatten(2).mT                                        # (B, N, 2 C)
         if not windows.single:
             q, kv = q[:, windows.q].flatten(0, 1), kv[:, windows.kv].flatten(0, 1)       # (B * blocks, tokens, ...)
             bias = bias[windows.kind.repeat(len(x))]
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, dim=-1)))
+        k, v = kv.chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         bias = bias.transpose(1, 2).to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
         if not windows.single:
@@ -334,7 +372,8 @@ class TransformerBlock(nn.Module):
         h = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
         shift, scale = mod.chunk(2, dim=1)
         x = x + self.attn(modulate(h, scale, shift), windows)
-        value, gate = linear(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), self.mlp_in).chunk(2, dim=1)
+        h = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        value, gate = linear(h, self.mlp_in).chunk(2, dim=1)                             # (B, 4 dim, h, w) each
         return x + linear(value * F.gelu(gate), self.mlp_out)
 
 
@@ -348,6 +387,19 @@ def time_embedding(t, dim):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The decoder
+
+class Condition(NamedTuple):
+    """What the decoder makes of a latent z (B, z_dim, h, w) alone: computed once, used by every sampling step."""
+    input_map: torch.Tensor     # (B, C, 5h, 5w), the input convolutions' part of the latent: see spread
+    adagn: torch.Tensor         # (B, ., h, w), scales and shifts of all AdaGN, in the order of UViT.modules()
+    adaln: torch.Tensor         # (B, ., h, w), shifts and scales of all transformer blocks
+    base: torch.Tensor | None   # (B, 3, H, W), the linear estimate of the image
+    base_map: torch.Tensor | None  # (B, C/2, H, W), the input convolution's part of it
+
+    def rows(self, chosen):
+        """The Condition of some samples of the batch: indices or a mask."""
+        return Condition(*(None if field is None else field[chosen] for field in self))
+
 
 class UViT(nn.Module):
     """SSDD's diffusion decoder: (noisy image, latent, time) -> field of the image's shape.
@@ -394,8 +446,8 @@ class UViT(nn.Module):
         else:
             self.norm_z = nn.Identity() if "norm_z" in without else LatentNorm(z_dim)
             images = 6 if base else 3  # channels of the noisy image and of the base
-            self.conv_in_x, self.conv_in_z = nn.Conv2d(images, c // 2, 3, padding=1), nn.Conv2d(
-                z_dim, c // 2, 3, padding=1)
+            self.conv_in_x = nn.Conv2d(images, c // 2, 3, padding=1)
+            self.conv_in_z = nn.Conv2d(z_dim, c // 2, 3, padding=1)
         self.conv_in = nn.Conv2d(3 + z_dim if joint_input else c, c, 3, padding=1)
         self.context = None if "context" in without else nn.Sequential(
             nn.Conv2d(z_dim, c, 3, padding=1), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1))
@@ -445,92 +497,122 @@ class UViT(nn.Module):
             nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x, z, t=None):
-        """x (B, 3, H, W), z (B, z_dim, H/f, W/f) or `condition` of it, t (B,) in [0, 1] with time_cond -> (B, 3, H, W).
+        """x (B, 3, H, W), z (B, z_dim, H/f, W/f) or its `condition`, t (B,) in [0, 1] with time_cond -> (B, 3, H, W).
         ValueError on other shapes."""
-        return self.forward_with_tokens(x, z, t)[0]
+        field, _ = self.forward_with_tokens(x, z, t)
+        return field
 
     def condition(self, z, H, W):
-        """All that depends on the latent alone, for images of H x W: computed once, used by every sampling step.
-
-        Returns [input map (B, C, 5h, 5w), scales and shifts of all AdaGN, of all AdaLN (B, ..., h, w)], with a linear
-        base also [base image (B, 3, H, W), its part of the input map (B, C, H, W)].
-        """
+        """The Condition of images of H x W: all that depends on the latent z (B, z_dim, h, w) alone."""
         h, w = z.shape[-2:]
-        images = self.base_images(z) if self.base else []
-        z = z.to(self.conv_out.weight.dtype)
+        dtype = self.conv_out.weight.dtype
+        base = base_map = None
+        if self.base is not None:
+            base = self.base_image(z)
+            base_map = F.conv2d(base.to(dtype), self.conv_in_x.weight[:, 3:], padding=1)                # (B, C/2, H, W)
         if H % (8 * h) or W % (8 * w):
             raise ValueError("the decoder needs image sides that are multiples of 8 and of the latent's, by a factor "
                              f"that is a multiple of 8; got {H}x{W} and a {h}x{w} latent")
-        z = self.norm_z(z)
-        ctx = self.context(z) if self.context else z.new_zeros(len(z), self.channels, h, w)  # (B, C, h, w)
+        normalised = self.norm_z(z.to(dtype))
+        if self.context is None:
+            context = normalised.new_zeros(len(z), self.channels, h, w)
+        else:
+            context = self.context(normalised)                                                          # (B, C, h, w)
+        # Every norm's projection of the context, all at once.
         projections = [m.proj for m in self.modules() if isinstance(m, AdaGN)]
-        mods = F.conv2d(ctx, *(torch.cat([getattr(p, name) for p in projections]) for name in ("weight", "bias")))
-        ada = [b.ada for b in self.blocks]
-        mods_mid = F.conv2d(F.silu(ctx), torch.cat([a.weight for a in ada])[:, :, None, None],
-                            torch.cat([a.bias for a in ada])) if ada else ctx[:, :0]
-        # The input convolutions on the enlarged latent: two 3x3 convolutions of a map that is constant over blocks of
-        # >= 8 x 8 pixels have at most 5 different values a block and axis, so 5 x 5 pixels a block are enough.
-        z = self.conv_in_z(F.interpolate(z, scale_factor=5, mode="nearest"))
-        z = F.conv2d(z, self.conv_in.weight[:, -z.shape[1]:], self.conv_in.bias, padding=1)
-        return [z, mods, mods_mid, *images]
+        weight = torch.cat([p.weight for p in projections])
+        bias = torch.cat([p.bias for p in projections])
+        adagn = F.conv2d(context, weight, bias)
+        adaln = context[:, :0]
+        if self.blocks:
+            weight = torch.cat([block.ada.weight for block in self.blocks])[:, :, None, None]
+            bias = torch.cat([block.ada.bias for block in self.blocks])
+            adaln = F.conv2d(F.silu(context), weight, bias)
+        # The input convolutions of the enlarged latent, of which ALL_VALUES an axis and block are enough.
+        enlarged = F.interpolate(normalised, scale_factor=ALL_VALUES, mode="nearest")                   # (B, c, 5h, 5w)
+        part = self.conv_in_z(enlarged)
+        weight = self.conv_in.weight[:, -part.shape[1]:]
+        input_map = F.conv2d(part, weight, self.conv_in.bias, padding=1)                                # (B, C, 5h, 5w)
+        return Condition(input_map, adagn, adaln, base, base_map)
 
-    def base_images(self, z):
-        """z (B, z_dim, h, w) -> [linear estimate of the image (B, 3, h f, w f), its convolution for the input]."""
+    def base_image(self, z):
+        """z (B, z_dim, h, w) -> linear estimate of the image (B, 3, h f, w f)."""
         with torch.autocast(z.device.type, enabled=False):
-            base = self.code.decode(F.conv2d(z.float(), self.base.weight.float(), self.base.bias.float()))
-        h = F.conv2d(base.to(self.conv_out.weight.dtype), self.conv_in_x.weight[:, 3:], padding=1)
-        return [base, h]
+            return self.code.decode(F.conv2d(z.float(), self.base.weight.float(), self.base.bias.float()))
 
     def forward_with_tokens(self, x, z, t=None):
         """As forward, and the tokens (B, H/8 * W/8, width) after transformer block min(4, depth // 2), which REPA
         aligns."""
         if (t is None) == self.time_cond:
             raise ValueError("this decoder needs t" if self.time_cond else "this decoder has no time: leave t out")
-        dtype = self.conv_out.weight.dtype
-        temb = self.time(time_embedding(t, self.channels).to(dtype)) if self.time_cond else None
-        z, mods, mods_mid, *images = self.condition(z, *x.shape[-2:]) if isinstance(z, torch.Tensor) else z
-        mods = iter(mods.split([m.proj.out_channels for m in self.modules() if isinstance(m, AdaGN)], dim=1))
+        H, W = x.shape[-2:]
+        condition = z if isinstance(z, Condition) else self.condition(z, H, W)
+        temb = None
+        if self.time_cond:
+            temb = self.time(time_embedding(t, self.channels).to(self.conv_out.weight.dtype))           # (B, 4 C)
+        widths = [m.proj.out_channels for m in self.modules() if isinstance(m, AdaGN)]
+        mods = iter(condition.adagn.split(widths, dim=1))
 
-        if images:
-            base, h_base = images
-            h = F.conv2d((INPUT_GAIN * x).to(dtype), self.conv_in_x.weight[:, :3], self.conv_in_x.bias, padding=1)
-            h = h + h_base
-        else:
-            h = self.conv_in_x(x.to(dtype))
-        h = F.conv2d(h, self.conv_in.weight[:, :h.shape[1]], padding=1).add_(spread(z, *x.shape[-2:]))
+        h = self.input_layer(x, condition)                                                              # (B, C, H, W)
         skips = [h]
-        run = partial(checkpoint, use_reentrant=False) if self.checkpointing and self.training else lambda f, *a: f(*a)
         for level in self.down:
             for block in level[:2]:
-                h = run(block, h, next(mods), temb)
+                h = self.run_block(block, h, next(mods), temb)
                 skips.append(h)
             if len(level) == 3:
                 h = level[2](h)
                 skips.append(h)
 
-        u = tokens = linear(self.mid_norm(h), self.mid_in)  # (B, width, H/8, W/8)
-        if self.blocks:
-            windows = Windows(*u.shape[2:], self.blocks[0].attn.window, u.device)
-            for i, (block, mod) in enumerate(zip(self.blocks, mods_mid.chunk(len(self.blocks), dim=1))):
-                u = block(u, mod, windows)
-                if i + 1 == min(4, len(self.blocks) // 2):
-                    tokens = u
+        u = linear(self.mid_norm(h), self.mid_in)                                                       # (B, ., h8, w8)
+        u, tokens = self.middle(u, condition.adaln)
         h = h + linear(u, self.mid_out)
 
         for level in self.up:
             for block in level[:3]:
                 h = torch.cat([h, skips.pop()], dim=1)  # on a line of its own, which lets go of the old h
-                h = run(block, h, next(mods), temb)
+                h = self.run_block(block, h, next(mods), temb)
             if len(level) == 4:
                 h = upsample(h, level[3])
-        out = self.conv_out(self.norm_out(h))
-        tokens = tokens.flatten(2).mT
-        if not images:
-            return (out + self.skip * x if self.skip else out.to(x.dtype)), tokens
+        out = self.conv_out(self.norm_out(h))                                                           # (B, 3, H, W)
+        return self.field(out, x, condition.base, t), tokens.flatten(2).mT
+
+    def input_layer(self, x, condition):
+        """The input convolutions of the noisy image, with what they make of latent and base: (B, C, H, W)."""
+        dtype = self.conv_out.weight.dtype
+        if condition.base is None:
+            h = self.conv_in_x(x.to(dtype))
+        else:
+            weight = self.conv_in_x.weight[:, :3]
+            h = F.conv2d((INPUT_GAIN * x).to(dtype), weight, self.conv_in_x.bias, padding=1) + condition.base_map
+        weight = self.conv_in.weight[:, :h.shape[1]]
+        return F.conv2d(h, weight, padding=1).add_(spread(condition.input_map, *x.shape[-2:]))
+
+    def run_block(self, block, *arguments):
+        if self.checkpointing and self.training:
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+    def middle(self, u, adaln):
+        """The transformer blocks on a map (B, width, H/8, W/8) -> (the last map, that of block min(4, depth // 2))."""
+        tokens, depth = u, len(self.blocks)
+        if depth == 0:
+            return u, tokens
+        windows = Windows(*u.shape[2:], self.blocks[0].attn.window, u.device)
+        for number, (block, mod) in enumerate(zip(self.blocks, adaln.chunk(depth, dim=1)), start=1):
+            u = block(u, mod, windows)
+            if number == min(4, depth // 2):
+                tokens = u
+        return u, tokens
+
+    def field(self, out, x, base, t):
+        """The field (B, 3, H, W) at x from the network's output."""
+        if base is None:
+            return out + self.skip * x if self.skip else out.to(x.dtype)
+        # With a linear base: skip * (x - base) + network
         field = OUTPUT_GAIN * out + self.skip * (x - base)
         if self.time_cond:  # FM: v = (D - x_t) / t, D the estimate of the image
             field = field / t.clamp(min=T_MIN)[:, None, None, None]
-        return field, tokens
+        return field
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -607,20 +689,21 @@ class DCSSDAE(nn.Module):
         if noise is None:
             shape = (len(z), 3, z.shape[2] * f, z.shape[3] * f)
             noise = torch.randn(shape, generator=generator, device=generator.device if generator else z.device)
-        noise, z = noise.to(z.device), self.decoder.condition(z, *noise.shape[-2:])  # the sum of steps in float32
+        noise = noise.to(z.device)  # float32, whatever z is: the sum of steps
+        condition = self.decoder.condition(z, *noise.shape[-2:])
         allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "mu", "tol"}
         if set(options) - allowed:
             raise ValueError(f"a decoder trained with --loss {cfg['loss']} takes the sampler options "
                              f"{', '.join(sorted(allowed))}; "
                              f"got {', '.join(sorted(set(options) - allowed))}")
         if cfg["loss"] == "fm":
-            return sampler.euler(self.decoder, noise, z, steps, **options)
+            return sampler.euler(self.decoder, noise, condition, steps, **options)
         method = options.pop("method", "nesterov" if options.get("mu") else "gd")
         if method not in ("gd", "nesterov"):
             raise ValueError(f"unknown sampling method '{method}': expected gd or nesterov")
         options.setdefault("eta", self.default_eta(steps))
         descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
-        return descend(self.decoder, noise, z, steps, lam=cfg["lam"], **options)
+        return descend(self.decoder, noise, condition, steps, lam=cfg["lam"], **options)
 
     def reconstruct(self, x, steps=1, noise=None, generator=None, **options):
         """x (B, 3, H, W) of any size -> its reconstruction, same size: padded by reflection, in the end cropped."""
@@ -648,7 +731,8 @@ class DCSSDAE(nn.Module):
         if not self.config["latents"]:
             raise ValueError("this model has no latent statistics: python -m tools.latents --ckpt F --data D "
                              "--z_stats stores them")
-        return (torch.tensor(self.config["latents"][k]).to(z)[:, None, None] for k in ("mean", "std"))
+        mean, std = self.config["latents"]["mean"], self.config["latents"]["std"]
+        return torch.tensor(mean).to(z)[:, None, None], torch.tensor(std).to(z)[:, None, None]           # (c, 1, 1)
 
     def default_eta(self, steps):
         """Step size of EqM sampling. One step: 1 / (lam c(0)), the one-step estimate from pure noise.
@@ -656,17 +740,26 @@ class DCSSDAE(nn.Module):
         Several: with c = linear, a step of size eta removes the fraction eta lam of the noise that is left; 1 % is left
         after all. The others fall to zero faster, so that steps larger than 1 - a swing: the least noise after all.
         """
-        cfg = self.config
-        if steps == 1 or cfg["c"] == "linear":
-            return (1.0 if steps == 1 else 1.0 - 0.01 ** (1.0 / steps)) / self.field_at_noise
+        if steps == 1:
+            return 1.0 / self.field_at_noise
+        if self.config["c"] == "linear":
+            return (1.0 - 0.01 ** (1.0 / steps)) / self.field_at_noise
+        candidates = [k / 1000 for k in range(1, 1001)]
+        return min(candidates, key=lambda eta: self._noise_left(eta, steps)) / self.config["lam"]
 
-        def left(eta, noise=1.0):  # 1 - g after all steps, from the c(g) of losses.EqM
-            for _ in range(steps):
-                head = 1.0 if cfg["c"] == "trunc" else cfg["b"] - (cfg["b"] - 1) * (1 - noise) / cfg["a"]
-                noise -= eta * (head if 1 - noise <= cfg["a"] else noise / (1 - cfg["a"]))
-            return abs(noise)
-
-        return min((k / 1000 for k in range(1, 1001)), key=left) / cfg["lam"]
+    def _noise_left(self, eta, steps):
+        """1 - g after `steps` steps of size eta / lam from pure noise, in size; c(g) as in losses.EqM."""
+        c, a, b = self.config["c"], self.config["a"], self.config["b"]
+        noise = 1.0
+        for _ in range(steps):
+            g = 1 - noise
+            if g > a:
+                noise -= eta * (noise / (1 - a))
+            elif c == "trunc":
+                noise -= eta * 1.0
+            else:
+                noise -= eta * (b - (b - 1) * g / a)
+        return abs(noise)
 
     @torch.no_grad()
     def fit_linear_decoder(self, images):
@@ -685,10 +778,13 @@ class DCSSDAE(nn.Module):
         gram, cross, cells = 0, 0, 0
         for x in images:
             x = x.to(next(self.parameters()).device)
-            z = self.encode(x).mode().permute(0, 2, 3, 1).flatten(0, 2).double()                 # (cells, c)
-            z = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
+            z = self.encode(x).mode()                                                            # (b, c, h, w)
+            rows = z.permute(0, 2, 3, 1).flatten(0, 2).double()                                  # (cells, c)
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)                         # (cells, c + 1)
             target = decoder.code.encode(x).permute(0, 2, 3, 1).flatten(0, 2).double()           # (cells, count)
-            gram, cross, cells = gram + z.T @ z, cross + z.T @ target, cells + len(z)
+            gram = gram + rows.T @ rows
+            cross = cross + rows.T @ target
+            cells += len(rows)
         if cells == 0:
             raise ValueError("no image to fit the linear decoder on")
         ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -712,18 +808,19 @@ class DCSSDAE(nn.Module):
         A published file's configuration is read off its tensors. FileNotFoundError, ValueError: what is wrong with it.
         """
         state, meta = read_weights(path)
-        if "config" in meta:
+        saved = saved_config(meta)
+        if saved:
             if int(meta["format"]) > FORMAT:
                 raise ValueError(f"{path} has format {meta['format']}, newer than this code's {FORMAT}: update it")
-            model = cls(**json.loads(meta["config"]))
+            config = saved
         else:
             config = infer_config(state)
-            if "enc" not in config or config.get("dec", "?") == "?":
+            if "enc" not in config or config.get("dec", UNKNOWN) == UNKNOWN:
                 raise ValueError(f"{path} has no DC-SSDAE configuration and holds {describe(config)}; a model needs an "
                                  "encoder and a decoder")
-            config.pop("z_dim")
-            model = cls(**config)
-        model._read(state, path, "all", json.loads(meta["config"]) if "config" in meta else {})
+            del config["z_dim"]
+        model = cls(**config)
+        model._read(state, path, "all", saved)
         return model.to(device).eval()
 
     def load_published(self, path, part="all"):
@@ -737,10 +834,28 @@ class DCSSDAE(nn.Module):
         if part not in ("all", "encoder", "decoder"):
             raise ValueError(f"unknown part '{part}': expected all, encoder or decoder")
         state, meta = read_weights(path)
-        self._read(state, path, part, json.loads(meta["config"]) if "config" in meta else {})
+        self._read(state, path, part, saved_config(meta))
 
     def _read(self, state, path, part, saved):
-        """saved: the configuration that `save` wrote into the file; {} for a published one."""
+        """Take `part` from the tensors `state`. saved: the configuration that `save` wrote beside them; {} for a
+        published file. Where this raises, nothing has changed."""
+        config = self._config_for(state, part, saved)
+        model = self
+        if config != self.config:
+            model = DCSSDAE(**config).to(next(self.parameters())).train(self.training)
+        for key, table in state.items():
+            if key.endswith("bias_table") and len(table) < config["window"]:
+                pad = (config["window"] - len(table)) // 2
+                state[key] = F.pad(table, (0, 0, pad, pad, pad, pad), value=NO_BIAS)
+        _load_strictly(model, state, path, part)
+        self.config = config
+        if part != "decoder":
+            self.encoder = model.encoder
+        if part != "encoder":
+            self.decoder = model.decoder
+
+    def _config_for(self, state, part, saved):
+        """This model's configuration with what the file decides of `part`."""
         found, config = infer_config(state), dict(self.config)
         if part != "decoder":
             config["linear_encoder"] = saved.get("linear_encoder", False)
@@ -750,15 +865,12 @@ class DCSSDAE(nn.Module):
             config["joint_input"] = found.get("joint_input", config["joint_input"])
             config["input_skip"] = config["input_skip"] and bool(saved)
             config["linear_decoder"] = saved.get("linear_decoder", 0)
-        model = self if config == self.config else DCSSDAE(**config).to(next(self.parameters())).train(self.training)
-        for k, v in state.items():
-            if k.endswith("bias_table") and v.shape[0] < config["window"]:
-                pad = (config["window"] - v.shape[0]) // 2  # exp(-1e4) is 0 in every precision: exactly the smaller one
-                state[k] = F.pad(v, (0, 0, pad, pad, pad, pad), value=-1e4)
-        _load_strictly(model, state, path, part)  # where this raises, nothing has changed
-        self.config = config
-        self.encoder, self.decoder = ((self if part == other else model).get_submodule(name)
-                                      for name, other in (("encoder", "decoder"), ("decoder", "encoder")))
+        return config
+
+
+def saved_config(meta):
+    """The configuration in the metadata of a file that DCSSDAE.save wrote; {} of another's."""
+    return json.loads(meta["config"]) if "config" in meta else {}
 
 
 def pad_to_multiple(x, unit):
@@ -854,7 +966,7 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"\.(proj|conv2|point_conv)\.norm\.|\.norm_out\.(?=weight$|bias$)(?<=\.0\.norm_out\.)", ".norm."),
     (r"\.(inverted|depth|point)_conv\.conv\.|\.conv_(inverted|depth|point)\.", lambda m: f".{m[1] or m[2]}."),
     (r"\.(conv1|conv2|conv|qkv|proj)\.conv\.(?=weight$|bias$)", r".\1."),
-    (r"\.aggreg\.", ".aggregate."), (r"\.to_qkv_multiscale\.(\d)\.proj_(in|out)\.", 
+    (r"\.aggreg\.", ".aggregate."), (r"\.to_qkv_multiscale\.(\d)\.proj_(in|out)\.",
      lambda m: f".aggregate.{m[1]}.{int(m[2] == 'out')}."),
     (r"^(encoder\.stages\..*)\.to_out\.", r"\1.proj."),
     (r"^encoder\.stem\.", "encoder.conv_in."), (r"^encoder\.head\.", "encoder.conv_out."),
@@ -872,49 +984,76 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
 )]
 
 
+# Weights of linear layers that are 1x1 convolutions here: the encoders' attention.
+LINEAR_AS_CONVOLUTION = re.compile(r"encoder\.(mid\.1|stages\..*\.0)\.(q|k|v|out|to_[qkv]|proj)\.weight$")
+
+
 def our_names(state):
     """State dict of any known layout -> our names; separate q, k, v and linear layers become our convolutions."""
     out = {}
     for key, value in state.items():
         for pattern, name in RENAMES:
             key = pattern.sub(name, key)
-        if value.ndim == 2 and re.match(r"encoder\.(mid\.1|stages\..*\.0)\.(q|k|v|out|to_[qkv]|proj)\.weight$", key):
+        if value.ndim == 2 and LINEAR_AS_CONVOLUTION.match(key):
             value = value[:, :, None, None]
         out[key] = value
-    for key in [k for k in out if k.endswith(".to_q.weight")]:
-        parts = [out.pop(key.replace("to_q", f"to_{n}"), None) for n in "qkv"]
-        if all(p is not None for p in parts):
-            out[key.replace("to_q", "qkv")] = torch.cat(parts)
+    for key in list(out):
+        if key.endswith(".to_q.weight"):
+            separate = [key, key.replace("to_q", "to_k"), key.replace("to_q", "to_v")]
+            if all(name in out for name in separate):
+                out[key.replace("to_q", "qkv")] = torch.cat([out[name] for name in separate])
+            for name in separate:
+                out.pop(name, None)
     return out
 
 
 def infer_config(state):
     """What a state dict (our names) holds, read off names and shapes: DCSSDAE's arguments, and the decoder's z_dim."""
-    config, rows = {}, {k: v.shape[0] for k, v in state.items() if v.ndim}
-    out, first = rows.get("encoder.conv_out.weight"), rows.get("encoder.conv_in.conv.weight")
-    if "encoder.quant.weight" in rows and "encoder.conv_in.weight" in rows:
-        levels = len({k.split(".")[2] for k in rows if k.startswith("encoder.down.")})
-        config = {"enc": f"vq_f{2 ** (levels - 1)}c{rows['encoder.quant.weight'] // 2}",
-                  "enc_width": rows["encoder.conv_in.weight"] / 128}
-    elif out and any(k.startswith("encoder.stages.") for k in rows):
-        f = 2 ** max(int(k.split(".")[2]) for k in rows if k.startswith("encoder.stages."))
-        if any(".qkv." in k for k in rows):
-            config = {"enc": f"dcae_f{f}c{out}" + "_sana" * (first is None),
-                      "enc_width": first / 64 if first else rows["encoder.conv_in.weight"] / 128}
-        elif first:
-            norm = any(".norm." in k for k in rows if k.startswith("encoder."))
-            config = {"enc": f"dc_f{f}c{out // 2}", "enc_width": first / 64,
-                      "enc_options": {} if norm else {"norm": False}}
+    rows = {key: len(value) for key, value in state.items() if value.ndim}  # output channels
+    return infer_encoder(rows) | infer_decoder(state, rows)
+
+
+def infer_encoder(rows):
+    """DCSSDAE's arguments of the encoder, {} without one."""
+    stem = rows.get("encoder.conv_in.weight")
+    out = rows.get("encoder.conv_out.weight")
+    if stem and "encoder.quant.weight" in rows:
+        levels = {key.split(".")[2] for key in rows if key.startswith("encoder.down.")}
+        f = 2 ** (len(levels) - 1)
+        return {"enc": f"vq_f{f}c{rows['encoder.quant.weight'] // 2}", "enc_width": stem / 128}
+    stages = [int(key.split(".")[2]) for key in rows if key.startswith("encoder.stages.")]
+    if not stages or not out:
+        return {}
+    f = 2 ** max(stages)
+    halving_stem = rows.get("encoder.conv_in.conv.weight")  # where stage 0 has no block
+    if any(".qkv." in key for key in rows):
+        if halving_stem:
+            return {"enc": f"dcae_f{f}c{out}", "enc_width": halving_stem / 64}
+        return {"enc": f"dcae_f{f}c{out}_sana", "enc_width": stem / 128}
+    if not halving_stem:
+        return {}
+    has_norms = any(key.startswith("encoder.") and ".norm." in key for key in rows)
+    options = {} if has_norms else {"norm": False}
+    return {"enc": f"dc_f{f}c{out // 2}", "enc_width": halving_stem / 64, "enc_options": options}
+
+
+def infer_decoder(state, rows):
+    """DCSSDAE's arguments of the decoder, and its z_dim; {} without one."""
     widths = [rows.get(f"decoder.down.{i}.0.conv1.weight") for i in range(4)]
-    if all(widths) and "decoder.context.0.weight" in state:
-        blocks = sum(k.endswith(".attn.bias_table") for k in rows)
-        fits = [s for s in SIZES if level_widths(s) == widths]
-        config["dec"] = next((s for s in fits if SIZES[s][2] == blocks), (fits + ["?"])[0])
-        config["depth"] = None if config["dec"] != "?" and SIZES[config["dec"]][2] == blocks else blocks
-        config["loss"] = "fm" if "decoder.time.0.weight" in rows else "eqm"
-        config["joint_input"] = "decoder.conv_in_x.weight" not in rows
-        config["z_dim"] = state["decoder.context.0.weight"].shape[1]
-    return config
+    if not all(widths) or "decoder.context.0.weight" not in state:
+        return {}
+    blocks = sum(key.endswith(".attn.bias_table") for key in rows)
+    size, depth = UNKNOWN, blocks
+    for name in SIZES:  # of those with the same widths the one of this depth, or else the first
+        if level_widths(name) == widths:
+            if SIZES[name][2] == blocks:
+                size, depth = name, None
+                break
+            if size == UNKNOWN:
+                size = name
+    return {"dec": size, "depth": depth, "loss": "fm" if "decoder.time.0.weight" in rows else "eqm",
+            "joint_input": "decoder.conv_in_x.weight" not in rows,
+            "z_dim": state["decoder.context.0.weight"].shape[1]}
 
 
 def describe(config):

@@ -7,10 +7,10 @@
 
     python evaluate.py --ckpt runs/tiny/model.safetensors --data demo --steps 1 2 4 8
 
-Common arguments: field(x, z[, t]) -> same shape as x; x (B, 3, H, W) starting noise; z (B, c, h, w) the condition, row
-by row with x. Each returns (x, nfe): the images, not clamped, and the number of network evaluations of every sample, an
-integer tensor (B,). Nothing here turns gradients off: a one-step decode can be differentiated. Wrap the call in
-torch.no_grad() where that is not wanted.
+Common arguments: field(x, z[, t]) -> same shape as x; x (B, 3, H, W) starting noise; z the latent (B, c, h, w), row by
+row with x, or what the decoder made of it (model.Condition), of which .rows chooses some samples. Each returns
+(x, nfe): the images, not clamped, and the number of network evaluations of every sample, an integer tensor (B,). Nothing here
+turns gradients off: a one-step decode can be differentiated. Wrap the call in torch.no_grad() where that is not wanted.
 """
 import hashlib
 import itertools
@@ -23,12 +23,13 @@ def euler(field, x, z, steps=1, t_shift=4.0):
     linspace(1, 0, steps + 1) ** t_shift.
 
     steps    number of evaluations, >= 1
-    t_shift  > 1 makes the steps near the data finer (SSDD, arXiv 2510.04961); one step does not depend on
-             it
+    t_shift  > 1 makes the steps near the data finer (SSDD, arXiv 2510.04961); one step does not depend on it
     """
+    # t_k = (1 - k / steps) ^ t_shift
     times = torch.linspace(1.0, 0.0, _at_least_one(steps) + 1, dtype=torch.float64).pow(t_shift).tolist()
     for t, t_next in itertools.pairwise(times):
         v = field(x, z, torch.full((len(x),), t, device=x.device))
+        # x_{k+1} = x_k + (t_k - t_{k+1}) v
         x = x + (t - t_next) * v
     return x, torch.full((len(x),), steps, dtype=torch.long, device=x.device)
 
@@ -60,11 +61,12 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0):
         f = field(y, z)
         previous, x = x, y - eta * f
         nfe[alive] += 1
-        moving = f.flatten(1).float().square().mean(dim=1).sqrt() / lam >= tol  # (alive,)
+        rms = f.flatten(1).float().square().mean(dim=1).sqrt()  # (alive,)
+        moving = rms / lam >= tol
         if tol > 0 and not moving.all():
             out = out.index_copy(0, alive[~moving], x[~moving])
             alive, x, previous = alive[moving], x[moving], previous[moving]
-            z = z[moving] if isinstance(z, torch.Tensor) else [part[moving] for part in z]
+            z = z[moving] if isinstance(z, torch.Tensor) else z.rows(moving)
             if len(alive) == 0:
                 break
     return out.index_copy(0, alive, x), nfe

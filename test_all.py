@@ -2249,8 +2249,8 @@ def test_ablations_from_the_command_line(tmp_path):
     assert isinstance(decoder.norm_z, nn.Identity) and decoder.context is None
     assert decoder.blocks[0].attn.bias_table.shape[:2] == (5, 5)
     one, other = (decoder.condition(z, 32, 32) for z in (torch_z, -torch_z))
-    assert not torch.equal(one[0], other[0])  # the latent still enters beside the image
-    assert all(torch.equal(a, b) for a, b in zip(one[1:3], other[1:3], strict=True))  # scales and shifts
+    assert not torch.equal(one.input_map, other.input_map)  # the latent still enters beside the image
+    assert torch.equal(one.adagn, other.adagn) and torch.equal(one.adaln, other.adaln)  # scales and shifts
     with pytest.raises(ValueError, match="norm_z and context"):
         UViT("XS", 4, without=["attention"])
 
@@ -2869,7 +2869,7 @@ def test_condition_is_the_plain_input_layer_and_computed_once(joint, size):
     plain = unet.conv_in(torch.cat([unet.conv_in_x(x), unet.conv_in_z(up)], dim=1))
     x_part = unet.conv_in_x(x)
     fast = F.conv2d(x_part, unet.conv_in.weight[:, :x_part.shape[1]], padding=1)
-    fast = fast + spread(unet.condition(z, *size)[0], *size)
+    fast = fast + spread(unet.condition(z, *size).input_map, *size)
     assert torch.allclose(fast, plain, rtol=1e-10, atol=1e-10)
     assert torch.equal(unet(x, unet.condition(z, *size)), unet(x, z))
 
