@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion: a variance that is neither 0 nor infinite in float32
+
 
 class DiagonalGaussian:
     """Posterior q(z|x) = N(mean, exp(logvar)), independent per value. mean, logvar: (B, c, h, w); logvar is clamped to
     [-30, 20]."""
 
     def __init__(self, mean, logvar):
-        self.mean, self.logvar = mean, logvar.clamp(-30.0, 20.0)
+        self.mean, self.logvar = mean, logvar.clamp(*LOGVAR_RANGE)
 
     def mode(self):
         return self.mean
@@ -39,6 +41,7 @@ class DiagonalGaussian:
     def kl(self):
         """KL(q || N(0, I)) in nats, summed over c, h, w: (B,). Kingma & Welling 2014 (arXiv 1312.6114), appendix B."""
         mean, logvar = self.mean.float(), self.logvar.float()
+        # KL = 1/2 sum (mu^2 + var - 1 - log var)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
 
 
@@ -103,8 +106,8 @@ def lapped_basis(f, rho=0.98):
 
 class LappedCode(nn.Module):
     """The linear code for cells of f x f pixels: of the 3 f^2 lapped coefficients of a cell those `count` that carry
-    most of an average photograph's energy, each divided by its expected deviation. No parameters; computed in float32 (in a
-    model that is cast to bf16 the tables are rounded, by 0.4 % at most).
+    most of an average photograph's energy, each divided by its expected deviation. No parameters; computed in float32
+    (in a model that is cast to bf16 the tables are rounded, by 0.4 % at most).
 
     encode  images (B, 3, H, W) -> coefficients of about unit variance (B, count, H/f, W/f)
     decode  the reverse; with count = 3 f^2 exactly, else the orthogonal projection on the coefficients that are kept
@@ -130,6 +133,7 @@ class LappedCode(nn.Module):
         self.register_buffer("index", (color * used + ky) * used + kx, persistent=False)     # of 3 used^2
 
     def encode(self, x):
+        # Along the rows, then along the columns, then over the colours.
         with torch.autocast(x.device.type, enabled=False):
             basis = self.basis.float()
             x = _mirror(x.float(), self.f // 2)                                              # (B, 3, H, W + f)
@@ -179,7 +183,8 @@ class VQResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = group_norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2, self.conv2 = group_norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)  # silent at first
+        nn.init.zeros_(self.conv2.weight)  # silent at first
+        nn.init.zeros_(self.conv2.bias)
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
@@ -196,8 +201,12 @@ class VQAttention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm = group_norm(channels)
-        self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
         h = self.norm(x)
@@ -237,7 +246,9 @@ class VQEncoder(nn.Module):
                 h = level[2](F.pad(h, (0, 1, 0, 1)))  # the original pads right and bottom only
         h = self.conv_out(F.silu(self.norm_out(self.mid(h))))
         mean, logvar = self.quant(h).float().chunk(2, dim=1)
-        return DiagonalGaussian(mean + self.code.encode(x) if self.code else mean, logvar)
+        if self.code is not None:
+            mean = mean + self.code.encode(x)
+        return DiagonalGaussian(mean, logvar)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,6 +281,9 @@ class DCResBlock(nn.Module):
         return x + self.norm(self.conv2(F.silu(self.conv1(x))))
 
 
+ATTENTION_EPS = 1e-15  # as published: where all keys or all queries of a pixel are negative, 0 / 0 becomes 0
+
+
 class LinearAttention(nn.Module):
     """EfficientViT's ReLU linear attention (Cai et al. 2023, arXiv 2205.14756), heads of 32 channels, linear in H*W.
 
@@ -280,20 +294,22 @@ class LinearAttention(nn.Module):
         super().__init__()
         wide = 3 * channels
         self.qkv = nn.Conv2d(channels, wide, 1, bias=False)
-        self.aggregate = nn.ModuleList(nn.Sequential(
-            nn.Conv2d(wide, wide, k, padding=k // 2, groups=wide, bias=False),
-            nn.Conv2d(wide, wide, 1, groups=wide // 32, bias=False)) for k in scales)
+        self.aggregate = nn.ModuleList()
+        for k in scales:
+            depthwise = nn.Conv2d(wide, wide, k, padding=k // 2, groups=wide, bias=False)
+            grouped = nn.Conv2d(wide, wide, 1, groups=wide // 32, bias=False)
+            self.aggregate.append(nn.Sequential(depthwise, grouped))
         self.proj = nn.Conv2d(channels * (1 + len(scales)), channels, 1, bias=False)
         self.norm = RMSNorm(channels)
 
     def forward(self, x):
         h = self.qkv(x)
-        h = torch.cat([h, *(aggregate(h) for aggregate in self.aggregate)], dim=1)
+        h = torch.cat([h, *(aggregate(h) for aggregate in self.aggregate)], dim=1)  # (B, sets * 3 C, H, W)
         with torch.autocast(x.device.type, enabled=False):  # sums over all pixels: float32
             q, k, v = h.float().flatten(2).unflatten(1, (-1, 96)).chunk(3, dim=2)  # (B, heads, 32, H*W)
             v = F.pad(v, (0, 0, 0, 1), value=1.0)  # a row of ones: its result is the normaliser
             h = v @ F.relu(k).mT @ F.relu(q)  # (B, heads, 33, H*W)
-            h = h[:, :, :-1] / (h[:, :, -1:] + 1e-15)
+            h = h[:, :, :-1] / (h[:, :, -1:] + ATTENTION_EPS)
         h = h.flatten(1, 2).unflatten(2, x.shape[2:]).to(x.dtype)
         return x + self.norm(self.proj(h))
 
@@ -329,6 +345,13 @@ class DCDown(nn.Module):
         return h
 
 
+DC_DEPTHS = {  # blocks of each stage, of f128; smaller factors have the first of them
+    "dc": (0, 5, 10, 4, 4, 4, 4, 4),
+    "dcae": (0, 4, 8, 2, 2, 2, 2, 2),
+    "sana": (2, 2, 2, 3, 3, 3, 3, 3),
+}
+
+
 class DCEncoder(nn.Module):
     """DC-AE's encoder. kind: "dc" residual blocks only, Gaussian posterior; "dcae" as published, with EfficientViT
     blocks from the fourth stage on, deterministic; "sana" SANA's variant, with 5x5 tokens and strided convolutions."""
@@ -339,16 +362,19 @@ class DCEncoder(nn.Module):
         self.downscale, self.z_dim, self.deterministic = downscale, z_dim, kind != "dc"
         stages = int(math.log2(downscale)) + 1
         top = 1024 if kind == "dc" else 2048
-        widths = (128, 256, 512, 512, 1024, 1024, top, top)[:stages]
-        widths = [_scaled(w, width, 4 if kind == "dc" or i < 3 else 32) for i, w in enumerate(widths)]  # 32: a head
-        depths = {"dc": (0, 5, 10, 4, 4, 4, 4, 4), "dcae": (0, 4, 8, 2, 2, 2, 2, 2), "sana": (2, 2, 2, 3, 3, 3, 3, 3)}
-        depths = depths[kind]
-        scales, strided = ((5,), True) if kind == "sana" else ((), False)
+        first_attention = stages if kind == "dc" else 3  # the stage from which on blocks attend
+        widths = []
+        for i, w in enumerate((128, 256, 512, 512, 1024, 1024, top, top)[:stages]):
+            multiple = 32 if i >= first_attention else 4  # a head's channels; what pixels are folded into
+            widths.append(_scaled(w, width, multiple))
+        depths = DC_DEPTHS[kind]
+        strided = kind == "sana"
+        scales = (5,) if kind == "sana" else ()
         # Where stage 0 has no block, the first convolution goes straight to half the resolution.
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1) if depths[0] else DCDown(3, widths[1], shortcut=False)
         self.stages = nn.ModuleList()
         for i, (w, depth) in enumerate(zip(widths, depths, strict=False)):
-            if kind == "dc" or i < 3:
+            if i < first_attention:
                 blocks = [DCResBlock(w, norm) for _ in range(depth)]
             else:
                 blocks = [nn.Sequential(LinearAttention(w, scales), GatedConv(w)) for _ in range(depth)]
@@ -368,10 +394,13 @@ class DCEncoder(nn.Module):
         for stage in self.stages:
             h = stage(h)
         if self.deterministic:
-            mean = (self.conv_out(h) + h.unflatten(1, (self.z_dim, -1)).mean(dim=2)).float()
-            return DiagonalGaussian(mean, torch.full_like(mean, -30.0))
+            shortcut = h.unflatten(1, (self.z_dim, -1)).mean(dim=2)
+            mean = (self.conv_out(h) + shortcut).float()
+            return DiagonalGaussian(mean, torch.full_like(mean, LOGVAR_RANGE[0]))
         mean, logvar = self.conv_out(h).float().chunk(2, dim=1)
-        return DiagonalGaussian(mean + self.code.encode(x) if self.code else mean, logvar)
+        if self.code is not None:
+            mean = mean + self.code.encode(x)
+        return DiagonalGaussian(mean, logvar)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,7 +434,9 @@ def make_encoder(name, width=1.0, **options):
 def parse_name(name):
     """An encoder's name -> (key of FAMILIES, downscale f, latent channels c). ValueError for an unknown one."""
     match = re.fullmatch(r"([a-z]+)_f(8|16|32|64|128)c([1-9]\d*)(_sana)?", name)
-    family = match[1] + (match[4] or "") if match else None
+    family = None
+    if match:
+        family = match[1] + (match[4] or "")
     if family not in FAMILIES:
         raise ValueError(f"unknown encoder '{name}': expected (vq|dc|dcae)_f<8|16|32|64|128>c<channels>, for example "
                          "dc_f32c32, or dcae_f32c32_sana")

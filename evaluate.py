@@ -35,13 +35,12 @@ from sampler import image_noise, seeded_generator
 
 from data import (LARGEST_KEPT, check_at_least_one, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
                   make_loader, now, save_grid, setup, to_rgb, write_whole)
-from fid import (Statistics, cache_files, check_metrics, distance_between, load_cached, load_networks,  # isort: skip
-                 metric_arguments, metric_of, save_cached)
+from fid import (UNBIASED_FROM, Statistics, cache_files, check_metrics, distance_between, load_cached,  # isort: skip
+                 load_networks, metric_arguments, metric_of, save_cached)
 from losses import (cell_ratio, cell_steps, hf_energy, hf_ratio, linear_code, mean_and_error, psnr,  # isort: skip
                     shrink_enlarge, ssim, to8bit)
 
 REFERENCES = {"baseline": "shrink/enlarge x {f}", "linear": "linear code"}  # first rows of every table
-UNBIASED_FROM = 10_000                                       # images; fewer bias a Frechet distance upwards visibly
 DEFAULT_SIZE = 256                                           # pixels a side, for models that do not say theirs
 MOVED = {  # flags of earlier versions, and where they are now
     "--bench": "python -m tools.bench", "--sweep": "python -m tools.sweep", "--field": "python -m tools.field",

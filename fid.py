@@ -38,12 +38,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data import best_device, gathered, import_torchvision
-from losses import LPIPSLoss, dreamsim_distance
+from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPSLoss, dreamsim_distance
 from model import local_file
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+UNBIASED_FROM = 10_000                                       # images; fewer bias a Frechet distance upwards visibly
+INCEPTION_SHA256 = "6726825d"                                # the beginning of it, as torch.hub checks downloads
+RANK_EPS = 64 * np.finfo(np.float64).eps                     # of the largest eigenvalue: the rest is rounding noise
 IMAGES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,12 +102,14 @@ class Mixed(nn.Module):
 
     def __init__(self, c_in, branches, pool):
         super().__init__()
-        self.pool, self.chains = POOLS[pool], {branch: [] for branch in branches}  # names of the links of each chain
+        self.pool = POOLS[pool]
+        self.chains = {branch: [] for branch in branches}              # names of the links of each chain
         for branch, chain in branches.items():
             c = c_in
             for i, (width, kernel) in enumerate(chain, 1):
                 name = branch if len(chain) == 1 else f"{branch}_{i}"
-                stride, padding = (2, 0) if pool == "halve" and i == len(chain) else (1, None)
+                halves = pool == "halve" and i == len(chain)
+                stride, padding = (2, 0) if halves else (1, None)
                 links = {name + "a": (1, 3), name + "b": (3, 1)} if kernel == FORK else {name: kernel}
                 for link, k in links.items():
                     self.add_module(link, Conv(c, width, k, stride, padding))
@@ -208,7 +213,7 @@ class DINOv2Features(nn.Module):
     @on_8bit
     def forward(self, x):
         x = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True)
-        mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        mean, std = x.new_tensor(IMAGENET_MEAN)[:, None, None], x.new_tensor(IMAGENET_STD)[:, None, None]
         return self.vit.forward_features((x - mean) / std)[:, 0]
 
 
@@ -222,9 +227,10 @@ class FileFeatures(nn.Module):
             raise FileNotFoundError(f"--features {path}: neither inception nor dinov2 nor a file")
         try:
             self.network = torch.jit.load(path, map_location="cpu").eval()
-            (one, self.dim), (two, _) = (self.network(torch.zeros(n, 3, size, size)).shape for n in (1, 2))
-            if (one, two) != (1, 2):
-                raise ValueError("not one row an image")
+            for batch in (1, 2):
+                rows, self.dim = self.network(torch.zeros(batch, 3, size, size)).shape
+                if rows != batch:
+                    raise ValueError("not one row an image")
         except (RuntimeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is refused: not a TorchScript network of images (B, 3, {size}, {size}) to "
                              f"features (B, D) ({str(error).strip().splitlines()[-1]})") from None
@@ -239,7 +245,9 @@ def load_features(name, inception=None, dinov2=None, size=256):
     """The network of --features `name`: "inception", "dinov2" (their weight files: the next two) or a file."""
     if name == "inception":
         return InceptionFeatures(inception)
-    return DINOv2Features(dinov2) if name == "dinov2" else FileFeatures(name, size)
+    if name == "dinov2":
+        return DINOv2Features(dinov2)
+    return FileFeatures(name, size)
 
 
 def read_weights(weights, url, flag):
@@ -251,7 +259,7 @@ def read_weights(weights, url, flag):
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            prefix = "6726825d" if url == URL else None
+            prefix = INCEPTION_SHA256 if url == URL else None
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
     except Exception as error:  # noqa: BLE001 no network, no space, a proxy's error page: no file
         raise FileNotFoundError(f"{path.name} is neither in {path.parent} nor could it be downloaded from "
@@ -282,14 +290,17 @@ class Statistics:
         if len(f) == 0:
             return
         mean, n = f.mean(0), self.n + len(f)
-        delta, f = mean - self.mean, f - mean
+        delta = mean - self.mean
+        f = f - mean
+        # S = S_a + S_b + (mean_b - mean_a)(mean_b - mean_a)^T n_a n_b / n
         self.scatter += f.T @ f + torch.outer(delta, delta) * (self.n * len(f) / n)
         self.mean += delta * (len(f) / n)
         self.n = n
 
     def all_reduce(self):
         """Merge over all processes of torch.distributed (no effect without); afterwards all hold the same."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        if alone:
             return
         n = torch.tensor(float(self.n), dtype=torch.float64, device=self.mean.device)
         total, mean = n.clone(), self.mean * n
@@ -309,13 +320,17 @@ class Statistics:
         """Unbiased covariance, as np.cov(features, rowvar=False). ValueError under two images."""
         if self.n is not None and self.n < 2:
             raise ValueError(f"FID needs at least 2 images in each set, got {self.n}")
-        return (self.scatter / (1 if self.n is None else self.n - 1)).cpu().numpy()
+        freedom = 1 if self.n is None else self.n - 1
+        return (self.scatter / freedom).cpu().numpy()
 
     def save(self, path):
         """Write mu, sigma (what pytorch-fid reads) and n. Atomic: never a half-written file under this name."""
         temporary = f"{path}.tmp{os.getpid()}"
+        arrays = {"mu": self.mu, "sigma": self.sigma}
+        if self.n is not None:
+            arrays["n"] = self.n
         with open(temporary, "wb") as file:
-            np.savez(file, mu=self.mu, sigma=self.sigma, **({} if self.n is None else {"n": self.n}))
+            np.savez(file, **arrays)
         os.replace(temporary, path)
 
     @staticmethod
@@ -323,7 +338,8 @@ class Statistics:
         """Read a .npz of ours or of pytorch-fid. FileNotFoundError; ValueError if it holds something else."""
         try:
             with np.load(path) as data:
-                mu, sigma, n = data["mu"], data["sigma"], int(data["n"]) if "n" in data else None
+                mu, sigma = data["mu"], data["sigma"]
+                n = int(data["n"]) if "n" in data else None
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
             raise ValueError(f"{path} does not hold FID statistics (arrays mu and sigma)") from None
         if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
@@ -350,10 +366,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     roots = []
     for s in (s1, s2):
         w, v = np.linalg.eigh(s)                                       # ascending
-        keep = w > 64 * np.finfo(np.float64).eps * max(w[-1], 0)       # the rest is rounding noise around zero
+        keep = w > RANK_EPS * max(w[-1], 0)
         roots.append(v[:, keep] * np.sqrt(w[keep]))                    # (D, rank), root @ root.T = s
-    cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum() if min(r.size for r in roots) else 0.0
-    return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross))
+    cross = 0.0
+    if roots[0].size and roots[1].size:
+        cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
+    return max(0.0, float(distance))
 
 
 def distance_between(a, b):
@@ -506,7 +525,10 @@ def cache_files(args, dataset, features):
         for path in dataset.images:
             status = os.stat(path)
             files.append((status.st_size, status.st_mtime_ns))
-    first = dataset[0] and dataset[0][0].numpy().tobytes()
+    first = dataset[0]  # None: unreadable
+    if first is not None:
+        image, _ = first
+        first = image.numpy().tobytes()
     key = (hashlib.sha256(dataset.images.tobytes()).hexdigest(), files, first, args.data, dataset.size, args.crop)
     paths = {}
     for metric, network in features.items():
@@ -547,33 +569,54 @@ def main():
     args = parser.parse_args()
     if args.b is None and not args.save:
         parser.error("give two sets A B, or A and --save FILE")
-    name = {"inception": "FID", "dinov2": "FD-DINOv2"}.get(args.features) or f"FD {Path(args.features).stem}"
     try:
-        device = best_device()
-        network, sets, sources = None, [], [source for source in (args.a, args.b) if source]
-        for source in sources:
-            if not os.path.exists(source):
-                raise FileNotFoundError(f"there is no {source}")
-        for source in sources:
-            if source.endswith(".npz"):
-                sets.append(Statistics.load(source))
-            else:
-                files = args.inception, args.dinov2
-                network = network or load_features(args.features, *files, args.size or 256).to(device)
-                sets.append(folder_statistics(source, network, device, args.batch_size, args.size))
+        network, sets = read_sets(args)
         if args.save:
             sets[0].save(args.save)
+        name = distance_name(args.features)
         if args.b is not None:
-            print(f"{name} {frechet_distance(sets[0].mu, sets[0].sigma, sets[1].mu, sets[1].sigma):.4f}")
+            print(f"{name} {distance_between(*sets):.4f}")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    print(f"N = {' and '.join(str(s.n or 'unknown') for s in sets)}; " + (
-        f"features of {args.features} sha256 {network.sha256}" if network else "features from .npz files"))
-    smallest = min((s.n for s in sets if s.n), default=10_000)
-    if smallest < 10_000:
-        print(f"warning: {name} of {smallest} images is biased upwards" + (
-            ", and its covariance is rank-deficient" if smallest <= sets[0].mu.size else "")
-            + ": compare only at the same N")
+    print_protocol(name, sets, args.features, network)
+
+
+def read_sets(args):
+    """(the network of --features, None where nothing needs it, [Statistics of A, of B if it is given])."""
+    sources = [args.a] if args.b is None else [args.a, args.b]
+    for source in sources:
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"there is no {source}")
+    device = best_device()
+    network, sets = None, []
+    for source in sources:
+        if source.endswith(".npz"):
+            sets.append(Statistics.load(source))
+            continue
+        if network is None:
+            network = load_features(args.features, args.inception, args.dinov2, args.size or 256).to(device)
+        sets.append(folder_statistics(source, network, device, args.batch_size, args.size))
+    return network, sets
+
+
+def distance_name(features):
+    if features == "inception":
+        return "FID"
+    if features == "dinov2":
+        return "FD-DINOv2"
+    return f"FD {Path(features).stem}"
+
+
+def print_protocol(name, sets, features, network):
+    """What the number depends on, and a warning where it is biased."""
+    counts = " and ".join(str(s.n or "unknown") for s in sets)
+    source = f"features of {features} sha256 {network.sha256}" if network else "features from .npz files"
+    print(f"N = {counts}; {source}")
+    smallest = min((s.n for s in sets if s.n), default=UNBIASED_FROM)
+    if smallest >= UNBIASED_FROM:
+        return
+    rank = ", and its covariance is rank-deficient" if smallest <= sets[0].mu.size else ""
+    print(f"warning: {name} of {smallest} images is biased upwards{rank}: compare only at the same N")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,9 @@ class EqM:
         return per_image(g) * x + (1 - per_image(g)) * e
 
     def _head(self, g):  # c(g) for g <= a
-        return torch.ones_like(g) if self.kind == "trunc" else self.b - (self.b - 1) * g / self.a
+        if self.kind == "trunc":
+            return torch.ones_like(g)
+        return self.b - (self.b - 1) * g / self.a
 
     def c(self, g):
         """c(g), shape of g; 0 at g = 1."""
@@ -92,8 +94,10 @@ class EqM:
     def predict_x(self, x_g, f, g):
         """One-step estimate x^ = x_g - f (1-g) / (lam c(g)); exact for a perfect field, also at g = 1, where (1-g)/c is
         not 0/0 but its limit."""
-        ratio = (torch.ones_like(g) if self.kind == "linear" else
-                 torch.where(g <= self.a, (1 - g) / self._head(g), 1 - self.a))
+        if self.kind == "linear":
+            ratio = torch.ones_like(g)
+        else:
+            ratio = torch.where(g <= self.a, (1 - g) / self._head(g), 1 - self.a)
         return x_g - f * per_image(ratio) / self.lam
 
 
@@ -110,6 +114,9 @@ def kl_loss(posterior):
 # ---------------------------------------------------------------------------------------------------------------------
 # GAN, on the one-step estimate. Constant weight, as in SSDD's gan block; VQGAN's adaptive one needs further gradients.
 
+GAN_SLOPE, GAN_DEVIATION = 0.2, 0.02  # pix2pix's: of LeakyReLU below 0, and of the first weights
+
+
 class PatchGAN(nn.Module):
     """Discriminator of pix2pix (arXiv 1611.07004) and VQGAN (arXiv 2012.09841): a logit for each patch of 70 x 70
     pixels. Images (B, 3, H, W), clamped to [-1, 1], sides of at least 24 -> logits (B, 1, H/8 - 2, W/8 - 2).
@@ -120,14 +127,14 @@ class PatchGAN(nn.Module):
 
     def __init__(self, channels=64):
         super().__init__()
-        layers, c = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)], channels
+        layers, c = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(GAN_SLOPE)], channels
         for stride in (2, 2, 1):
-            layers += [nn.Conv2d(c, 2 * c, 4, stride, 1), nn.GroupNorm(32, 2 * c), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(c, 2 * c, 4, stride, 1), nn.GroupNorm(32, 2 * c), nn.LeakyReLU(GAN_SLOPE)]
             c *= 2
         self.layers = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, 1, 1))
         for m in self.layers:
             if isinstance(m, nn.Conv2d):
-                nn.init.normal_(m.weight, 0.0, 0.02)
+                nn.init.normal_(m.weight, 0.0, GAN_DEVIATION)
 
     def forward(self, x):
         return self.layers(x.clamp(-1, 1)).float()
@@ -150,6 +157,10 @@ LPIPS_NETS = {  # torchvision model, its weight file, ends of the five slices of
     "vgg": ("vgg16", "vgg16-397923af.pth", (4, 9, 16, 23, 30)),
     "alex": ("alexnet", "alexnet-owt-7be5be79.pth", (2, 5, 8, 10, 12)),
 }
+
+
+LPIPS_EPS = 1e-12  # added to squared lengths of features, where 0 has no direction
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of R, G, B in [0, 1]
 
 
 class LPIPSLoss(nn.Module):
@@ -176,8 +187,8 @@ class LPIPSLoss(nn.Module):
         with torch.device("meta"):  # structure only: the weights come from the file
             features = getattr(import_torchvision().models, name)(weights=None).features
         try:
-            features.load_state_dict({k.removeprefix("features."): v for k, v in state.items()
-                                      if k.startswith("features.")}, assign=True)
+            convolutions = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+            features.load_state_dict(convolutions, assign=True)
         except RuntimeError:
             raise ValueError(f"{weights or filename} does not hold torchvision's {name} weights, "
                              "which LPIPS needs") from None
@@ -200,9 +211,11 @@ class LPIPSLoss(nn.Module):
             for k, layers in enumerate(self.slices):
                 h = layers(h)
                 # Not h / (|h| + eps): the square root's gradient is infinite where all channels are zero.
-                n = h * torch.rsqrt(h.square().sum(dim=1, keepdim=True) + 1e-12)
+                n = h * torch.rsqrt(h.square().sum(dim=1, keepdim=True) + LPIPS_EPS)
                 nx, ny = n.chunk(2)
-                distance = distance + ((nx - ny).square() * getattr(self, f"lin{k}")).sum(dim=1).mean(dim=(1, 2))
+                # Equation 1, with the squares of its weights: over channels, averaged over space
+                weighted = (nx - ny).square() * getattr(self, f"lin{k}")         # (B, C, h, w)
+                distance = distance + weighted.sum(dim=1).mean(dim=(1, 2))
             return distance
 
 
@@ -225,9 +238,10 @@ class REPALoss(nn.Module):
         if weights is not None and not os.path.isfile(weights):
             raise WeightsUnavailable(f"no DINOv2 weights at {weights}: "
                                      "give the file with --repa_weights FILE or turn the loss off with --w_repa 0")
+        overlay = {"file": str(weights)} if weights else None
         try:
             dino = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True,
-                                     **({"pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}))
+                                     pretrained_cfg_overlay=overlay)
         except Exception as error:  # noqa: BLE001 the hub client raises many classes; offline, all mean the same
             if weights:
                 raise ValueError(f"{weights} does not hold DINOv2 ViT-B/14 weights "
@@ -238,8 +252,8 @@ class REPALoss(nn.Module):
                 "give them with --repa_weights FILE or turn the loss off with --w_repa 0") from None
         self.dino = dino.eval().requires_grad_(False)
         self.mlp = nn.Sequential(nn.Linear(width, dino.embed_dim), nn.SiLU(), nn.Linear(dino.embed_dim, dino.embed_dim))
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
 
     def train(self, mode=True):  # DINOv2 stays in evaluation mode
         super().train(mode)
@@ -255,7 +269,8 @@ class REPALoss(nn.Module):
 
     def forward(self, tokens, x):
         """tokens (B, H/8 * W/8, width) of the decoder, x (B, 3, H, W) clean images in [-1, 1] -> scalar in [0, 2]."""
-        return 1 - F.cosine_similarity(self.mlp(tokens).float(), self.target(x).float(), dim=-1).mean()
+        ours, theirs = self.mlp(tokens).float(), self.target(x).float()          # (B, N, 768) each
+        return 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
 
 
 DREAMSIM_SIZE = 224                                          # pixels a side, what its `preprocess` resizes to

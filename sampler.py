@@ -9,8 +9,9 @@
 
 Common arguments: field(x, z[, t]) -> same shape as x; x (B, 3, H, W) starting noise; z the latent (B, c, h, w), row by
 row with x, or what the decoder made of it (model.Condition), of which .rows chooses some samples. Each returns
-(x, nfe): the images, not clamped, and the number of network evaluations of every sample, an integer tensor (B,). Nothing here
-turns gradients off: a one-step decode can be differentiated. Wrap the call in torch.no_grad() where that is not wanted.
+(x, nfe): the images, not clamped, and the number of network evaluations of every sample, an integer tensor (B,).
+Nothing here turns gradients off: a one-step decode can be differentiated. Wrap the call in torch.no_grad() where that
+is not wanted.
 """
 import hashlib
 import itertools

@@ -30,8 +30,8 @@ LOSS_WINDOW = 10                                                            # li
 # Reading
 
 def read_run(folder):
-    """A run: a dict of images and rows as in its metrics.json, with "gain" (dB over the linear code) and "minutes"; "curves" of
-    log.jsonl: loss and one-step gain, [(images seen, value)]. ValueError: no readable run."""
+    """A run: a dict of images and rows as in its metrics.json, with "gain" (dB over the linear code) and "minutes";
+    "curves" of log.jsonl: loss and one-step gain, [(images seen, value)]. ValueError: no readable run."""
     path = Path(folder, "log.jsonl")
     try:
         log = read_log(path) if path.exists() else []
@@ -70,7 +70,7 @@ def loss_curve(training):
 
 
 def gain_curve(log, training):
-    """[(images seen, PSNR of one step over the linear code's)] at the evaluations, whose lines hold steps, not images."""
+    """[(images seen, PSNR of one step over the linear code's)] at the evaluations, whose lines hold steps."""
     batch = training[-1]["images"] // training[-1]["step"] if training else 0
     curve = []
     for line in log:

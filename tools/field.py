@@ -1,4 +1,4 @@
-"""The picture of the method: one image at six noise levels, what a single step makes of each, the field, a sampling path.
+"""The picture of the method: one image at six noise levels, what one step makes of each, the field, a sampling path.
 
     python -m tools.field --ckpt runs/eqm_s0/model.safetensors --image 3
     python -m tools.field --ckpt runs/fm_s0/model.safetensors --data photos --out pictures

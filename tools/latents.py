@@ -152,7 +152,8 @@ def finish_all(model, dataset, what, args, rank, world, device):
 
 def moments(sums):
     """Mean and standard deviation by channel and of all values, from channel_sums of the whole: a dict."""
-    n, total, squares = torch.cat([sums, sums.sum(1, keepdim=True)], 1)         # (c + 1,) each, the last of all channels
+    of_all = sums.sum(1, keepdim=True)
+    n, total, squares = torch.cat([sums, of_all], 1)         # (c + 1,) each, the last of all channels
     mean = total / n
     # Var z = E[z^2] - E[z]^2
     std = (squares / n - mean.square()).clamp(min=0).sqrt()
@@ -212,8 +213,8 @@ def parse_arguments():
     parser.set_defaults(part=None)
     add = parser.add_argument
     add("--out", metavar="DIR", help="folder of the shards, new or to go on with")
-    add("--z_stats", action="store_true", help="no shards: measure mean and std of posterior samples, and store them in "
-        "the model (--ckpt not of ours: in --out's model.safetensors)")
+    add("--z_stats", action="store_true", help="no shards: measure mean and std of posterior samples, and store them "
+        "in the model (--ckpt not of ours: in --out's model.safetensors)")
     add("--sample", action="store_true", help="samples of the posterior instead of its mean")
     add("--flip", action="store_true", help="of the mirrored images as well")
     add("--shard", type=int, default=4096, help="images a shard [%(default)s]")
