@@ -60,6 +60,12 @@ def start_posterior(conv, linear):
         nn.init.zeros_(conv.bias[:c])
 
 
+def start_at_zero(layer):
+    """Silence the last layer of a branch: a deep network then starts as a shallow one."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
 @torch.no_grad()
 def start_coarse(down, last):
     """Start the convolutions `down` that halve the resolution as random mixes of channels, each averaged over the 3 x 3
@@ -183,8 +189,7 @@ class VQResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = group_norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2, self.conv2 = group_norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # silent at first
-        nn.init.zeros_(self.conv2.bias)
+        start_at_zero(self.conv2)
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
@@ -205,8 +210,7 @@ class VQAttention(nn.Module):
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        start_at_zero(self.out)
 
     def forward(self, x):
         h = self.norm(x)

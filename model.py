@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sampler
-from encoder import LappedCode, make_encoder
+from encoder import LappedCode, make_encoder, start_at_zero
 
 # Decoder sizes, as SSDD names them. Parameters in millions at z_dim 4, window 17: with time (FM) and without (EqM).
 SIZES = {
@@ -52,6 +52,7 @@ GROUP_SIZE = 8  # channels of a group of the adaptive norms; XS as published, 32
 OUTPUT_GAIN = 0.05  # of the network's output: the deviation of what it can predict at first
 INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about the image
 T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
+NOISE_LEFT = 0.01  # EqM: of what sampling starts from, after all default steps with c = linear: not seen in 8 bit
 RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
 FORMAT = 3  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution
 ALL_VALUES = 5  # along an axis, of two 3x3 convolutions on a map that is constant over blocks of at least 5 pixels: the
@@ -94,6 +95,7 @@ class LatentNorm(nn.Module):
         """count: number of values per channel; total, total_sq: (channels,) sums of z and z**2 over the whole batch,
         float64."""
         mean = total / count
+        # Var z = (E[z^2] - E[z]^2) n / (n - 1), unbiased as BatchNorm's
         var = (total_sq / count - mean.square()).clamp(min=0) * count / max(count - 1, 1)
         self.num_batches_tracked += 1
         # A plain average over the first batches, so that the initial 0 and 1 are forgotten at once; then exponential.
@@ -249,15 +251,21 @@ class AdaGN(nn.Module):
 class ResBlock(nn.Module):
     def __init__(self, cin, cout, group_size, ctx, temb=None):
         super().__init__()
-        self.norm1, self.conv1 = AdaGN(cin, groups(cin, group_size), ctx), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = GroupNorm(cout, 0 if group_size else 32), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1 = AdaGN(cin, groups(cin, group_size), ctx)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = GroupNorm(cout, 0 if group_size else 32)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.time = nn.Linear(temb, 2 * cout) if temb else None
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x, mod, temb=None):
-        time = () if self.time is None else self.time(F.silu(temb)).chunk(2, dim=1)
-        h = self.norm2(self.conv1(self.norm1(x, mod)), *time)
-        return self.conv2(h).add_(self.shortcut(x))
+        scale = shift = 0.0
+        if self.time is not None:
+            scale, shift = self.time(F.silu(temb)).chunk(2, dim=1)  # (B, cout) each
+        h = self.conv1(self.norm1(x, mod))
+        h = self.norm2(h, scale, shift)  # on lines of their own, which let go of the old h
+        h = self.conv2(h)
+        return h.add_(self.shortcut(x))
 
 
 def axis_blocks(n, window):
@@ -481,11 +489,11 @@ class UViT(nn.Module):
         self.norm_out = GroupNorm(c, 0 if base else 32)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
-        for m in self.modules():  # residual branches start at zero, so that the network starts as a shallow one
+        for m in self.modules():
             if isinstance(m, ResBlock):
-                nn.init.zeros_(m.conv2.weight), nn.init.zeros_(m.conv2.bias)
+                start_at_zero(m.conv2)
             elif isinstance(m, TransformerBlock):
-                nn.init.zeros_(m.mlp_out.weight), nn.init.zeros_(m.mlp_out.bias)
+                start_at_zero(m.mlp_out)
 
         self.base = None
         if base:
@@ -493,8 +501,7 @@ class UViT(nn.Module):
             self.code, self.base = LappedCode(f, count), nn.Conv2d(z_dim, count, 1)
             nn.init.eye_(self.base.weight[:, :, 0, 0])
             nn.init.zeros_(self.base.bias)
-            nn.init.zeros_(self.conv_out.weight)
-            nn.init.zeros_(self.conv_out.bias)
+            start_at_zero(self.conv_out)
 
     def forward(self, x, z, t=None):
         """x (B, 3, H, W), z (B, z_dim, H/f, W/f) or its `condition`, t (B,) in [0, 1] with time_cond -> (B, 3, H, W).
@@ -743,7 +750,7 @@ class DCSSDAE(nn.Module):
         if steps == 1:
             return 1.0 / self.field_at_noise
         if self.config["c"] == "linear":
-            return (1.0 - 0.01 ** (1.0 / steps)) / self.field_at_noise
+            return (1.0 - NOISE_LEFT ** (1.0 / steps)) / self.field_at_noise
         candidates = [k / 1000 for k in range(1, 1001)]
         return min(candidates, key=lambda eta: self._noise_left(eta, steps)) / self.config["lam"]
 
@@ -895,9 +902,10 @@ def local_file(path):
     """hf://owner/repo/file -> that file in the Hugging Face cache, downloaded if need be; other paths as they are."""
     if not str(path).startswith("hf://"):
         return path
-    owner, repo, name = [*str(path)[5:].split("/", 2), "", ""][:3]
-    if not name:
+    parts = str(path).removeprefix("hf://").split("/", 2)
+    if len(parts) < 3 or not parts[2]:
         raise ValueError(f"{path} is not of the form hf://owner/repo/file.safetensors")
+    owner, repo, name = parts
     try:
         from huggingface_hub import hf_hub_download
         return hf_hub_download(f"{owner}/{repo}", name)

@@ -2321,7 +2321,8 @@ TOOLS = sorted(f"tools.{path.stem}" for path in Path(HERE, "tools").glob("[!_]*.
 @pytest.fixture(scope="module")
 def helps():
     """{program as it stands after python or python -m: its --help}"""
-    return {name: cli(name, "--help") for name in ("train.py", "distill.py", "evaluate.py", "fid.py", "data.py", *TOOLS)}
+    programs = ("train.py", "distill.py", "evaluate.py", "fid.py", "data.py", *TOOLS)
+    return {name: cli(name, "--help") for name in programs}
 
 
 def test_help_explains_every_flag(helps):

@@ -70,6 +70,7 @@ FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights"
 LINEAR = {"both": (True, True), "encoder": (True, False), "decoder": (False, True), "off": (False, False)}
 FITTED_COEFFICIENTS = 8  # for each latent channel, of a decoder fitted to a given encoder: those beyond are too fine to
 #                          be guessed linearly
+FIT_CELLS, FIT_LEAST, FIT_MOST, FIT_BATCH = 16, 256, 2048, 16  # of that fit: cells for each channel, images
 BETAS = (0.9, 0.99)  # AdamW's memory: about 10 steps of the gradient, 100 of its square
 GAN_BETAS = (0.5, 0.9)  # the discriminator's, as VQGAN's: it chases a target that moves
 MOST_SKIPPED = 10  # steps in a row that are not finite: what goes wrong so often will not go away
@@ -247,6 +248,13 @@ def pick_dtype(name, device):
             is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         name = "bf16" if is_fast else "float32"
     return torch.bfloat16 if name == "bf16" else None
+
+
+def prefer_speed(device):
+    """TF32 for what autocast leaves in float32, and the fastest convolutions for maps of one size."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
 
 
 def autocast(device, dtype):
@@ -726,9 +734,9 @@ def new_model(args):
 def fit_images(dataset, model, size):
     """Batches (16, 3, size, size) of training images, enough to fit the linear decoder: 16 cells for each channel."""
     cells = (size // model.downscale) ** 2  # of an image
-    images = min(2048, max(256, 16 * model.encoder.z_dim // cells))
-    batches = make_loader(dataset, 16, train=True, seed=0)
-    return (x for x, _ in itertools.islice(batches, images // 16))
+    images = min(FIT_MOST, max(FIT_LEAST, FIT_CELLS * model.encoder.z_dim // cells))
+    batches = make_loader(dataset, FIT_BATCH, train=True, seed=0)
+    return (x for x, _ in itertools.islice(batches, images // FIT_BATCH))
 
 
 class Objective(nn.Module):
@@ -794,13 +802,20 @@ def evaluation_is_due(step, args):
     return step > 0 and args.eval_every > 0 and step % args.eval_every == 0
 
 
-def report_evaluation(run, step, result):
-    """Print, write and log an evaluation."""
-    baseline, linear, first, *_ = result["rows"]
-    tqdm.write(f"step {step}: PSNR {first['psnr']:.2f} dB in {first['name']}, linear code {linear['psnr']:.2f}, "
-               f"baseline {baseline['psnr']:.2f} on {result['images']} images")
-    write_results(result, run.args.out)
-    append_log(run.log_path, run.board, step, result["pictures"], eval=result["rows"])
+def validate(run, ema, val, dtype):
+    """evaluate's result on the validation images; printed, written and logged. Does not count as time of training."""
+    before = time.time()
+    loader = make_loader(val, VALIDATION_BATCH * run.world, train=False, rank=run.rank, world=run.world)
+    result = evaluate(ema, loader, run.device, steps=run.args.eval_steps, seed=run.args.seed, dtype=dtype,
+                      rank=run.rank, world=run.world)
+    if run.rank == 0:
+        baseline, linear, first, *_ = result["rows"]
+        tqdm.write(f"step {run.done}: PSNR {first['psnr']:.2f} dB in {first['name']}, "
+                   f"linear code {linear['psnr']:.2f}, baseline {baseline['psnr']:.2f} on {result['images']} images")
+        write_results(result, run.args.out)
+        append_log(run.log_path, run.board, run.done, result["pictures"], eval=result["rows"])
+    run.evaluating += time.time() - before
+    return result
 
 
 def print_start(args, model, trained, dataset, world, device, dtype):
@@ -822,9 +837,7 @@ def print_end(args, dataset, result):
 def main():
     args = get_args()
     rank, world, device = setup(args.device)
-    if device.type == "cuda":  # TF32 for what autocast leaves in float32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+    prefer_speed(device)
     check_args(args)
     check_shared(args, world)
     dtype = pick_dtype(args.dtype, device)
@@ -855,12 +868,13 @@ def main():
         lpips.to(device)
     if gan is not None:
         gan.to(device, memory_format=torch.channels_last)
-    weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "gan": args.w_gan,
-               "kl": args.w_kl if encoder_trains else 0.0}
+    weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "gan": args.w_gan, "kl": args.w_kl}
     model.config["notes"] |= {"size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
                               "w_repa": 0.0 if repa is None else args.w_repa, "left_out": left_out}
     if encoder_trains:
         model.config["latents"] = None  # --init_from's statistics are of other latents
+    else:
+        weights["kl"] = 0.0
     objective = Objective(model, lpips, repa, gan, args).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer, gan_optimizer = make_optimizer(trained, args, device), None
@@ -889,13 +903,7 @@ def main():
         # Evaluate: here, not after the step, so that a run that is stopped between a checkpoint and its evaluation
         # catches up on it.
         if evaluation_is_due(step, args) and step != evaluated:
-            before = time.time()
-            loader = make_loader(val, VALIDATION_BATCH * world, train=False, rank=rank, world=world)
-            result = evaluate(ema, loader, device, steps=args.eval_steps, seed=args.seed, dtype=dtype, rank=rank,
-                              world=world)
-            if rank == 0:
-                report_evaluation(run, step, result)
-            run.evaluating += time.time() - before
+            result = validate(run, ema, val, dtype)
         if step == args.steps:
             break
 

@@ -326,10 +326,10 @@ def main():
     combinations = list(itertools.product([DTYPES[name] for name in args.dtype], args.size))
     others = peers() if "decode" in args.tasks or "encode" in args.tasks else {}
     with torch.no_grad():
-        for dtype, size in combinations if "decode" in args.tasks else ():
-            bench_decode(args, others, size, dtype, device)
-        for dtype, size in combinations if "encode" in args.tasks else ():
-            bench_encode(args, others, size, dtype, device)
+        for task, bench in (("decode", bench_decode), ("encode", bench_encode)):
+            if task in args.tasks:
+                for dtype, size in combinations:
+                    bench(args, others, size, dtype, device)
     if "train" in args.tasks:
         lpips = random_lpips(device)
         for dtype, size in combinations:
