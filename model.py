@@ -49,12 +49,13 @@ BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeErr
 # of it is to fall silent, which norms make easy: a few large values outweigh the rest. So, beside a linear base:
 GROUP_SIZE = 8  # channels of a group of the adaptive norms; XS as published, 32 groups on 32 channels, takes away each
 #                 channel's mean. The other norms (ResBlock.norm2, norm_out) are scale and shift only: contrast stays
-OUTPUT_GAIN = 0.05  # of the network's output: the deviation of what it can predict at first
+OUTPUT_GAIN = 0.3  # of the network's output: about the deviation of what the code leaves out
 INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about the image
 T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
 NOISE_LEFT = 0.01  # EqM: of what sampling starts from, after all default steps with c = linear: not seen in 8 bit
 RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
-FORMAT = 3  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution
+FORMAT = 4  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution, 3
+#             no UViT.revision and an output gain of 0.05
 ALL_VALUES = 5  # along an axis, of two 3x3 convolutions on a map that is constant over blocks of at least 5 pixels: the
 #                 first two and the last two pixels of a block see its neighbours, those between all see the same
 NO_BIAS = -1e4  # of the offsets that a smaller window in a file does not have: exp of it is 0 in every precision
@@ -421,8 +422,8 @@ class UViT(nn.Module):
                noise and image: with skip = -1 (FM) or lam c(0) (EqM) the network need not carry the noise from its
                input to its output
     base       (f, count): the estimate of the image starts from a linear one, `count` lapped coefficients
-               (encoder.LappedCode) read from the latent by a 1x1 convolution; the network adds to it, is silent at
-               first, and sees it beside the noisy image; see GROUP_SIZE, OUTPUT_GAIN, INPUT_GAIN
+               (encoder.LappedCode) read from the latent by a 1x1 convolution; the network adds to it what these leave
+               out (`addition`), is silent at first, and sees it beside the noisy image; see GROUP_SIZE, INPUT_GAIN
     joint_input  one input convolution on image and latent together, the latent not normalised: SSDD as published
     without    parts to leave out, for ablations: "norm_z", the latent's normalisation; "context", the latent's way to
                the adaptive norms, which keep a learned scale and shift
@@ -501,6 +502,7 @@ class UViT(nn.Module):
             self.code, self.base = LappedCode(f, count), nn.Conv2d(z_dim, count, 1)
             nn.init.eye_(self.base.weight[:, :, 0, 0])
             nn.init.zeros_(self.base.bias)
+            self.revision = nn.Parameter(torch.zeros(count, 1, 1))
             start_at_zero(self.conv_out)
 
     def forward(self, x, z, t=None):
@@ -615,11 +617,22 @@ class UViT(nn.Module):
         """The field (B, 3, H, W) at x from the network's output."""
         if base is None:
             return out + self.skip * x if self.skip else out.to(x.dtype)
-        # With a linear base: skip * (x - base) + network
-        field = OUTPUT_GAIN * out + self.skip * (x - base)
+        field = self.skip * (x - base) + self.addition(out)
         if self.time_cond:  # FM: v = (D - x_t) / t, D the estimate of the image
             field = field / t.clamp(min=T_MIN)[:, None, None, None]
         return field
+
+    def addition(self, out):
+        """What the network adds to the field beside a linear base, from its output (B, 3, H, W).
+
+        The latent says what the code's coefficients are. From the network comes what the code leaves out, the part of
+        its output in the code's null space (the decomposition of DDNM, Wang, Yu, Zhang 2022, arXiv 2212.00490), and of
+        the coefficients only the share `revision`. What varies slowly in a new network's output would otherwise be by
+        far the largest part of its error: it would learn to be silent first, and that for long.
+        """
+        with torch.autocast(out.device.type, enabled=False):
+            coefficients = self.code.encode(out)                                                        # (B, ., h, w)
+            return OUTPUT_GAIN * (out - self.code.decode((1 - self.revision.float()) * coefficients))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -770,8 +783,9 @@ class DCSSDAE(nn.Module):
 
     @torch.no_grad()
     def fit_linear_decoder(self, images):
-        """Set the linear decoder to the least-squares fit from this encoder's latents to the images: for an encoder
-        whose latents are not the linear code's.
+        """Set the linear decoder to the least-squares fit from this encoder's latents to the images, and the network's
+        share in its coefficients to what the fit leaves unexplained: for an encoder whose latents are not the linear
+        code's.
 
         images   iterable of batches (b, 3, H, W) in [-1, 1]
         Ridge regression with bias in float64, one for all cells: W = (Z'Z + r I)^-1 Z'C, Z (cells, c + 1) latents and
@@ -782,7 +796,7 @@ class DCSSDAE(nn.Module):
         decoder = self.decoder
         if decoder.base is None:
             raise ValueError("this model has no linear decoder to fit")
-        gram, cross, cells = 0, 0, 0
+        gram, cross, energy, cells = 0, 0, 0, 0
         for x in images:
             x = x.to(next(self.parameters()).device)
             z = self.encode(x).mode()                                                            # (b, c, h, w)
@@ -791,6 +805,7 @@ class DCSSDAE(nn.Module):
             target = decoder.code.encode(x).permute(0, 2, 3, 1).flatten(0, 2).double()           # (cells, count)
             gram = gram + rows.T @ rows
             cross = cross + rows.T @ target
+            energy = energy + target.square().sum(0)                                             # (count,)
             cells += len(rows)
         if cells == 0:
             raise ValueError("no image to fit the linear decoder on")
@@ -798,6 +813,11 @@ class DCSSDAE(nn.Module):
         weight = torch.linalg.solve(gram + ridge, cross).T                                       # (count, c + 1)
         decoder.base.weight.copy_(weight[:, :-1, None, None])
         decoder.base.bias.copy_(weight[:, -1])
+        # Residual over variance, 1 - R^2, of every coefficient.
+        residual = energy - 2 * (weight.T * cross).sum(0) + (weight @ gram * weight).sum(1)
+        variance = energy - cross[-1].square() / cells                                           # the last row: ones
+        unexplained = (residual / variance.clamp(min=torch.finfo(variance.dtype).tiny)).clamp(0, 1)
+        decoder.revision.copy_(unexplained[:, None, None])
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -854,6 +874,8 @@ class DCSSDAE(nn.Module):
             if key.endswith("bias_table") and len(table) < config["window"]:
                 pad = (config["window"] - len(table)) // 2
                 state[key] = F.pad(table, (0, 0, pad, pad, pad, pad), value=NO_BIAS)
+        if config["linear_decoder"] and part != "encoder" and "decoder.revision" not in state:
+            update_format_3(state)
         _load_strictly(model, state, path, part)
         self.config = config
         if part != "decoder":
@@ -878,6 +900,13 @@ class DCSSDAE(nn.Module):
 def saved_config(meta):
     """The configuration in the metadata of a file that DCSSDAE.save wrote; {} of another's."""
     return json.loads(meta["config"]) if "config" in meta else {}
+
+
+def update_format_3(state):
+    """Make a state dict of format 3 with a linear decoder one of format 4, in place: the same model."""
+    state["decoder.revision"] = torch.ones(len(state["decoder.base.weight"]), 1, 1)
+    for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
+        state[name] = state[name] * 0.05 / OUTPUT_GAIN
 
 
 def pad_to_multiple(x, unit):

@@ -48,6 +48,7 @@ from encoder import DiagonalGaussian, LappedCode, lapped_basis, make_encoder, pa
 from losses import EqM, PatchGAN, hinge_loss
 from model import (
     DCSSDAE,
+    OUTPUT_GAIN,
     RIDGE,
     SIZES,
     LatentNorm,
@@ -641,10 +642,32 @@ def test_the_linear_decoder_is_fitted_by_least_squares():
     expected, *_ = np.linalg.lstsq(np.concatenate([z, ridge]), np.concatenate([c, np.zeros((33, 40))]), rcond=None)
     np.testing.assert_allclose(model.decoder.base.weight[:, :, 0, 0].detach().numpy().T, expected[:32], atol=1e-4)
     np.testing.assert_allclose(model.decoder.base.bias.detach().numpy(), expected[32], atol=1e-4)
+    unexplained = np.mean((z @ expected - c) ** 2, 0) / np.var(c, 0)
+    np.testing.assert_allclose(model.decoder.revision[:, 0, 0].detach().numpy(), unexplained, atol=1e-4)
     with pytest.raises(ValueError, match="no image"):
         model.fit_linear_decoder([])
     with pytest.raises(ValueError, match="no linear decoder"):
         DCSSDAE("vq_f8c4", "XS", enc_width=0.125, depth=1).fit_linear_decoder(batches)
+
+
+def test_the_network_adds_what_the_linear_code_leaves_out():
+    torch.manual_seed(0)
+    decoder = UViT("XS", 4, time_cond=False, depth=1, skip=1.0, base=(8, 4))
+    out = torch.randn(2, 3, 32, 48)
+    code = LappedCode(8, 4)
+    with torch.no_grad():
+        added = decoder.addition(out)
+        torch.testing.assert_close(code.encode(added), torch.zeros(2, 4, 4, 6), rtol=0, atol=1e-5)
+        torch.testing.assert_close(added + OUTPUT_GAIN * code.decode(code.encode(out)), OUTPUT_GAIN * out)
+        decoder.revision.fill_(1)
+        torch.testing.assert_close(decoder.addition(out), OUTPUT_GAIN * out)
+        # and so the estimate of the image has the latent's coefficients, whatever the weights
+        decoder.revision.fill_(0)
+        torch.nn.init.normal_(decoder.conv_out.weight)
+        x, z = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 4, 6)
+        estimate = x - decoder(x, z)
+        assert (estimate - decoder.base_image(z)).std() > 0.1
+        torch.testing.assert_close(code.encode(estimate), z, rtol=0, atol=1e-4)
 
 
 def test_what_the_linear_flag_builds():
@@ -676,6 +699,17 @@ def test_linear_models_are_saved_and_their_encoders_taken_over(tmp_path):
         noise = torch.randn(1, 3, 32, 32)
         assert torch.equal(again.decode(z, 2, noise), model.decode(z, 2, noise))
     assert other.config["linear_encoder"] and not other.config["linear_decoder"]
+    # A file of format 3 has no `revision`, which was 1, and another gain.
+    with torch.no_grad():
+        model.decoder.revision.fill_(1)
+        expected = model.decode(z, 2, noise)
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "decoder.revision"}
+    for name in ("weight", "bias"):
+        state[f"decoder.conv_out.{name}"] = state[f"decoder.conv_out.{name}"] * OUTPUT_GAIN / 0.05
+    save_file(state, tmp_path / "old.safetensors", {"format": "3", "config": json.dumps(model.config)})
+    with torch.no_grad():
+        old = DCSSDAE.load(tmp_path / "old.safetensors").decode(z, 2, noise)
+    torch.testing.assert_close(old, expected)
     with pytest.raises(ValueError, match="input skip"):
         DCSSDAE("dc_f8c4", "XS", linear_decoder=4)
 

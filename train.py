@@ -694,7 +694,7 @@ def readers_of_the_latent(decoder):
     joint_input = isinstance(decoder.conv_in_z, nn.Identity)
     parts.append(decoder.conv_in if joint_input else decoder.conv_in_z)
     if decoder.base is not None:
-        parts.append(decoder.base)
+        parts += [decoder.base, decoder.revision]
     if decoder.context is not None:
         parts.append(decoder.context)
     for block in decoder.blocks:

@@ -22,7 +22,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import check_at_least_one, guarded, import_torchvision, make_dataset, now, setup
+from data import (
+    check_at_least_one,
+    guarded,
+    import_torchvision,
+    make_dataset,
+    now,
+    setup,
+)
 from losses import EqM, LPIPSLoss, eqm_loss, fm_loss, fm_mix, fm_predict_x, kl_loss
 from model import DCSSDAE, SIZES
 

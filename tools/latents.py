@@ -20,7 +20,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import check_at_least_one, collate, gathered, guarded, make_dataset, setup, write_whole
+from data import (
+    check_at_least_one,
+    collate,
+    gathered,
+    guarded,
+    make_dataset,
+    setup,
+    write_whole,
+)
 from evaluate import load_model, loader_arguments, shared_arguments
 from model import local_file, read_weights
 from sampler import image_noise

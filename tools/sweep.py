@@ -15,7 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data import check_at_least_one, guarded, make_dataset, make_loader, setup, write_whole
+from data import (
+    check_at_least_one,
+    guarded,
+    make_dataset,
+    make_loader,
+    setup,
+    write_whole,
+)
 from evaluate import evaluate, load_model, loader_arguments, report, shared_arguments
 from fid import check_metrics, load_networks, metric_arguments
 
