@@ -619,6 +619,12 @@ def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="cen
     return dataset if limit is None or limit >= n else dataset.subset(np.arange(limit) * n // limit)
 
 
+def parts_taken(train, val):
+    """Two data sets -> one line: which images train, and which validate."""
+    same = ", which train, too: there are no folders train/ and val/" if train.source == val.source else ""
+    return f"training on {train.described()}; validating on {val.described()}{same}"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data import make_dataset, make_loader
+from data import make_dataset, make_loader, parts_taken
 from evaluate import evaluate, guarded, image_noise, print_table, setup, write_results
 from losses import EqM, eqm_loss, fm_loss, fm_predict_x
 from model import DCSSDAE
@@ -105,6 +105,8 @@ def main():
     checkpoint, log_path, _ = open_run(args, rank, world)
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    if rank == 0:
+        print(parts_taken(dataset, val), flush=True)
     lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank)
 
     teacher.to(device, memory_format=torch.channels_last)

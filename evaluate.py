@@ -30,10 +30,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
-from data import make_dataset, make_loader, save_grid, to_rgb
+from data import make_dataset, make_loader, read_image, save_grid
 from fid import Statistics, frechet_distance
 from sampler import seeded_generator
 
@@ -333,9 +332,8 @@ def reconstruct_images(model, args, options, device, out):
     bad, steps = [], args.steps[0]
     for i, path in enumerate(args.images):
         try:
-            with Image.open(path) as image:
-                pixels = torch.from_numpy(np.array(to_rgb(image)))              # (H, W, 3) uint8
-        except Exception as error:  # noqa: BLE001 PIL has no common type, see data.py
+            pixels = torch.from_numpy(np.array(read_image(path, retry=False)))  # (H, W, 3) uint8
+        except (OSError, ValueError) as error:
             bad.append(f"{path} ({' '.join(str(error).split())})")
             continue
         start = now(device)

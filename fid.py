@@ -1,4 +1,4 @@
-"""Frechet distance of two sets of images (FID, FD-DINOv2), from scratch. Needs none of our other files.
+"""Frechet distance of two sets of images (FID, FD-DINOv2), from scratch. Reads images as data.py does.
 
 FID (Heusel et al. 2017, arXiv 1706.08500) fits a Gaussian to 2048 features of each image set and measures the distance
 of the two Gaussians; rFID is the FID between images and their reconstructions. Small differences of protocol move it
@@ -10,8 +10,8 @@ more than many papers' gains. Ours, the same as pytorch-fid's (whose numbers and
   rounded again, then scaled to [-1, 1].
 - statistics: mean and covariance (N - 1) in float64; under 10,000 images FID is visibly biased upwards, and at 2048 or
   fewer the covariance is rank-deficient: compare only numbers with the same N.
-- both sets are prepared in the same way. Here: images as stored (EXIF rotation applied), or --size S: short side to S
-  by PIL bilinear, centre crop, which is evaluate.py's --crop center (SSDD); its --crop adm (box halving, bicubic,
+- both sets are prepared in the same way. Here: images as stored (turned upright), or --size S: short side to S by PIL
+  bilinear, centre crop, which is evaluate.py's --crop center (SSDD); its --crop adm (box halving, bicubic,
   centre crop) is DC-AE's. Raw files against crops is a classic mistake.
 --features dinov2 is FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675) as edm2 computes it; a TorchScript file gives the
 distance in features of your own. Neither is FID or rFID, or can be compared with them.
@@ -33,14 +33,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import nn
+
+import data
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
-IMAGES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network: Szegedy et al. 2015, arXiv 1512.00567, figures 5 to 7, with the parameter names of the weight file.
@@ -354,22 +354,22 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 # ---------------------------------------------------------------------------------------------------------------------
 def read_image(path, size=None):
-    """(3, H, W) uint8, or None when the file cannot be decoded. size: short side to size (bilinear), centre crop."""
+    """(3, H, W) uint8, or None when the file cannot be decoded. size: short side to size (bilinear), centre crop.
+    OSError where it cannot be read."""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:  # noqa: BLE001 truncated, no image, a bomb: PIL has no common type; the caller counts
+        image = data.read_image(path)
+    except data.Unreadable as error:
+        print(f"\nwarning: skipping unreadable image {path}: {error}", file=sys.stderr)
         return None
     if size:
-        image = image.resize([size * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
-        left, top = (round((side - size) / 2) for side in image.size)  # rounding as torchvision does
-        image = image.crop((left, top, left + size, top + size))
+        image = data.prepare_eval(image, size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def folder_statistics(folder, network, device="cpu", batch_size=32, size=None):
-    """Statistics of every image under a folder; unreadable ones are skipped and counted on stderr."""
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGES)
+    """Statistics of every image under a folder; unreadable ones are skipped and counted on stderr. FileNotFoundError
+    without images, OSError where a file cannot be read."""
+    paths = data.list_images(folder) if os.path.isdir(folder) else []
     if not paths:
         raise FileNotFoundError(f"{folder} is not a folder with images")
     statistics, skipped = Statistics(network.dim, device), 0
@@ -384,6 +384,26 @@ def folder_statistics(folder, network, device="cpu", batch_size=32, size=None):
             print(f"\r{folder}: {min(start + batch_size, len(paths))}/{len(paths)}", end="", file=sys.stderr)
     print(f"\nwarning: skipped {skipped} unreadable images in {folder}" if skipped else "", file=sys.stderr)
     return statistics
+
+
+def check_arguments(args):
+    """Complaints before any work: ValueError, FileNotFoundError, NotADirectoryError."""
+    for name in ("batch_size", "size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}: use 1 or more")
+    for source in (args.a, args.b):
+        if source and not os.path.exists(source):
+            raise FileNotFoundError(f"there is no {source}")
+    if not args.save:
+        return
+    folder = os.path.dirname(args.save) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"--save {args.save}: there is no folder {folder}, make it first")
+    if os.path.isdir(args.save):
+        raise ValueError(f"--save {args.save} is a folder: give the name of a file")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--save {args.save}: nothing can be written into {folder}")
 
 
 def main():
@@ -403,11 +423,9 @@ def main():
         parser.error("give two sets A B, or A and --save FILE")
     name = {"inception": "FID", "dinov2": "FD-DINOv2"}.get(args.features) or f"FD {Path(args.features).stem}"
     try:
+        check_arguments(args)
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         network, sets, sources = None, [], [source for source in (args.a, args.b) if source]
-        for source in sources:
-            if not os.path.exists(source):
-                raise FileNotFoundError(f"there is no {source}")
         for source in sources:
             if source.endswith(".npz"):
                 sets.append(Statistics.load(source))

@@ -255,7 +255,10 @@ def cache_files(args, dataset, features):
     files = []
     if dataset.images.dtype.kind == "S":  # file names, not pixels
         for path in dataset.images:
-            status = os.stat(path)
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:  # the pass will say so, and its statistics are not kept
+                continue
             files.append((status.st_size, status.st_mtime_ns))
     first = dataset[0] and dataset[0][0].numpy().tobytes()
     key = (hashlib.sha256(dataset.images.tobytes()).hexdigest(), files, first, args.data, dataset.size, args.crop)
@@ -277,7 +280,10 @@ def load_cached(paths, world):
 
 
 def save_cached(paths, result):
-    """Write a result's statistics of the originals to {metric: path}."""
+    """Write a result's statistics of the originals to {metric: path}, unless some images are missing in them."""
+    if paths and result["skipped"]:
+        print(f"statistics of the originals are not kept for other runs: {result['skipped']} images are missing in them")
+        return
     for metric, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         result["originals"][metric].save(path)

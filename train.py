@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data import make_dataset, make_loader
+from data import make_dataset, make_loader, parts_taken
 from encoder import parse_name
 from evaluate import evaluate, guarded, print_table, setup, write_results
 from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, local_file
@@ -612,6 +612,8 @@ def main():
                                    for m in (model.encoder, model.decoder.norm_z))
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    if rank == 0:
+        print(parts_taken(dataset, val), flush=True)
     if encoder_is_given(args) and model.config["linear_decoder"] and not (args.init_from or checkpoint):
         model.fit_linear_decoder(fit_images(dataset, model, args.size))
     lpips, repa, left_out = perceptual_losses(args, model.decoder.mid_in.out_features, rank)
