@@ -183,8 +183,8 @@ def read_file(path, retry=True):
 def has_entries(folder):
     """-> bool: is there anything in this folder? What is left of an unmounted one is missing or empty."""
     try:
-        with os.scandir(folder) as entries:
-            return any(True for _ in entries)
+        with os.scandir(folder) as found:
+            return any(True for _ in found)
     except OSError:
         return False
 
@@ -437,12 +437,13 @@ def is_hidden(name):
     return name.startswith(".") or name in NO_IMAGES
 
 
+def fail(error):
+    raise error
+
+
 def list_images(root):
     """Sorted names of all images below `root`; follows links, leaves out hidden files and folders, and says how many
     files of other types there are. OSError: unreadable folder."""
-    def fail(error):
-        raise error
-
     names, seen, others = [], set(), collections.Counter()
     for folder, dirs, files in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
@@ -460,7 +461,8 @@ def list_images(root):
             else:
                 others[extension or "without extension"] += 1
     if others:
-        types = ", ".join(f"{count} {extension}" for extension, count in others.most_common(8))
+        counts = sorted((-count, extension) for extension, count in others.items())
+        types = ", ".join(f"{-count} {extension}" for count, extension in counts[:8])
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         say(f"note: {others.total()} files below {root} were left out, being of other types: {types}{more}")
     return sorted(names)
@@ -470,16 +472,16 @@ def list_images(root):
 TRAIN_NAMES, VAL_NAMES, TEST_NAMES = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")
 
 
-def subfolders(root):
-    """-> sorted names of the folders in `root`, without hidden ones. OSError."""
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+def entries(root):
+    """-> sorted names of the folders in `root`, and of its files, without hidden ones. OSError."""
+    _, folders, files = next(os.walk(root, onerror=fail))
+    return [sorted(name for name in names if not is_hidden(name)) for names in (folders, files)]
 
 
 def split_folders(root):
     """-> {"train": folder, "val": folder}, as far as there are such below `root`; {} where none of its folders is called
     so: a plain tree of images. ValueError where it is not clear which images are meant."""
-    below = subfolders(root)
+    below, files = entries(root)
     train, val, test = ([f for f in below if f.lower() in names] for names in (TRAIN_NAMES, VAL_NAMES, TEST_NAMES))
     found = {"train": train, "val": val or test}
     found = {split: folders for split, folders in found.items() if folders}
@@ -492,7 +494,7 @@ def split_folders(root):
     if len(found) < 2 and others:
         raise ValueError(f"{root} holds {slashed(train + val + test)} beside other folders ({slashed(others[:3])}), but "
                          "not both training and validation images: give one of its folders, or rename what is a class")
-    loose = [f for f in os.listdir(root) if f.lower().endswith(EXTENSIONS) and not is_hidden(f)]
+    loose = [f for f in files if f.lower().endswith(EXTENSIONS)]
     if loose:
         raise ValueError(f"{root} holds images ({loose[0]} ...) beside {slashed(train + val + test)}: move them into one "
                          "of these folders, or elsewhere")
@@ -527,7 +529,7 @@ def nested_split(parts):
 def split_classes(folders):
     """{split: folder} -> sorted names of the classes, which are the folders in any of them: a class that one split lacks
     does not shift the others' numbers. Validation images that share no class with the training images have none."""
-    classes = {split: set(subfolders(folder)) for split, folder in folders.items()}
+    classes = {split: set(entries(folder)[0]) for split, folder in folders.items()}
     train, val = classes.get("train", set()), classes.get("val", set())
     if train and val and not train & val:
         say(f"note: {folders['val']} has no class folder of {folders['train']}: its images have no labels")
