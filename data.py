@@ -538,7 +538,7 @@ def split_classes(folders):
 
 
 def folder_images(root, split):
-    """-> names of the images of `split` in the folder `root`, their labels, the classes, and what they were taken from.
+    """-> names of the images of `split` in the folder `root`, their labels, the classes, and the folder they are from.
     ValueError: none, or not clear which."""
     folders = split_folders(root)
     if folders and split not in folders:
@@ -549,16 +549,16 @@ def folder_images(root, split):
         raise ValueError(f"no images in {folder}: it needs files ending in {' '.join(EXTENSIONS)}, at any depth")
     parts = [f[len(folder):].lstrip(os.sep).split(os.sep) for f in names]
     if folders:
-        classes, source = split_classes(folders), folder
+        classes = split_classes(folders)
     else:
         nested = nested_split(parts)
         if nested:
             raise ValueError(f"{os.path.join(root, nested)} holds training and other images: give this folder, or move "
                              "its parts to the top")
-        classes, source = sorted({p[0] for p in parts if len(p) > 1}), f"{root}, all that it holds"
+        classes = sorted({p[0] for p in parts if len(p) > 1})
     number = {name: k for k, name in enumerate(classes)}
     labels = [number.get(p[0], -1) if len(p) > 1 else -1 for p in parts]
-    return names, labels, classes, source
+    return names, labels, classes, folder
 
 
 def download(spec, split):
@@ -623,8 +623,10 @@ def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="cen
 
 def parts_taken(train, val):
     """Two data sets -> one line: which images train, and which validate."""
-    same = ", which train, too: there are no folders train/ and val/" if train.source == val.source else ""
-    return f"training on {train.described()}; validating on {val.described()}{same}"
+    line = f"training on {train.described()}; validating on {val.described()}"
+    if train.source == val.source:
+        line += ", which train, too: there are no folders train/ and val/"
+    return line
 
 
 # ----------------------------------------------------------------------------------------------------------------------

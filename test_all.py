@@ -1406,6 +1406,8 @@ def test_long_pictures_cost_little(crop, monkeypatch):
         whole = np.asarray(data.prepare_eval(photo(w, h), size, crop)).astype(int)
         monkeypatch.setattr(data, "LONGEST", 2)
         assert np.abs(np.asarray(data.prepare_eval(photo(w, h), size, crop)) - whole).max() <= 1
+    for side in range(1, 40):                              # no rounding leads beyond the border
+        assert data.prepare_eval(Image.new("RGB", (20 * side, side)), 100, crop).size == (100, 100)
     monkeypatch.undo()
     largest, resize = [0], Image.Image.resize
 
