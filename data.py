@@ -421,6 +421,15 @@ class ImageDataset(torch.utils.data.Dataset):
                 raise
             return error                                     # raised here it would reach the user as a stack trace
 
+    def __getitems__(self, keys):
+        """The items of a batch; up to the first error, which ends the run: each of the others would wait as long."""
+        items = []
+        for key in keys:
+            items.append(self[key])
+            if isinstance(items[-1], Exception):
+                break
+        return items
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A set of images

@@ -1607,6 +1607,8 @@ def test_errors_of_the_system_in_a_worker(tmp_path, monkeypatch, train):
         take(loader, 9)
     assert error.value.errno == errno.EIO and "\n" not in str(error.value) and dataset.skipped.sum() == 0
     loader._iterator._shutdown_workers()
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker")
+    assert len(dataset.__getitems__([0, 1, 2])) == 1       # the first error ends it, the others need not wait
 
 
 @pytest.mark.parametrize("left", ["nothing", "an empty folder"])
