@@ -7,19 +7,25 @@ epoch) alone, so a run gets the same batches with any number of workers or proce
 what every program begins with: its place among the processes, its device, files that are whole or not there.
 """
 import argparse
+import collections
 import contextlib
+import copy
 import ctypes
+import errno
 import functools
+import io
 import os
 import sys
 import time
+import zlib
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, UnidentifiedImageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+NO_IMAGES = ("__MACOSX", "@eaDir")                           # folders that systems fill with copies, beside hidden ones
 DEMO_LENGTH = {"train": 100_000, "val": 2_000}
 SPLITS = {"train": 0, "val": 1}
 # First key of every random stream: without it (seed, epoch) and (seed, epoch, 0) would be one stream to numpy.
@@ -144,21 +150,155 @@ def demo_image(size, seed, split, index):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One image
+# One file
+
+# Seconds between the attempts to read a file, two minutes in all: network folders come back within, and processes wait
+# longer for one another.
+PAUSES = (0.5, 1, 2, 4, 8, 16, 32, 60)
+
+
+class Unreadable(ValueError):
+    """This one file is at fault: it is gone, or it is no picture that can be decoded."""
+
+
+def read_file(path, retry=True):
+    """-> bytes. An error of the system says nothing about the file (network folders vanish, handles run out): with
+    `retry`, try again after PAUSES. OSError if it stays; Unreadable if the file is gone, and it alone."""
+    was_missing = False
+    for attempt, pause in enumerate([*PAUSES, None] if retry else [None]):
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            problem = error
+        is_missing = problem.errno in (errno.ENOENT, errno.ELOOP) and has_entries(os.path.dirname(path) or ".")
+        if is_missing and (was_missing or pause is None):    # not at once: its folder may have come back in between
+            raise Unreadable("there is no such file")
+        was_missing = is_missing
+        if pause is None:
+            break
+        if attempt == 0 and not is_missing:
+            print(f"warning: cannot read {path} ({problem.strerror}): trying again for {sum(PAUSES):g} s",
+                  file=sys.stderr, flush=True)
+        time.sleep(pause)
+    raise OSError(problem.errno, problem.strerror + (f", for {sum(PAUSES):g} s" if retry else ""), path)
+
+
+def has_entries(folder):
+    """-> bool: is there anything in this folder? What is left of an unmounted one is missing or empty."""
+    try:
+        with os.scandir(folder) as found:
+            return any(True for _ in found)
+    except OSError:
+        return False
+
+
+def read_image(path, least=None, retry=True):
+    """Image file -> PIL RGB image, as to_rgb says. least: JPEGs are decoded at 1/2, 1/4 or 1/8 if both sides are still
+    at least that. Unreadable, or OSError as read_file says."""
+    return decode_image(read_file(path, retry), least)
+
+
+def decode_image(content, least=None):
+    """Bytes of an image file -> PIL RGB image, see read_image. Unreadable; OSError where memory is short."""
+    reason = None
+    # Pillow refuses a PNG for its comments and profiles, too: only its pixels can make it unreadable.
+    for attempt in [content, png_pixels(content)] if content.startswith(PNG) else [content]:
+        try:
+            with Image.open(io.BytesIO(attempt)) as image:
+                if least:
+                    image.draft(None, (least, least))        # square, so that a turn does not matter
+                return to_rgb(image)
+        except MemoryError:
+            raise OSError(errno.ENOMEM, "not enough memory to decode an image") from None
+        except Exception as error:  # noqa: BLE001         # OSError, SyntaxError, struct.error ...: varies by format
+            reason = reason or error
+    if not content:
+        raise Unreadable("the file is empty")
+    if isinstance(reason, UnidentifiedImageError):           # which would name a buffer
+        raise Unreadable("its content is no known image format")
+    raise Unreadable(" ".join(str(reason).split()) or type(reason).__name__)
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+
+
+def png_pixels(content):
+    """Bytes of a PNG -> bytes of a PNG that holds its pixels and orientation alone."""
+    kept, start = [PNG], len(PNG)
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start:start + 4], "big")    # length, name, data, checksum
+        chunk = content[start:end]
+        if chunk[4:8] in PNG_PIXELS:
+            kept.append(chunk)
+        elif chunk[4:8] == b"eXIf":
+            kept.append(chunk[:-4] + zlib.crc32(chunk[4:-4]).to_bytes(4, "big"))
+        start = end
+    return b"".join(kept)
+
+
+ORIENTATION = 0x0112                                         # the one tag of EXIF that changes a picture
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
+
+
+def orientation(image):
+    """Loaded PIL image -> its orientation, 1 (upright) to 8; 1 where it cannot be read."""
+    found = orientation_tag(image.info.get("exif", b""))
+    if found is None:                                        # TIFF's own tag, XMP
+        try:
+            found = image.getexif().get(ORIENTATION)
+        except Exception:  # noqa: BLE001                  # damaged metadata, and no more than that
+            found = None
+    return found if found in TURNS else 1
+
+
+def orientation_tag(exif):
+    """Bytes of an EXIF block -> the value of its orientation tag, None without. Pillow would leave out all tags that
+    follow a damaged one."""
+    while exif.startswith(b"Exif\0\0"):
+        exif = exif[6:]
+    order = {b"II": "little", b"MM": "big"}.get(exif[:2])
+    if order is None:
+        return None
+
+    def number(start, size):
+        return int.from_bytes(exif[start:start + size], order)
+
+    first = number(4, 4)
+    for start in range(first + 2, min(first + 2 + 12 * number(first, 2), len(exif)), 12):
+        size = {3: 2, 4: 4}.get(number(start + 2, 2))        # SHORT or LONG
+        if number(start, 2) == ORIENTATION and size:
+            return number(start + 8, size)
+    return None
+
 
 def to_rgb(image):
-    """PIL image of any mode -> RGB, upright by its EXIF tag (turned in place); transparency over white; 16-bit grey
-    scaled to 8 bits."""
-    ImageOps.exif_transpose(image, in_place=True)            # the other form copies every image
+    """PIL image of any mode -> RGB, upright by its orientation tag; transparency over white; 16-bit grey scaled to 8
+    bits. Nothing else in its metadata matters. ValueError for pixels without a known white."""
+    image.load()                                             # only then all metadata are there, and TIFFs are turned
+    turn = TURNS.get(orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info = {key: value for key, value in image.info.items() if key == "transparency"}  # turn it only once
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):                           # Pillow would clip at 255, that is nearly everywhere
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("its pixels are beyond 16 bits: convert it to 8 or 16 bits")
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+LONGEST = 16  # sides of a crop: of longer pictures only the crop is resized. 20000 x 2 pixels would take 2 GB at 256 px
 
 
 def prepare_eval(image, size, crop="center"):
@@ -170,17 +310,20 @@ def prepare_eval(image, size, crop="center"):
     if crop == "center":
         w, h = (size, size * h // w) if w <= h else (size * w // h, size)
         x, y = round((w - size) / 2), round((h - size) / 2)
-        image = image.resize((w, h), Image.BILINEAR)
+        kind = Image.BILINEAR
     elif crop == "adm":
         while min(image.size) >= 2 * size:
             image = image.resize((image.width // 2, image.height // 2), Image.BOX)
         scale = size / min(image.size)
         w, h = round(image.width * scale), round(image.height * scale)
         x, y = (w - size) // 2, (h - size) // 2
-        image = image.resize((w, h), Image.BICUBIC)
+        kind = Image.BICUBIC
     else:
         raise ValueError(f"crop is {crop!r}: use center or adm")
-    return image.crop((x, y, x + size, y + size))
+    if max(w, h) <= LONGEST * size:
+        return image.resize((w, h), kind).crop((x, y, x + size, y + size))
+    sx, sy = image.width / w, image.height / h
+    return image.resize((size, size), kind, box=(x * sx, y * sy, (x + size) * sx, (y + size) * sy))
 
 
 def prepare_train(image, size, short, u):
@@ -193,17 +336,26 @@ def prepare_train(image, size, short, u):
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if u[2] < 0.5 else image
 
 
+# So many images in a row that cannot be decoded are no accident, and one stand-in for all of them would be seen too often.
+STAND_INS = 64
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """Item i (of epoch 0) or (epoch, i) -> (float32 (3, size, size) in [-1, 1], i). `images` is an array: file names as
-    bytes, pictures (n, h, w, 3) uint8, or indices of built-in images of `split`; `labels` (n,) int64, -1: no class.
+    bytes, pictures (n, h, w, 3) uint8, or indices of built-in images of `split`; `labels` (n,) int64, -1: no class,
+    else the number of a name in `classes`; `source` says where the images come from.
 
     A file that cannot be decoded is named once on stderr and flagged in `skipped`, (n,) uint8 in shared memory, so that
     the finds of all workers add up in int(dataset.skipped.sum()). In training the next readable image stands in for it,
-    in evaluation the item is None. ValueError where training finds nothing readable at all."""
+    in evaluation the item is None. OSError where a file cannot be read (see read_file), ValueError where training finds
+    STAND_INS images in a row, or all, undecodable; a worker returns them in the item's place, and Loader raises them."""
 
-    def __init__(self, images, labels, name, size, train, aug_scale=2.0, seed=0, crop="center", split="val"):
+    def __init__(self, images, labels, name, size, train, aug_scale=2.0, seed=0, crop="center", split="val",
+                 source=None, classes=()):
         self.images, self.labels, self.name, self.size, self.train = images, labels, name, size, train
         self.aug_scale, self.seed, self.crop, self.split = aug_scale, seed, crop, split
+        self.source, self.classes = source or name, list(classes)
+        self.whole = len(images)                             # of which this may be a subset
         self.skipped = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
 
     def __len__(self):
@@ -211,8 +363,16 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def subset(self, i):
         """-> ImageDataset of the images `i` (indices or a slice), numbered from 0."""
-        return ImageDataset(self.images[i], self.labels[i], self.name, self.size, self.train, self.aug_scale, self.seed,
-                            self.crop, self.split)
+        part = copy.copy(self)
+        part.images, part.labels = self.images[i], self.labels[i]
+        part.skipped = torch.zeros(len(part.images), dtype=torch.uint8).share_memory_()
+        return part
+
+    def described(self):
+        """-> str: how many images these are, and of what."""
+        count = f"{len(self)}" if len(self) == self.whole else f"{len(self)} of {self.whole}"
+        classes = f" ({len(self.classes)} classes)" if self.classes else ""
+        return f"{count} images of {self.source}{classes}"
 
     def nothing_readable(self):
         return ValueError(f"none of the {len(self)} images of {self.name} can be decoded: check the files named above")
@@ -226,58 +386,198 @@ class ImageDataset(torch.utils.data.Dataset):
             return Image.fromarray(source)
         if self.skipped[j]:
             return None
+        path = os.fsdecode(source)
         try:
-            with Image.open(os.fsdecode(source)) as image:
-                if self.train:                               # JPEG: decode at 1/2, 1/4 or 1/8, sides still >= short;
-                    image.draft(None, (short, short))        # square, so that EXIF turns do not matter
-                return to_rgb(image)
-        except Exception as error:  # noqa: BLE001         # OSError, SyntaxError, struct.error ...: varies by format
+            return read_image(path, short if self.train else None)
+        except Unreadable as error:
             self.skipped[j] = 1
-            print(f"warning: skipping unreadable image {os.fsdecode(source)}: {error}", file=sys.stderr, flush=True)
+            print(f"warning: skipping unreadable image {path}: {error}", file=sys.stderr, flush=True)
             return None
 
-    def __getitem__(self, key):
-        epoch, i = key if isinstance(key, tuple) else (0, key)
+    def item(self, epoch, i):
+        """Image i as it is in `epoch`, or None, see above."""
         n = len(self)
-        if not 0 <= i < n:
-            raise IndexError(f"no image {i} in a data set of {n}")
         u = np.random.default_rng([ITEM, self.seed, epoch, i]).random(4)
         short = self.size * (1 + (self.aug_scale - 1) * u[3])
-        for j in range(i, i + n if self.train else i + 1):
+        tried = min(n, STAND_INS) if self.train else 1
+        for j in range(i, i + tried):
             image = self.decode(j % n, int(np.ceil(short)))
             if image is not None:
                 image = (prepare_train(image, self.size, short, u) if self.train
                          else prepare_eval(image, self.size, self.crop))
                 x = np.ascontiguousarray(np.array(image).transpose(2, 0, 1))  # (3, size, size) uint8
                 return torch.from_numpy(x).float().div_(127.5).sub_(1), i
-        if self.train and torch.utils.data.get_worker_info() is None:
-            raise self.nothing_readable()                    # from a worker it would come as a stack trace: see Loader
-        return None
+        if not self.train:
+            return None
+        if tried == n:
+            raise self.nothing_readable()
+        first, last = (os.fsdecode(self.images[k % n]) for k in (i, i + tried - 1))
+        raise ValueError(f"{tried} images in a row cannot be decoded, {first} to {last}: remove or replace such files")
+
+    def __getitem__(self, key):
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= i < len(self):
+            raise IndexError(f"no image {i} in a data set of {len(self)}")
+        try:
+            return self.item(epoch, i)
+        except (OSError, ValueError) as error:
+            if torch.utils.data.get_worker_info() is None:
+                raise
+            return error                                     # raised here it would reach the user as a stack trace
+
+    def __getitems__(self, keys):
+        """The items of a batch; up to the first error, which ends the run: each of the others would wait as long."""
+        items = []
+        for key in keys:
+            items.append(self[key])
+            if isinstance(items[-1], Exception):
+                break
+        return items
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A set of images
 
-def list_images(root):
-    """Sorted names of all images below `root`; follows links, leaves out dot files. OSError: unreadable folder."""
-    def fail(error):
-        raise error
+@functools.cache
+def say(line):
+    """Print a line on stderr, once, and in the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
-    names, seen = [], set()
+
+def is_hidden(name):
+    """-> bool: is this a file or folder that no user put there as an image?"""
+    return name.startswith(".") or name in NO_IMAGES
+
+
+def fail(error):
+    raise error
+
+
+def list_images(root):
+    """Sorted names of all images below `root`; follows links, leaves out hidden files and folders, and says how many
+    files of other types there are. OSError: unreadable folder."""
+    names, seen, others = [], set(), collections.Counter()
     for folder, dirs, files in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
         if real in seen:                                     # a link back up the tree
             dirs.clear()
             continue
         seen.add(real)
-        dirs[:] = sorted(d for d in dirs if not d.startswith("."))
-        names += [os.path.join(folder, f) for f in files if f.lower().endswith(EXTENSIONS) and f[0] != "."]
+        dirs[:] = sorted(d for d in dirs if not is_hidden(d))
+        for file in files:
+            extension = os.path.splitext(file)[1].lower()
+            if is_hidden(file):
+                continue
+            if extension in EXTENSIONS:
+                names.append(os.path.join(folder, file))
+            else:
+                others[extension or "without extension"] += 1
+    if others:
+        counts = sorted((-count, extension) for extension, count in others.items())
+        types = ", ".join(f"{-count} {extension}" for count, extension in counts[:8])
+        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+        say(f"note: {others.total()} files below {root} were left out, being of other types: {types}{more}")
     return sorted(names)
 
 
+# What a folder of images may call its parts. `test` validates only where nothing else does.
+TRAIN_NAMES, VAL_NAMES, TEST_NAMES = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")
+
+
+def entries(root):
+    """-> sorted names of the folders in `root`, and of its files, without hidden ones. OSError."""
+    _, folders, files = next(os.walk(root, onerror=fail))
+    return [sorted(name for name in names if not is_hidden(name)) for names in (folders, files)]
+
+
+def split_folders(root):
+    """-> {"train": folder, "val": folder}, as far as there are such below `root`; {} where none of its folders is called
+    so: a plain tree of images. ValueError where it is not clear which images are meant."""
+    below, files = entries(root)
+    train, val, test = ([f for f in below if f.lower() in names] for names in (TRAIN_NAMES, VAL_NAMES, TEST_NAMES))
+    found = {"train": train, "val": val or test}
+    found = {split: folders for split, folders in found.items() if folders}
+    if not found:
+        return {}
+    for folders in found.values():
+        if len(folders) > 1:
+            raise ValueError(f"{root} holds {slashed(folders)}: keep the one that is meant, move the others elsewhere")
+    others = [f for f in below if f not in train + val + test]
+    if len(found) < 2 and others:
+        raise ValueError(f"{root} holds {slashed(train + val + test)} beside other folders ({slashed(others[:3])}), but "
+                         "not both training and validation images: give one of its folders, or rename what is a class")
+    loose = [f for f in files if f.lower().endswith(EXTENSIONS)]
+    if loose:
+        raise ValueError(f"{root} holds images ({loose[0]} ...) beside {slashed(train + val + test)}: move them into one "
+                         "of these folders, or elsewhere")
+    return {split: os.path.join(root, folders[0]) for split, folders in found.items()}
+
+
+def slashed(folders):
+    return " and ".join(f"{folder}/" for folder in folders)
+
+
+def missing_part(root, split, there):
+    """-> ValueError: `root` holds the folder `there` alone, which is not `split`'s."""
+    there = os.path.basename(there)
+    names = "train/" if split == "train" else "val/ (valid/, validation/, test/)"
+    return ValueError(f"{root} holds {there}/ but no {names}: add it, or give {os.path.join(root, there)}, whose images "
+                      "then serve for training and validation alike")
+
+
+def nested_split(parts):
+    """Names of images relative to a root, split at the slashes -> a folder, relative too, that holds training images
+    in one folder and others in another; None without."""
+    held = collections.defaultdict(set)
+    for folders in {tuple(part[:-1]) for part in parts}:
+        for depth, folder in enumerate(folders):
+            held[folders[:depth]].add(folder.lower())
+    for folders, children in sorted(held.items()):
+        if children.intersection(TRAIN_NAMES) and children.intersection(VAL_NAMES + TEST_NAMES):
+            return os.path.join(*folders)
+    return None
+
+
+def split_classes(folders):
+    """{split: folder} -> sorted names of the classes, which are the folders in any of them: a class that one split lacks
+    does not shift the others' numbers. Validation images that share no class with the training images have none."""
+    classes = {split: set(entries(folder)[0]) for split, folder in folders.items()}
+    train, val = classes.get("train", set()), classes.get("val", set())
+    if train and val and not train & val:
+        say(f"note: {folders['val']} has no class folder of {folders['train']}: its images have no labels")
+        val = set()
+    return sorted(train | val)
+
+
+def folder_images(root, split):
+    """-> names of the images of `split` in the folder `root`, their labels, the classes, and the folder they are from.
+    ValueError: none, or not clear which."""
+    folders = split_folders(root)
+    if folders and split not in folders:
+        raise missing_part(root, split, *folders.values())
+    folder = folders.get(split, root)
+    names = list_images(folder)
+    if not names:
+        raise ValueError(f"no images in {folder}: it needs files ending in {' '.join(EXTENSIONS)}, at any depth")
+    parts = [f[len(folder):].lstrip(os.sep).split(os.sep) for f in names]
+    if folders:
+        classes = split_classes(folders)
+    else:
+        nested = nested_split(parts)
+        if nested:
+            raise ValueError(f"{os.path.join(root, nested)} holds training and other images: give this folder, or move "
+                             "its parts to the top")
+        classes = sorted({p[0] for p in parts if len(p) > 1})
+    number = {name: k for k, name in enumerate(classes)}
+    labels = [number.get(p[0], -1) if len(p) > 1 else -1 for p in parts]
+    return names, labels, classes, folder
+
+
 def download(spec, split):
-    """-> uint8 (n, 32, 32, 3) and labels for cifar10, the split's folder for imagenette (the copy with a short side of
-    320). Kept in $DCSSDAE_DATA, else ~/.cache/dc-ssdae. OSError, one sentence, if it cannot be had."""
+    """-> (uint8 (n, 32, 32, 3), labels, classes) for cifar10; for imagenette the folder that holds both parts (the copy
+    with a short side of 320). Kept in $DCSSDAE_DATA, else ~/.cache/dc-ssdae. OSError, one sentence, if it cannot be
+    had."""
     root = os.environ.get("DCSSDAE_DATA") or os.path.join(os.path.expanduser("~"), ".cache", "dc-ssdae")
     datasets = import_torchvision().datasets
     try:
@@ -288,22 +588,23 @@ def download(spec, split):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if spec == "cifar10":
                 found = datasets.CIFAR10(root, train=split == "train", download=True)
-                return found.data, found.targets
+                return found.data, found.targets, found.classes
             datasets.Imagenette(root, split=split, size="320px", download=True)
-            return os.path.join(root, "imagenette2-320", split)
+            return os.path.join(root, "imagenette2-320")
     except (OSError, RuntimeError) as error:                 # RuntimeError: torchvision on a damaged archive
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"cannot get {spec} into {root} ({reason}): check the network or give an image folder") from error
 
 
 def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="center", split=None):
-    """-> ImageDataset. spec: `demo`, `imagenette`, `cifar10`, or a folder (`./demo` for one of that name) holding
-    .jpg .jpeg .png .webp .bmp at any depth; with both train/ and val/ in it `train` picks, else all images serve both.
+    """-> ImageDataset. spec: `demo`, `imagenette`, `cifar10`, or a folder (`./demo` for one of that name) of images at
+    any depth: with train/ and val/ (or valid/, validation/, else test/) in it `train` picks, else all images serve both.
     Training: short side uniform in [size, aug_scale size], random crop, mirror. Evaluation: prepare_eval with `crop`.
     `demo` is drawn at `size`, so aug_scale has no effect there. limit: that many images, evenly spread over the set.
     split: train or val, where `train` does not say it: train=False, split="train" puts training images through
-    prepare_eval. Labels: cifar10's, or the rank of a file's topmost folder among its likes (ImageNet's layout), or -1.
-    ValueError (bad number, no images), FileNotFoundError, NotADirectoryError, OSError (download), one sentence each."""
+    prepare_eval. Labels: cifar10's, or the rank of a file's topmost folder among those of both parts, or -1.
+    ValueError (bad number, no images, unclear parts), FileNotFoundError, NotADirectoryError, OSError (download), one
+    sentence each."""
     if int(size) != size or size <= 0:
         raise ValueError(f"size is {size}: use a positive whole number of pixels")
     if not aug_scale >= 1:
@@ -315,27 +616,30 @@ def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="cen
     split = split or ("train" if train else "val")
     if spec == "demo":
         images, aug_scale = np.arange(DEMO_LENGTH[split]), 1.0
-        labels = np.full(len(images), -1)
+        labels, classes, source = np.full(len(images), -1), [], f"demo, part {split}"
     elif spec == "cifar10":
-        images, labels = download(spec, split)
+        images, labels, classes = download(spec, split)
+        source = f"cifar10, part {split}"
     else:
         folder = download(spec, split) if spec == "imagenette" else os.path.expanduser(spec)
         if not os.path.exists(folder):
             raise FileNotFoundError(f"there is no folder {spec}: give demo, imagenette, cifar10 or a folder of images")
         if not os.path.isdir(folder):
             raise NotADirectoryError(f"{spec} is a file: give demo, imagenette, cifar10 or a folder of images")
-        if all(os.path.isdir(os.path.join(folder, s)) for s in SPLITS):
-            folder = os.path.join(folder, split)
-        names = list_images(folder)
-        if not names:
-            raise ValueError(f"no images in {folder}: it needs files ending in {' '.join(EXTENSIONS)}, at any depth")
+        names, labels, classes, source = folder_images(folder, split)
         images = np.array([os.fsencode(f) for f in names])   # one block: workers would copy a list, bit by bit
-        parts = [f[len(folder):].lstrip(os.sep).split(os.sep) for f in names]
-        classes = {c: k for k, c in enumerate(sorted({p[0] for p in parts if len(p) > 1}))}
-        labels = [classes[p[0]] if len(p) > 1 else -1 for p in parts]
-    dataset = ImageDataset(images, np.array(labels), spec, int(size), train, aug_scale, seed, crop, split)
+    dataset = ImageDataset(images, np.array(labels), spec, int(size), train, aug_scale, seed, crop, split, source,
+                           classes)
     n = len(dataset)
     return dataset if limit is None or limit >= n else dataset.subset(np.arange(limit) * n // limit)
+
+
+def parts_taken(train, val):
+    """Two data sets -> one line: which images train, and which validate."""
+    line = f"training on {train.described()}; validating on {val.described()}"
+    if train.source == val.source:
+        line += ", which train, too: there are no folders train/ and val/"
+    return line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,24 +666,33 @@ class TrainBatches:
 
 
 def collate(items):
-    """[(x, i) or None] -> x (b, 3, s, s), index (b,) int64, without the None; b may be 0."""
+    """[(x, i) or None] -> x (b, 3, s, s), index (b,) int64, without the None; b may be 0. With an exception among the
+    items: (exception, None)."""
+    for item in items:
+        if isinstance(item, Exception):
+            return item, None
     items = [item for item in items if item is not None]
     x = torch.stack([x for x, _ in items]) if items else torch.empty(0)
     return x, torch.tensor([i for _, i in items], dtype=torch.int64)
 
 
 class Loader(torch.utils.data.DataLoader):
-    """DataLoader that leaves out batches without a readable image; ValueError, one sentence, if all images are so."""
+    """DataLoader that leaves out batches without a readable image. Raises what its workers met: OSError or ValueError,
+    one sentence; ValueError too if all images are unreadable, unless may_be_empty."""
+
+    may_be_empty = False
 
     def __iter__(self):
         for x, index in super().__iter__():
+            if index is None:
+                raise x
             if len(index):
                 yield x, index
-            elif self.dataset.skipped.all():
+            elif self.dataset.skipped.all() and not self.may_be_empty:
                 raise self.dataset.nothing_readable()
 
 
-def make_loader(dataset, batch_size, train, workers=0, seed=0, rank=0, world=1, start=0):
+def make_loader(dataset, batch_size, train, workers=0, seed=0, rank=0, world=1, start=0, may_be_empty=False):
     """-> Loader over x (b, 3, s, s) in [-1, 1] and index (b,) int64. batch_size counts all `world` processes together.
     Training: endless, b = batch_size / world, from step `start` on (resume); an image's stand-in keeps its index.
     Evaluation: this rank's indices rank, rank + world, ... once and in order; the last batch may be smaller.
@@ -392,8 +705,10 @@ def make_loader(dataset, batch_size, train, workers=0, seed=0, rank=0, world=1, 
         indices, share = range(rank, len(dataset), world), max(1, batch_size // world)
         batches = [indices[k:k + share] for k in range(0, len(indices), share)]
     # Workers run torch with one thread as they are. Its own generator: the caller's random state stays as it is.
-    return Loader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator(),
-                  persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+    loader = Loader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator(),
+                    persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+    loader.may_be_empty = may_be_empty
+    return loader
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -548,7 +863,7 @@ def main():
         save_grid(args.out, x.split(max(1, args.rows)))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"{args.data} {args.split}: {len(dataset)} images, {len(x)} of them in {args.out}")
+    print(f"{args.split}: {dataset.described()}, {len(x)} of them in {args.out}")
 
 
 if __name__ == "__main__":

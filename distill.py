@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from data import guarded, make_dataset, make_loader, setup
+from data import guarded, make_dataset, make_loader, parts_taken, setup
 from evaluate import evaluate, print_table, write_results
 from losses import EqM
 from model import DCSSDAE, check_size
@@ -107,6 +107,8 @@ def main():
     checkpoint, log_path, _ = open_run(args, rank, world)
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    if rank == 0:
+        print(parts_taken(dataset, val), flush=True)
     lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank)
     teacher.to(device, memory_format=torch.channels_last)
     student = copy.deepcopy(teacher)

@@ -27,14 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from model import DCSSDAE, check_size
 from sampler import image_noise, seeded_generator
 
 from data import (LARGEST_KEPT, check_at_least_one, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
-                  make_loader, now, save_grid, setup, to_rgb, write_whole)
+                  make_loader, now, read_image, save_grid, setup, write_whole)
 from fid import (UNBIASED_FROM, Statistics, cache_files, check_metrics, distance_between, load_cached,  # isort: skip
                  load_networks, metric_arguments, metric_of, save_cached)
 from losses import (cell_ratio, cell_steps, hf_energy, hf_ratio, linear_code, mean_and_error, psnr,  # isort: skip
@@ -285,9 +284,8 @@ def reconstruct_images(model, args, options, device, out):
     bad, steps = [], args.steps[0]
     for i, path in enumerate(args.images):
         try:
-            with Image.open(path) as image:
-                pixels = torch.from_numpy(np.array(to_rgb(image)))              # (H, W, 3) uint8
-        except Exception as error:  # noqa: BLE001 PIL has no common type, see data.py
+            pixels = torch.from_numpy(np.array(read_image(path, retry=False)))  # (H, W, 3) uint8
+        except (OSError, ValueError) as error:
             bad.append(f"{path} ({' '.join(str(error).split())})")
             continue
         start = now(device)

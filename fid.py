@@ -10,8 +10,8 @@ more than many papers' gains. Ours, the same as pytorch-fid's (whose numbers and
   rounded again, then scaled to [-1, 1].
 - statistics: mean and covariance (N - 1) in float64; under 10,000 images FID is visibly biased upwards, and at 2048 or
   fewer the covariance is rank-deficient: compare only numbers with the same N.
-- both sets are prepared in the same way. Here: images as stored (EXIF rotation applied), or --size S: short side to S
-  by PIL bilinear, centre crop, which is evaluate.py's --crop center (SSDD); its --crop adm (box halving, bicubic,
+- both sets are prepared in the same way. Here: images as stored (turned upright), or --size S: short side to S by PIL
+  bilinear, centre crop, which is evaluate.py's --crop center (SSDD); its --crop adm (box halving, bicubic,
   centre crop) is DC-AE's. Raw files against crops is a classic mistake.
 --features dinov2 is FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675) as edm2 computes it; a TorchScript file gives the
 distance in features of your own. Neither is FID or rFID, or can be compared with them.
@@ -33,11 +33,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import nn
 
-from data import best_device, gathered, import_torchvision
+import data
+from data import best_device, gathered
 from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPSLoss, dreamsim_distance
 from model import local_file
 
@@ -47,7 +47,6 @@ DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pr
 UNBIASED_FROM = 10_000                                       # images; fewer bias a Frechet distance upwards visibly
 INCEPTION_SHA256 = "6726825d"                                # the beginning of it, as torch.hub checks downloads
 RANK_EPS = 64 * np.finfo(np.float64).eps                     # of the largest eigenvalue: the rest is rounding noise
-IMAGES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network: Szegedy et al. 2015, arXiv 1512.00567, figures 5 to 7, with the parameter names of the weight file.
@@ -337,9 +336,9 @@ class Statistics:
     def load(path):
         """Read a .npz of ours or of pytorch-fid. FileNotFoundError; ValueError if it holds something else."""
         try:
-            with np.load(path) as data:
-                mu, sigma = data["mu"], data["sigma"]
-                n = int(data["n"]) if "n" in data else None
+            with np.load(path) as file:
+                mu, sigma = file["mu"], file["sigma"]
+                n = int(file["n"]) if "n" in file else None
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
             raise ValueError(f"{path} does not hold FID statistics (arrays mu and sigma)") from None
         if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
@@ -382,22 +381,22 @@ def distance_between(a, b):
 
 # ---------------------------------------------------------------------------------------------------------------------
 def read_image(path, size=None):
-    """(3, H, W) uint8, or None when the file cannot be decoded. size: short side to size (bilinear), centre crop."""
+    """(3, H, W) uint8, or None when the file cannot be decoded. size: short side to size (bilinear), centre crop.
+    OSError where it cannot be read."""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:  # noqa: BLE001 truncated, no image, a bomb: PIL has no common type; the caller counts
+        image = data.read_image(path)
+    except data.Unreadable as error:
+        print(f"\nwarning: skipping unreadable image {path}: {error}", file=sys.stderr)
         return None
     if size:
-        image = image.resize([size * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
-        left, top = (round((side - size) / 2) for side in image.size)  # rounding as torchvision does
-        image = image.crop((left, top, left + size, top + size))
+        image = data.prepare_eval(image, size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def folder_statistics(folder, network, device="cpu", batch_size=32, size=None):
-    """Statistics of every image under a folder; unreadable ones are skipped and counted on stderr."""
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGES)
+    """Statistics of every image under a folder; unreadable ones are skipped and counted on stderr. FileNotFoundError
+    without images, OSError where a file cannot be read."""
+    paths = data.list_images(folder) if os.path.isdir(folder) else []
     if not paths:
         raise FileNotFoundError(f"{folder} is not a folder with images")
     statistics, skipped = Statistics(network.dim, device), 0
@@ -473,7 +472,7 @@ def load_networks(args, size, device, world):
     A file the user named must exist; one that was merely not found makes its metric unavailable.
     """
     if "dinov2" in args.features:
-        import_torchvision()  # timm imports it
+        data.import_torchvision()  # timm imports it
     frechet = [metric_of(name) for name in args.features]
     distances, features, unavailable = {}, {}, {}
     for metric, (file, build) in wanted_networks(args, size, device).items():
@@ -523,7 +522,10 @@ def cache_files(args, dataset, features):
     files = []
     if dataset.images.dtype.kind == "S":  # file names, not pixels
         for path in dataset.images:
-            status = os.stat(path)
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:  # the pass will say so, and its statistics are not kept
+                continue
             files.append((status.st_size, status.st_mtime_ns))
     first = dataset[0]  # None: unreadable
     if first is not None:
@@ -545,7 +547,10 @@ def load_cached(paths, world):
 
 
 def save_cached(paths, result):
-    """Write a result's statistics of the originals to {metric: path}."""
+    """Write a result's statistics of the originals to {metric: path}, unless some images are missing in them."""
+    if paths and result["skipped"]:
+        print(f"statistics of the originals are not kept for other runs: {result['skipped']} images are missing in them")
+        return
     for metric, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         result["originals"][metric].save(path)
@@ -553,6 +558,26 @@ def save_cached(paths, result):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
+
+def check_arguments(args):
+    """Complaints before any work: ValueError, FileNotFoundError, NotADirectoryError."""
+    for name in ("batch_size", "size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}: use 1 or more")
+    for source in (args.a, args.b):
+        if source and not os.path.exists(source):
+            raise FileNotFoundError(f"there is no {source}")
+    if not args.save:
+        return
+    folder = os.path.dirname(args.save) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"--save {args.save}: there is no folder {folder}, make it first")
+    if os.path.isdir(args.save):
+        raise ValueError(f"--save {args.save} is a folder: give the name of a file")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--save {args.save}: nothing can be written into {folder}")
+
 
 def main():
     parser = argparse.ArgumentParser(description="FID between two image folders or saved statistics (.npz).")
@@ -570,6 +595,7 @@ def main():
     if args.b is None and not args.save:
         parser.error("give two sets A B, or A and --save FILE")
     try:
+        check_arguments(args)
         network, sets = read_sets(args)
         if args.save:
             sets[0].save(args.save)
@@ -584,9 +610,6 @@ def main():
 def read_sets(args):
     """(the network of --features, None where nothing needs it, [Statistics of A, of B if it is given])."""
     sources = [args.a] if args.b is None else [args.a, args.b]
-    for source in sources:
-        if not os.path.exists(source):
-            raise FileNotFoundError(f"there is no {source}")
     device = best_device()
     network, sets = None, []
     for source in sources:

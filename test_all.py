@@ -9,10 +9,12 @@ downloaded (VGG-16, DINOv2, Inception) stand here with random weights, given as 
 import builtins
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import multiprocessing.connection
@@ -21,10 +23,12 @@ import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 import types
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -1358,6 +1362,101 @@ def test_exif_orientation(tmp_path, train):
     assert train or np.abs(pixels(dataset[0][0]) - pixels(dataset[1][0])).mean() < 3
 
 
+def exif_block(*entries):
+    """An EXIF block of (tag, type, count, 4 bytes of value or offset) in this order."""
+    rows = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + rows + bytes(4)
+
+
+TURNED = (0x0112, 3, 1, b"\6\0\0\0")                      # lying on its side
+DAMAGED = {
+    "make as rational": (0x010F, 5, 1, b"ab\0\0"),
+    "make beyond the end": (0x010F, 2, 2**31, b"\xff\xff\xff\x7f"),
+    "unknown type": (0x0110, 99, 7, bytes(4)),
+    "resolution as text": (0x011A, 2, 3, b"72\0\0"),
+    "unit out of range": (0x0128, 3, 1, b"\xff\xff\0\0"),
+    "no directory": (0x8769, 4, 1, b"\xff\xff\xff\xff"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_exif_tags_do_not_hide_the_orientation(damage, tmp_path):
+    for entries in ((TURNED, DAMAGED[damage]), (DAMAGED[damage], TURNED)):
+        photo(60, 30).save(tmp_path / "a.jpg", exif=exif_block(*entries))
+        photo(60, 30).save(tmp_path / "b.png", exif=exif_block(*entries))
+        photo(60, 30).save(tmp_path / "c.webp", exif=exif_block(*entries), lossless=True)
+        for name in ("a.jpg", "b.png", "c.webp"):
+            assert data.read_image(tmp_path / name).size == (30, 60)
+            assert data.to_rgb(data.read_image(tmp_path / name)).size == (30, 60)  # turned once, not twice
+    for junk in (b"", b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0no TIFF at all"):
+        photo(60, 30).save(tmp_path / "a.jpg", exif=junk)
+        assert data.read_image(tmp_path / "a.jpg").size == (60, 30)
+
+
+def png_chunk(kind, content, checksum=None):
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def test_damaged_metadata_beside_good_pixels(tmp_path):
+    """Profiles, comments and text of any kind: damaged, wrong checksum, longer than Pillow takes."""
+    buffer = io.BytesIO()
+    photo(60, 30).save(buffer, "PNG")
+    png, want = buffer.getvalue(), np.asarray(photo(60, 30))
+    long = zlib.compress(bytes(2**21))                     # 2 MB of text, packed
+    for chunk in (png_chunk(b"zTXt", b"note\0\0" + long), png_chunk(b"iTXt", b"note\0\1\0\0\0" + long),
+                  png_chunk(b"iCCP", b"profile\0\0" + long), png_chunk(b"iCCP", b"profile\0\0no zlib"),
+                  png_chunk(b"tEXt", b"a\0b", checksum=1), png_chunk(b"pHYs", b"")):
+        turned = png_chunk(b"eXIf", exif_block(TURNED)[6:], checksum=2)
+        assert np.array_equal(data.decode_image(png[:33] + chunk + png[33:]), want)      # 33: after the header
+        assert np.array_equal(data.decode_image(png[:33] + turned + chunk + png[33:]), np.rot90(want, -1))
+    with pytest.raises(data.Unreadable):
+        data.decode_image(png[:33] + chunk + png[33:-60])  # the pixels themselves are damaged
+    buffer = io.BytesIO()
+    photo(60, 30).save(buffer, "JPEG", icc_profile=b"no profile", xmp=b"<x tiff:Orientation=", comment=b"\xff\0")
+    assert data.decode_image(buffer.getvalue()).size == (60, 30)
+
+
+def test_tiff_and_pgm(tmp_path):
+    grey = np.tile(np.linspace(0, 65535, 40), (30, 1)).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    Image.fromarray(grey).save(tmp_path / "b.pgm")
+    Image.fromarray(np.tile(np.linspace(0, 255, 40), (30, 1)).astype(np.uint8)).save(tmp_path / "c.ppm")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(60, 30).save(tmp_path / "d.tiff", exif=exif)
+    Image.fromarray(grey.astype(np.float32) / 65535).save(tmp_path / "e.tiff")           # what is white in it?
+    dataset = data.make_dataset(str(tmp_path), 30, False)
+    assert len(dataset) == 5 and dataset.decode(3, 30).size == (30, 60) and dataset[4] is None
+    for j in range(3):
+        assert np.allclose(np.asarray(dataset.decode(j, 30))[7, :, 1], np.linspace(0, 255, 40), atol=1)
+
+
+@pytest.mark.parametrize("crop", ["center", "adm"])
+def test_long_pictures_cost_little(crop, monkeypatch):
+    size = 32
+    for w, h in ((900, 40), (40, 900), (700, 130)):
+        monkeypatch.setattr(data, "LONGEST", 100)
+        whole = np.asarray(data.prepare_eval(photo(w, h), size, crop)).astype(int)
+        monkeypatch.setattr(data, "LONGEST", 2)
+        assert np.abs(np.asarray(data.prepare_eval(photo(w, h), size, crop)) - whole).max() <= 1
+    for side in range(1, 40):                              # no rounding leads beyond the border
+        assert data.prepare_eval(Image.new("RGB", (20 * side, side)), 100, crop).size == (100, 100)
+    monkeypatch.undo()
+    largest, resize = [0], Image.Image.resize
+
+    def spy(self, *args, **kwargs):
+        out = resize(self, *args, **kwargs)
+        largest.append(out.width * out.height)
+        return out
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    for shape in ((20_000, 2), (2, 20_000)):
+        long = Image.new("RGB", shape)
+        assert data.prepare_eval(long, 256, crop).size == data.prepare_train(long, 256, 256, [0.5] * 3).size == (256, 256)
+    assert max(largest) <= 16 * 256**2
+
+
 def test_draft_only_in_training_and_large_enough(tmp_path, monkeypatch):
     photo(1000, 640).save(tmp_path / "a.jpg", quality=95)
     photo(640, 1000).save(tmp_path / "b.jpg", quality=95)
@@ -1488,13 +1587,139 @@ def test_nothing_readable(tmp_path, train, workers):
         loader._iterator._shutdown_workers()               # pytest keeps the traceback: torch would wait 5 s at its end
 
 
+def test_a_row_of_broken_images_ends_training(tmp_path, monkeypatch):
+    """One item does not walk through the whole set in search of a stand-in."""
+    folder_of(tmp_path, 10, (20, 20))
+    for i in range(2, 7):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"broken")
+    monkeypatch.setattr(data, "STAND_INS", 4)
+    dataset = data.make_dataset(str(tmp_path), 16, True)
+    assert torch.equal(dataset[4][0], dataset[4][0]) and int(dataset.skipped.sum()) == 3
+    with pytest.raises(ValueError, match=r"4 images in a row cannot be decoded, .*02.png to .*05.png"):
+        dataset[2]
+    assert int(dataset.skipped.sum()) == 5
+    with pytest.raises(ValueError, match="4 images in a row"):
+        list(data.make_loader(data.make_dataset(str(tmp_path), 16, True), 10, True, workers=1))
+
+
+# Errors of the system, which say nothing about the images
+
+def failing_open(monkeypatch, code, times):
+    """Let data.py's first `times` attempts to open a file fail with this errno, and not wait in between."""
+    left = [times]
+
+    def fail(path, *args):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(code, os.strerror(code), path)
+        return open(path, *args)
+
+    monkeypatch.setattr(data, "open", fail, raising=False)
+    monkeypatch.setattr(data, "PAUSES", (0, 0, 0))
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EMFILE, errno.EACCES])
+@pytest.mark.parametrize("train", [False, True])
+def test_errors_of_the_system_are_tried_again(tmp_path, monkeypatch, capfd, code, train):
+    dataset = data.make_dataset(folder_of(tmp_path, 2), 16, train)
+    want = dataset[1][0]
+    failing_open(monkeypatch, code, times=3)
+    assert torch.equal(dataset[1][0], want)
+    assert capfd.readouterr().err.count("warning: cannot read") == 1
+    failing_open(monkeypatch, code, times=4)
+    with pytest.raises(OSError, match="for 0 s: '.*png'") as error:
+        dataset[0]
+    assert error.value.errno == code and dataset.skipped.sum() == 0
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_errors_of_the_system_in_a_worker(tmp_path, monkeypatch, train):
+    dataset = data.make_dataset(folder_of(tmp_path, 8), 16, train)
+    failing_open(monkeypatch, errno.EIO, times=1000)
+    loader = data.make_loader(dataset, 2, train, workers=1)
+    with pytest.raises(OSError) as error:
+        take(loader, 9)
+    assert error.value.errno == errno.EIO and "\n" not in str(error.value) and dataset.skipped.sum() == 0
+    loader._iterator._shutdown_workers()
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker")
+    assert len(dataset.__getitems__([0, 1, 2])) == 1       # the first error ends it, the others need not wait
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_folder_that_vanishes(tmp_path, monkeypatch, left, train):
+    folder, away, waited = tmp_path / "images", tmp_path / "away", []
+    dataset = data.make_dataset(folder_of(folder, 3), 16, train)
+    want = dataset[2][0]
+    folder.rename(away)
+    if left != "nothing":                                  # as where it was mounted
+        folder.mkdir()
+
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:                               # it comes back
+            away.rename(folder)
+
+    monkeypatch.setattr(data.time, "sleep", wait)
+    assert torch.equal(dataset[2][0], want)
+    assert waited == list(data.PAUSES[:3]) == sorted(data.PAUSES[:3])
+    folder.rename(away)
+    waited = [0] * 10
+    with pytest.raises(FileNotFoundError):
+        dataset[0]
+    assert dataset.skipped.sum() == 0 and len(waited) == 10 + len(data.PAUSES)
+
+
+def test_a_file_that_was_deleted(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(data, "PAUSES", (0, 0))
+    folder_of(tmp_path, 3)
+    (tmp_path / "03.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "04.png").symlink_to(tmp_path / "04.png")
+    train, val = (data.make_dataset(str(tmp_path), 16, training) for training in (True, False))
+    (tmp_path / "01.png").unlink()
+    assert [i.tolist() for _, i in data.make_loader(val, 5, False)] == [[0, 2]]
+    assert val.skipped.tolist() == [0, 1, 0, 1, 1]
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("skipping unreadable" in line and "no such file" in line for line in lines)
+    assert train[1][0].shape == (3, 16, 16) and train.skipped.tolist() == [0, 1, 0, 0, 0]
+
+
+def test_training_ends_with_the_error_of_the_system(tmp_path):
+    """The folder vanishes in the fourth epoch, for good, under two workers."""
+    folder_of(tmp_path / "images", 4)
+    (tmp_path / "run.py").write_text(f"""
+import os
+import data
+import train
+from launch import guarded
+
+data.PAUSES = (0.01, 0.02)
+item, folder = data.ImageDataset.item, {str(tmp_path / "images")!r}
+
+def item_until_it_vanishes(self, epoch, i):
+    if epoch == 3 and os.path.exists(folder):
+        os.rename(folder, folder + "_away")
+    return item(self, epoch, i)
+
+data.ImageDataset.item = item_until_it_vanishes
+guarded(train.main)
+""")
+    command = [tmp_path / "run.py", *TINY, "--workers", 2, "--data", tmp_path / "images", "--out", tmp_path / "run"]
+    done = subprocess.run([sys.executable, *map(str, command)], env=dict(os.environ, PYTHONPATH=HERE), check=False,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "skipping" not in done.stderr, done.stderr
+    said = done.stderr.partition("error: ")[2].splitlines()[0]                # the progress bar's last line may follow
+    assert "No such file or directory, for 0.03 s" in said and f"{tmp_path}/images/" in said
+    assert "training on 4 images of" in done.stdout and "which train, too" in done.stdout
+
+
 # Specs
 
 def test_folder_layouts(tmp_path):
     root = tmp_path / "set"
     folder_of(root / "train" / "cat", 3)
     folder_of(root / "train" / "dog" / "deep", 2, ext="jpg")
-    assert len(data.make_dataset(str(root), 16, True)) == len(data.make_dataset(str(root), 16, False)) == 5
+    assert len(data.make_dataset(str(root), 16, True)) == 5
     folder_of(root / "val" / "cat", 4)
     (root / "val" / "notes.txt").write_text("no image")
     (root / "val" / "._hidden.jpg").write_bytes(b"")
@@ -1505,6 +1730,75 @@ def test_folder_layouts(tmp_path):
     assert x.shape == (4, 3, 16, 16) and index.tolist() == [0, 1, 2, 3]
     names = [os.fsdecode(n) for n in train.images]
     assert names == sorted(names) and names[0].endswith("cat/00.png") and names[-1].endswith("deep/01.jpg")
+
+
+def test_hidden_folders_and_other_types(tmp_path, capfd):
+    folder_of(tmp_path / "a", 2)
+    for name in (".ipynb_checkpoints", "__MACOSX", ".thumbnails", "a/.hidden", "a/@eaDir"):
+        folder_of(tmp_path / name, 1)
+    for name in ("a/x.gif", "a/y.GIF", "labels.csv", "README", "a/.z.gif"):
+        (tmp_path / name).write_text("")
+    assert len(data.list_images(str(tmp_path))) == 2
+    data.list_images(str(tmp_path))                        # said once
+    data.list_images(str(tmp_path / "__MACOSX"))           # asked for by name
+    note, = capfd.readouterr().err.splitlines()
+    assert note.endswith("being of other types: 2 .gif, 1 .csv, 1 without extension")
+    assert f"4 files below {tmp_path} " in note
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "Validation"])
+def test_names_of_validation_folders(tmp_path, name):
+    for k, c in enumerate("abc"):
+        folder_of(tmp_path / "train" / c, 1 + k, (8, 8))
+    folder_of(tmp_path / name / "a", 1, (8, 8))
+    folder_of(tmp_path / name / "c", 2, (8, 8))
+    train, val = (data.make_dataset(str(tmp_path), 8, part) for part in (True, False))
+    assert train.labels.tolist() == [0, 1, 1, 2, 2, 2] and val.labels.tolist() == [0, 2, 2]    # no b in validation
+    assert train.classes == val.classes == ["a", "b", "c"]
+    limited = data.make_dataset(str(tmp_path), 8, False, limit=2)
+    assert data.parts_taken(train, limited) == (
+        f"training on 6 images of {tmp_path}/train (3 classes); validating on 2 of 3 images of {tmp_path}/{name} (3 classes)")
+    folder_of(tmp_path / name / "d", 1, (8, 8))            # only there: a class all the same, after the others
+    assert data.make_dataset(str(tmp_path), 8, False).labels.tolist() == [0, 2, 2, 3]
+    if name != "test":
+        folder_of(tmp_path / "test", 5, (8, 8))
+        assert len(data.make_dataset(str(tmp_path), 8, False)) == 4
+
+
+def test_unlabelled_validation_images(tmp_path, capfd):
+    folder_of(tmp_path / "train" / "n01", 1, (8, 8))
+    folder_of(tmp_path / "val" / "images", 2, (8, 8))
+    train, val = (data.make_dataset(str(tmp_path), 8, part) for part in (True, False))
+    assert train.labels.tolist() == [0] and val.labels.tolist() == [-1, -1] and val.classes == ["n01"]
+    assert "have no labels" in capfd.readouterr().err
+
+
+def test_a_plain_tree_serves_both(tmp_path):
+    for name in ("a", "b"):
+        folder_of(tmp_path / name, 2, (8, 8))
+    train, val = (data.make_dataset(str(tmp_path), 8, part) for part in (True, False))
+    assert train.images.tolist() == val.images.tolist() and train.labels.tolist() == [0, 0, 1, 1]
+    assert data.parts_taken(train, val).endswith("which train, too: there are no folders train/ and val/")
+
+
+@pytest.mark.parametrize("folders,train,words", [
+    (["train"], False, r"holds train/ but no val/ .* or give .*/train, whose images then serve"),
+    (["val"], True, r"holds val/ but no train/"),
+    (["train", "val", "validation"], False, r"holds val/ and validation/: keep the one"),
+    (["train", "val", "validation"], True, r"holds val/ and validation/: keep the one"),
+    (["train", "val", "."], True, r"holds images \(00.png ...\) beside train/ and val/"),
+    (["train", "."], True, r"holds images \(00.png ...\) beside train/"),
+    (["train", "bus", "car"], True, r"holds train/ beside other folders \(bus/ and car/\)"),
+    (["cat", "dog", "test"], False, r"holds test/ beside other folders \(cat/ and dog/\)"),
+    (["set/train", "set/val"], True, r"/set holds training and other images"),
+    (["cat/train", "cat/test", "dog/train"], False, r"/cat holds training and other images"),
+])
+def test_unclear_parts_are_refused(tmp_path, folders, train, words):
+    for folder in folders:
+        folder_of(tmp_path / folder, 1, (8, 8))
+    with pytest.raises(ValueError, match=words) as error:
+        data.make_dataset(str(tmp_path), 8, train)
+    assert "\n" not in str(error.value)
 
 
 def test_small_images_are_enlarged(tmp_path):
@@ -1545,7 +1839,7 @@ class FakeTorchvision:
             def __init__(self, root, train, download):
                 assert download
                 self.data = np.random.default_rng(int(train)).integers(0, 256, (9 if train else 5, 32, 32, 3), np.uint8)
-                self.targets = [0] * len(self.data)
+                self.targets, self.classes = [0] * len(self.data), ["airplane"]
 
         class Imagenette:
             def __init__(self, root, split, size, download):
@@ -2073,6 +2367,37 @@ def test_fid_command(tmp_path, inception_file, monkeypatch, capsys):
     assert "none.pth" in sentence(fid, monkeypatch, a, b, "--inception", tmp_path / "none.pth")
     assert "no.npz" in sentence(fid, monkeypatch, tmp_path / "no.npz", saved)
     assert cli("fid.py", tmp_path / "no.npz", saved, ok=False).startswith("error: ")
+    none = ["--inception", tmp_path / "none.pth"]  # what is said before it is looked for is said before any work
+    assert "--batch_size is 0" in sentence(fid, monkeypatch, a, b, *none, "--batch_size", 0)
+    assert "--size is -1" in sentence(fid, monkeypatch, a, b, *none, "--size", -1)
+    missing = tmp_path / "missing" / "a.npz"
+    assert f"there is no folder {missing.parent}" in sentence(fid, monkeypatch, a, *none, "--save", missing)
+    assert "is a folder" in sentence(fid, monkeypatch, a, *none, "--save", tmp_path)
+    assert not missing.parent.exists()
+
+
+def test_fid_reads_images_as_training_does(tmp_path, monkeypatch, capsys):
+    """8 and 16 bits of the same grey have distance 0; copies in hidden folders do not count; nor do errors pass."""
+    rng = np.random.default_rng(0)
+    for folder in ("grey8", "grey16"):
+        (tmp_path / folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for i in range(4):
+        grey = rng.integers(0, 256, (40, 40), dtype=np.uint8)
+        Image.fromarray(grey).save(tmp_path / "grey8" / f"{i}.png")
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16" / f"{i}.png")
+        Image.fromarray(255 - grey).save(tmp_path / "grey8" / ".ipynb_checkpoints" / f"{i}.png")
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (fid.read_image(tmp_path / "clear.png") == 255).all()  # transparency over white
+    network = TinyInception()
+    network.forward = functools.partial(fid.on_8bit(TinyInception.forward), network)
+    one, two = (fid.folder_statistics(str(tmp_path / folder), network) for folder in ("grey8", "grey16"))
+    assert one.n == two.n == 4 and fid.frechet_distance(one.mu, one.sigma, two.mu, two.sigma) < 1e-9
+    assert one.mu.std() > 0
+    failing_open(monkeypatch, errno.ESTALE, times=1000)
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
+    assert os.strerror(errno.ESTALE) in sentence(fid, monkeypatch, tmp_path / "grey8", tmp_path / "grey16",
+                                                 "--save", tmp_path / "a.npz")
+    assert not (tmp_path / "a.npz").exists()
 
 
 def test_two_processes_equal_one(tmp_path, checkpoint):
@@ -2128,6 +2453,20 @@ def test_evaluate_command_reports_what_is_unavailable(tmp_path, checkpoint, offl
     run_main(evaluate, monkeypatch, *common[:4], "--limit", 2, *common[6:], "--cache", tmp_path / "c",
              "--lpips_net", "vgg")
     assert len(os.listdir(tmp_path / "c")) == 2  # other originals, another file
+
+
+def test_statistics_of_an_incomplete_pass_are_not_kept(tmp_path, checkpoint, offline, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
+    monkeypatch.setattr(data, "PAUSES", (0,))
+    images, cache = Path(folder_of(tmp_path / "images", 4, (32, 32))), tmp_path / "c"
+    (images / "04.png").symlink_to(tmp_path / "deleted.png")
+    command = ["--ckpt", checkpoint, "--data", images, "--workers", 0, "--device", "cpu", "--cache", cache,
+               "--lpips_net", "vgg", "--out", tmp_path / "o"]
+    run_main(evaluate, monkeypatch, *command)
+    assert not cache.exists() and "1 images are missing in them" in capsys.readouterr().out
+    photo(32, 32, 4).save(tmp_path / "deleted.png")
+    run_main(evaluate, monkeypatch, *command)
+    assert len(os.listdir(cache)) == 1
 
 
 def test_evaluate_command_stops_with_one_sentence(tmp_path, checkpoint, offline, monkeypatch):
@@ -2769,6 +3108,7 @@ def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
     m = stored.manifest
     assert np.allclose(m["mean"], got.mean((0, 2, 3)), atol=1e-6)
     assert np.allclose(m["std"], got.transpose(0, 1).flatten(1).std(1, correction=0), rtol=1e-5)
+    assert m["classes"] == dataset.classes == ["cat", "dog"]
     assert m["model_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest() and m["shape"] == [4, 4, 4]
 
 

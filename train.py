@@ -32,7 +32,15 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data import check_at_least_one, gathered, guarded, make_dataset, make_loader, setup
+from data import (
+    check_at_least_one,
+    gathered,
+    guarded,
+    make_dataset,
+    make_loader,
+    parts_taken,
+    setup,
+)
 from encoder import parse_name
 from evaluate import evaluate, print_table, write_results
 from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, check_size, local_file
@@ -856,6 +864,8 @@ def main():
     # Data
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    if rank == 0:
+        print(parts_taken(dataset, val), flush=True)
     model_is_new = not args.init_from and checkpoint is None
     if model_is_new and encoder_is_given(args) and model.config["linear_decoder"]:
         model.fit_linear_decoder(fit_images(dataset, model, args.size))

@@ -4,8 +4,9 @@
     python -m tools.latents --ckpt F --data imagenet/ --size 256 --limit 10000 --z_stats        # into the model's file
 
 latents_K.npy  (n, c, h, w) float16, with --flip (n, 2, c, h, w), the second of the mirrored image
-labels_K.npy   (n,) int64, -1: no class; images that cannot be read are left out of both
-manifest.json  what is encoded; when all is done also shards, mean and standard deviation
+labels_K.npy   (n,) int64, -1: no class; images that cannot be decoded are left out of both
+manifest.json  what is encoded, with the classes' names in the order of their labels; when all is done also shards, mean
+               and standard deviation
 Shard K holds the images K * --shard ... of the data set; process K % world writes it. Files appear whole; a shard that
 is there is kept: run the same command again to go on. The files do not depend on the number of processes.
 """
@@ -22,10 +23,10 @@ from tqdm import tqdm
 
 from data import (
     check_at_least_one,
-    collate,
     gathered,
     guarded,
     make_dataset,
+    make_loader,
     setup,
     write_whole,
 )
@@ -47,7 +48,7 @@ def contents(args, model, dataset):
     return {
         "model_sha256": hashlib.sha256(Path(local_file(args.ckpt)).read_bytes()).hexdigest(),
         "data": args.data, "part": args.part, "size": dataset.size, "crop": args.crop,
-        "images": len(dataset), "shard": args.shard,
+        "images": len(dataset), "shard": args.shard, "classes": dataset.classes,
         "images_sha256": hashlib.sha256(dataset.images.tobytes()).hexdigest(),
         "shape": [2, *shape] if args.flip else shape,        # of one image
         "dtype": "float16", "computed_in": args.dtype, "values": values,
@@ -99,11 +100,9 @@ def encode_shard(model, dataset, k, what, args, device):
     """Latents of shard k, float16 for --out, and their labels. Unreadable images are left out of both."""
     first = k * args.shard
     part = dataset.subset(slice(first, first + args.shard))
-    loader = torch.utils.data.DataLoader(part, args.batch_size, collate_fn=collate, num_workers=args.workers)
+    loader = make_loader(part, args.batch_size, train=False, workers=args.workers, may_be_empty=True)
     latents, kept = [], []
     for x, index in loader:
-        if len(x) == 0:  # nothing but unreadable images in this batch
-            continue
         z = encode(model, x, index + first, what, args, device)
         latents.append(z if args.z_stats else to_half(z))
         kept += index.tolist()
