@@ -46,16 +46,16 @@ BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeErr
                pickle.UnpicklingError, SafetensorError)
 # A network that adds to a linear base learns from a residual that is small and mostly unpredictable at first. Adam
 # makes full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less
-# of it is to fall silent, which norms make easy: a few large values outweigh the rest. So, beside a linear base:
-GROUP_SIZE = 8  # channels of a group of the adaptive norms; XS as published, 32 groups on 32 channels, takes away each
-#                 channel's mean. The other norms (ResBlock.norm2, norm_out) are scale and shift only: contrast stays
+# of it is to fall silent. So, beside a linear base, and beside UViT.addition:
+GROUP_SIZE = 8  # channels of a group of the norms; XS as published, 32 groups on 32 channels, takes away each channel's
+#                 mean. No norm before the output (norm_out is scale and shift only), so that contrast stays
 OUTPUT_GAIN = 0.3  # of the network's output: about the deviation of what the code leaves out
 INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about the image
 T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
 NOISE_LEFT = 0.01  # EqM: of what sampling starts from, after all default steps with c = linear: not seen in 8 bit
 RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
 FORMAT = 4  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution, 3
-#             no UViT.revision and an output gain of 0.05
+#             no UViT.revision beside a linear base, and other norms
 ALL_VALUES = 5  # along an axis, of two 3x3 convolutions on a map that is constant over blocks of at least 5 pixels: the
 #                 first two and the last two pixels of a block see its neighbours, those between all see the same
 NO_BIAS = -1e4  # of the offsets that a smaller window in a file does not have: exp of it is 0 in every precision
@@ -254,7 +254,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = AdaGN(cin, groups(cin, group_size), ctx)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2 = GroupNorm(cout, 0 if group_size else 32)
+        self.norm2 = GroupNorm(cout, groups(cout, group_size))
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.time = nn.Linear(temb, 2 * cout) if temb else None
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
@@ -875,7 +875,7 @@ class DCSSDAE(nn.Module):
                 pad = (config["window"] - len(table)) // 2
                 state[key] = F.pad(table, (0, 0, pad, pad, pad, pad), value=NO_BIAS)
         if config["linear_decoder"] and part != "encoder" and "decoder.revision" not in state:
-            update_format_3(state)
+            raise ValueError(f"{path} holds a linear decoder of file format 3, whose norms are others: train it again")
         _load_strictly(model, state, path, part)
         self.config = config
         if part != "decoder":
@@ -900,13 +900,6 @@ class DCSSDAE(nn.Module):
 def saved_config(meta):
     """The configuration in the metadata of a file that DCSSDAE.save wrote; {} of another's."""
     return json.loads(meta["config"]) if "config" in meta else {}
-
-
-def update_format_3(state):
-    """Make a state dict of format 3 with a linear decoder one of format 4, in place: the same model."""
-    state["decoder.revision"] = torch.ones(len(state["decoder.base.weight"]), 1, 1)
-    for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
-        state[name] = state[name] * 0.05 / OUTPUT_GAIN
 
 
 def pad_to_multiple(x, unit):
