@@ -355,7 +355,9 @@ def load_model(args, device):
     if args.dtype == "bf16":
         model.to(torch.bfloat16)
     notes = model.config.get("notes", {})
-    size = args.size or notes.get("size") or DEFAULT_SIZE
+    size = args.size
+    if size is None:
+        size = notes.get("size") or DEFAULT_SIZE
     check_size(size, model)
     keep_freed_memory(size <= LARGEST_KEPT)
     return model, size

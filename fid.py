@@ -231,9 +231,9 @@ class FileFeatures(nn.Module):
                 rows, self.dim = self.network(torch.zeros(batch, 3, size, size)).shape
                 if rows != batch:
                     raise ValueError("not one row an image")
-        except (RuntimeError, ValueError, AttributeError) as error:
+        except BROKEN_FILE as error:
             raise ValueError(f"{path} is refused: not a TorchScript network of images (B, 3, {size}, {size}) to "
-                             f"features (B, D) ({str(error).strip().splitlines()[-1]})") from None
+                             f"features (B, D) ({(str(error).strip() or type(error).__name__).splitlines()[-1]})") from None
         self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
     @on_8bit
@@ -266,6 +266,9 @@ def read_weights(weights, url, flag):
                                 f"{url.split('/')[2]} ({type(error).__name__}): give it with {flag} FILE") from None
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        for tensor in state.values():
+            if not tensor.float().isfinite().all():
+                raise ValueError("weights that are not finite")
         return path, dict(state.items()), hashlib.sha256(path.read_bytes()).hexdigest()
     except Exception as error:  # noqa: BLE001 both raise half a dozen types for a foreign file
         raise ValueError(f"{path} is not a PyTorch weight file ({type(error).__name__})") from None

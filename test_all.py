@@ -939,6 +939,22 @@ def test_integer_images_and_latents_of_another_shape_are_refused():
     assert torch.equal(model.decode(z, 2, noise, mu=0.0), model.decode(z, 2, noise))
 
 
+def test_losses_do_not_broadcast():
+    x, wrong = torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+    for call in (lambda: losses.fm_loss(wrong, x, x), lambda: losses.eqm_loss(x, wrong, x, torch.zeros(2), EqM()),
+                 lambda: losses.eqm_loss(x, x, x, torch.zeros(1), EqM())):
+        with pytest.raises(ValueError, match="shape"):
+            call()
+
+
+def test_size_0_and_a_damaged_manifest_are_refused(tmp_path, checkpoint, monkeypatch):
+    common = ["--ckpt", checkpoint, "--device", "cpu"]
+    assert "--size 0" in sentence(distill, monkeypatch, *common, "--size", 0, "--out", tmp_path / "d")
+    assert "--size 0" in sentence(evaluate, monkeypatch, *common, "--size", 0, "--workers", 0)
+    (tmp_path / "manifest.json").write_text("[1")
+    assert "is damaged" in sentence(latents, monkeypatch, *common, "--limit", 2, "--workers", 0, "--out", tmp_path)
+
+
 def test_statistics_and_checkpoints_with_wrong_contents(tmp_path, capsys):
     good = {"mu": np.zeros(3), "sigma": np.eye(3)}
     for change in ({"mu": np.full(3, np.nan)}, {"n": np.ones(2)}, {"n": 0}, {"sigma": np.eye(3).astype("U3")}):
@@ -2377,7 +2393,7 @@ def test_rfid_of_a_perfect_decoder_is_zero_and_originals_are_reused():
 def run_main(module, monkeypatch, *argv):
     """A command in this process, where its parts can be replaced."""
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
-    if module is evaluate or module.__name__.startswith("tools."):
+    if module in (evaluate, distill) or module.__name__.startswith("tools."):
         data.guarded(module.main)
     else:  # guards itself
         module.main()
