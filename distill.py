@@ -93,7 +93,8 @@ def main():
     # Teacher, and what it decides
     teacher = DCSSDAE.load(args.ckpt).requires_grad_(False)
     notes = teacher.config["notes"]
-    args.size = args.size or notes.get("size") or 128
+    if args.size is None:
+        args.size = notes.get("size") or 128
     if args.w_lpips is None:  # a teacher that was trained without LPIPS has a student without
         args.w_lpips = 0.5 if notes.get("w_lpips", 0.5) else 0.0
     check_size(args.size, teacher)

@@ -124,6 +124,10 @@ class LappedCode(nn.Module):
         super().__init__()
         if count > 3 * f * f:
             raise ValueError(f"cells of {f} x {f} pixels have {3 * f * f} coefficients, not {count}")
+        with torch.device("cpu"):  # values, also in a model that is built on the meta device to see its shapes
+            self._make_tables(f, count)
+
+    def _make_tables(self, f, count):
         square = torch.arange(f, dtype=torch.float64).square()
         energy = torch.tensor(WAVE_ENERGY)[:, None, None] / (square[:, None] + square).clamp(min=1)  # (3, ky, kx)
         energy[:, 0, 0] = torch.tensor(MEAN_ENERGY)
@@ -220,7 +224,9 @@ class VQAttention(nn.Module):
 
 
 class VQEncoder(nn.Module):
-    def __init__(self, downscale, z_dim, width=1.0, linear=False):
+    """The KL-VAE encoder of latent diffusion. quant: the 1x1 convolution at the end, which FLUX's layout is without."""
+
+    def __init__(self, downscale, z_dim, width=1.0, linear=False, quant=True):
         super().__init__()
         self.downscale, self.z_dim = downscale, z_dim
         self.code = LappedCode(downscale, z_dim) if linear else None
@@ -237,9 +243,9 @@ class VQEncoder(nn.Module):
         self.mid = nn.Sequential(VQResBlock(top, top), VQAttention(top), VQResBlock(top, top))
         self.norm_out = group_norm(top)
         self.conv_out = nn.Conv2d(top, 2 * z_dim, 3, padding=1)
-        self.quant = nn.Conv2d(2 * z_dim, 2 * z_dim, 1)
+        self.quant = nn.Conv2d(2 * z_dim, 2 * z_dim, 1) if quant else nn.Identity()
         start_coarse([level[2] for level in self.down if len(level) == 3], self.conv_out)
-        start_posterior(self.quant, linear)
+        start_posterior(self.quant if quant else self.conv_out, linear)
 
     def forward(self, x):
         """x (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over (B, z_dim, H/f, W/f)."""
@@ -413,6 +419,10 @@ FAMILIES = {"vq": VQEncoder, "dc": DCEncoder, "dcae": partial(DCEncoder, kind="d
             "dcae_sana": partial(DCEncoder, kind="sana")}
 
 
+OPTIONS = {"vq": ("linear", "quant"), "dc": ("linear", "norm"), "dcae": (), "dcae_sana": ()}  # make_encoder's, by family
+LARGEST_Z_DIM = 65536                                        # channels of a latent; published ones end at 1024
+
+
 def _scaled(channels, width, multiple):
     scaled = round(channels * width)
     if scaled < multiple or scaled % multiple or abs(scaled - channels * width) > 1e-6:
@@ -428,10 +438,15 @@ def make_encoder(name, width=1.0, **options):
     width   multiplies all widths; 1.0 is the published size, 0.125 runs on a laptop
     options vq, dc: linear=True adds the linear code (LappedCode) to the mean, and starts the rest of it at zero
             dc: norm=False leaves out the RMS norms, as the published DC-SSDAE encoders do
+            vq: quant=False leaves out the last 1x1 convolution (quant_conv), as FLUX's layout does
     returns nn.Module with .downscale (f) and .z_dim (c); forward(x) -> DiagonalGaussian
-    raises  ValueError for a name outside this rule or a width that gives fractional channels
+    raises  ValueError for a name outside this rule, a width that gives fractional channels, or options of another family
     """
     family, downscale, z_dim = parse_name(name)
+    for option, value in options.items():
+        if option not in OPTIONS[family] or not isinstance(value, bool):
+            allowed = " and ".join(OPTIONS[family]) or "no options"
+            raise ValueError(f"encoder '{name}' takes {allowed}, true or false, got {option} = {value!r}")
     return FAMILIES[family](downscale, z_dim, width, **options)
 
 
@@ -444,4 +459,6 @@ def parse_name(name):
     if family not in FAMILIES:
         raise ValueError(f"unknown encoder '{name}': expected (vq|dc|dcae)_f<8|16|32|64|128>c<channels>, for example "
                          "dc_f32c32, or dcae_f32c32_sana")
+    if len(match[3]) > 5 or int(match[3]) > LARGEST_Z_DIM:
+        raise ValueError(f"encoder '{name[:60]}' has latents of more than {LARGEST_Z_DIM} channels")
     return family, int(match[2]), int(match[3])

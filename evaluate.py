@@ -127,12 +127,19 @@ def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=N
         rows.append(table_row(name, {"name": name, "steps": n, **run_options}, values, distances))
     for name, row in zip(rows_of_table, rows, strict=True):
         if images > 1:  # or there is no covariance
-            row |= {net: distance_between(originals[net], of_rows[name, net]) for net in features}
+            row |= {net: distance_or_none(originals[net], of_rows[name, net]) for net in features}
         if name in ms:
             row["ms"] = ms[name]
     shown = [shown[i] for i in sorted(shown)[:pictures]]                        # an image's original, references, steps
     shown = [torch.stack(row) for row in zip(*shown, strict=True)]              # (n, 3, s, s) each
     return {"images": images, "skipped": len(skipped), "rows": rows, "pictures": shown, "originals": originals}
+
+
+def distance_or_none(a, b):
+    """Frechet distance of two Statistics, None where one is not finite: a row that diverged."""
+    if not (np.isfinite(a.sigma).all() and np.isfinite(b.sigma).all()):
+        return None
+    return distance_between(a, b)
 
 
 def row_name(steps):
@@ -233,7 +240,7 @@ def table_columns(rows, images):
 
 def table_cell(row, key, form):
     """A number with its standard error, or "-" where there is none."""
-    if row.get(key) is None:
+    if row.get(key) is None or row[key] != row[key]:  # NaN
         return "-"
     text = form.format(row[key])
     if row.get(f"{key}_se"):
@@ -266,9 +273,20 @@ def write_results(result, out):
     """metrics.json (no pictures, no statistics) and reconstructions.png in the folder `out`, whole or not at all."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    save_grid(out / "reconstructions.png", result["pictures"])
     numbers = {key: value for key, value in result.items() if key not in ("pictures", "originals")}
-    write_whole(out / "metrics.json", json.dumps(numbers, indent=1) + "\n")
+    write_whole(out / "metrics.json", json.dumps(strict(numbers), indent=1, allow_nan=False) + "\n")
+    save_grid(out / "reconstructions.png", result["pictures"])
+
+
+def strict(value):
+    """The same for strict JSON: None in the place of numbers that are not finite, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {key: strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +355,9 @@ def load_model(args, device):
     if args.dtype == "bf16":
         model.to(torch.bfloat16)
     notes = model.config.get("notes", {})
-    size = args.size or notes.get("size") or DEFAULT_SIZE
+    size = args.size
+    if size is None:
+        size = notes.get("size") or DEFAULT_SIZE
     check_size(size, model)
     keep_freed_memory(size <= LARGEST_KEPT)
     return model, size
@@ -398,13 +418,13 @@ def report(args, model, dataset, networks, runs, sampler, out, rank, world, devi
         return None
     if result["images"] < 2:
         unavailable = unavailable | dict.fromkeys(features, "a covariance needs at least 2 images")
-    save_cached({metric: paths[metric] for metric in paths.keys() - originals.keys() - unavailable.keys()}, result)
     for row in result["rows"]:
         row.update(dict.fromkeys(unavailable))
     result |= {"unavailable": unavailable, "arguments": vars(args), "model": model.config}
     result["protocol"] = protocol(args, result, dataset.size, sampler, distances, features, f"{world} x {device.type}")
+    write_results(result, out)  # before anything else can fail
+    save_cached({metric: paths[metric] for metric in paths.keys() - originals.keys() - unavailable.keys()}, result)
     print_table(result)
-    write_results(result, out)
     print(f"wrote metrics.json and reconstructions.png to {out}")
     return result
 

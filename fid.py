@@ -26,6 +26,7 @@ import hashlib
 import os
 import sys
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from torch import nn
 import data
 from data import best_device, gathered
 from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPSLoss, dreamsim_distance
-from model import local_file
+from model import BROKEN_FILE, local_file
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -230,9 +231,9 @@ class FileFeatures(nn.Module):
                 rows, self.dim = self.network(torch.zeros(batch, 3, size, size)).shape
                 if rows != batch:
                     raise ValueError("not one row an image")
-        except (RuntimeError, ValueError, AttributeError) as error:
+        except BROKEN_FILE as error:
             raise ValueError(f"{path} is refused: not a TorchScript network of images (B, 3, {size}, {size}) to "
-                             f"features (B, D) ({str(error).strip().splitlines()[-1]})") from None
+                             f"features (B, D) ({(str(error).strip() or type(error).__name__).splitlines()[-1]})") from None
         self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
     @on_8bit
@@ -265,6 +266,9 @@ def read_weights(weights, url, flag):
                                 f"{url.split('/')[2]} ({type(error).__name__}): give it with {flag} FILE") from None
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        for tensor in state.values():
+            if not tensor.float().isfinite().all():
+                raise ValueError("weights that are not finite")
         return path, dict(state.items()), hashlib.sha256(path.read_bytes()).hexdigest()
     except Exception as error:  # noqa: BLE001 both raise half a dozen types for a foreign file
         raise ValueError(f"{path} is not a PyTorch weight file ({type(error).__name__})") from None
@@ -339,10 +343,15 @@ class Statistics:
             with np.load(path) as file:
                 mu, sigma = file["mu"], file["sigma"]
                 n = int(file["n"]) if "n" in file else None
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
+        except FileNotFoundError:
+            raise
+        except (*BROKEN_FILE, MemoryError, zipfile.BadZipFile, zlib.error):
             raise ValueError(f"{path} does not hold FID statistics (arrays mu and sigma)") from None
         if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
             raise ValueError(f"{path} does not hold FID statistics: mu is {mu.shape}, sigma {sigma.shape}")
+        numeric = mu.dtype.kind == sigma.dtype.kind == "f"
+        if not numeric or not np.isfinite(mu).all() or not np.isfinite(sigma).all() or (n is not None and n < 2):
+            raise ValueError(f"{path} does not hold FID statistics: finite floating-point mu and sigma of 2 images or more")
         out = Statistics(0)
         out.n, out.mean = n, torch.from_numpy(mu.astype(np.float64))
         out.scatter = torch.from_numpy(sigma.astype(np.float64)) * (1 if n is None else n - 1)
@@ -543,7 +552,14 @@ def load_cached(paths, world):
     """{metric: Statistics} of the `paths` that all processes find: a home directory may not be shared."""
     mine = {metric for metric, path in paths.items() if path.is_file()}
     everywhere = set.intersection(*gathered(mine, world))
-    return {metric: Statistics.load(paths[metric]) for metric in everywhere}
+    found = {}
+    for metric in everywhere:
+        try:
+            found[metric] = Statistics.load(paths[metric])
+        except (ValueError, OSError) as error:
+            print(f"warning: statistics of the originals are computed again: {error}", file=sys.stderr)
+    readable = set.intersection(*gathered(set(found), world))
+    return {metric: found[metric] for metric in readable}
 
 
 def save_cached(paths, result):
@@ -552,8 +568,11 @@ def save_cached(paths, result):
         print(f"statistics of the originals are not kept for other runs: {result['skipped']} images are missing in them")
         return
     for metric, path in paths.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result["originals"][metric].save(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result["originals"][metric].save(path)
+        except (OSError, ValueError) as error:
+            print(f"warning: statistics of the originals are not kept in --cache: {error}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

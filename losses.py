@@ -27,6 +27,13 @@ from data import import_torchvision
 from encoder import LappedCode
 
 
+def check_same_shape(*tensors):
+    """ValueError unless all have one shape: broadcasting would give a number that means nothing."""
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"output, images and noise have one shape (B, 3, H, W), got {' '.join(map(str, shapes))}")
+
+
 def per_image(s):
     """(B,) -> (B, 1, 1, 1)"""
     return s[:, None, None, None]
@@ -46,7 +53,8 @@ def fm_predict_x(x_t, v, t):
 
 
 def fm_loss(v, x, e):
-    """mean (v - (x - e))^2, a scalar. v: the network's output at fm_mix(x, e, t)."""
+    """mean (v - (x - e))^2, a scalar. v: the network's output at fm_mix(x, e, t). ValueError for different shapes."""
+    check_same_shape(v, x, e)
     return F.mse_loss(v.float(), (x - e).float())
 
 
@@ -102,7 +110,11 @@ class EqM:
 
 
 def eqm_loss(f, x, e, g, eqm):
-    """mean (f - lam c(g) (e - x))^2, a scalar. f: the network's output at eqm.mix(x, e, g)."""
+    """mean (f - lam c(g) (e - x))^2, a scalar. f: the network's output at eqm.mix(x, e, g). ValueError for different
+    shapes."""
+    check_same_shape(f, x, e)
+    if g.shape != x.shape[:1]:
+        raise ValueError(f"levels g of {len(x)} images have the shape ({len(x)},), got {tuple(g.shape)}")
     return F.mse_loss(f.float(), eqm.target(x, e, g).float())
 
 
@@ -205,6 +217,7 @@ class LPIPSLoss(nn.Module):
     def forward(self, x, y):
         """x, y (B, 3, H, W) in [-1, 1] -> distances (B,). Sides of at least 16 (vgg) or 32 (alex) keep every layer's
         map non-empty."""
+        check_same_shape(x, y)
         with torch.autocast(x.device.type, enabled=False):
             h = (torch.cat([x, y]).float() - self.shift) / self.scale
             distance = 0
@@ -245,7 +258,7 @@ class REPALoss(nn.Module):
         except Exception as error:  # noqa: BLE001 the hub client raises many classes; offline, all mean the same
             if weights:
                 raise ValueError(f"{weights} does not hold DINOv2 ViT-B/14 weights "
-                                 f"({str(error).splitlines()[0]})") from None
+                                 f"({(str(error) or type(error).__name__).splitlines()[0]})") from None
             raise WeightsUnavailable(
                 f"REPA needs DINOv2 weights (timm/{name}), which are not in the Hugging Face cache "
                 f"({os.environ.get('HF_HOME', '~/.cache/huggingface')}) and could not be downloaded: "

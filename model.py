@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sampler
-from encoder import LappedCode, make_encoder, start_at_zero
+from encoder import LappedCode, make_encoder, parse_name, start_at_zero
 
 # Decoder sizes, as SSDD names them. Parameters in millions at z_dim 4, window 17: with time (FM) and without (EqM).
 SIZES = {
@@ -61,6 +61,9 @@ ALL_VALUES = 5  # along an axis, of two 3x3 convolutions on a map that is consta
 NO_BIAS = -1e4  # of the offsets that a smaller window in a file does not have: exp of it is 0 in every precision
 UNKNOWN = "?"  # a decoder's size that is none of SIZES
 MASKED = -1e9  # bias of an offset outside the attention window: exp of it is 0
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "ema", "params")  # around the tensors of torch files
+DEEPEST = 4  # wrappers around each other
+PREFIX = re.compile(r"^((module|_orig_mod|model|first_stage_model|vae)\.)+")  # of names in published files
 
 def level_widths(size):
     """Channels of the four levels, highest resolution first."""
@@ -654,22 +657,21 @@ class DCSSDAE(nn.Module):
     latents                      {"mean": [c], "std": [c], ...} per channel, from tools.latents --z_stats, for normalize
     without                      UViT's, for ablations
     notes                        anything else worth keeping in the saved file: training size, losses left out, ...
-    raises                       ValueError for unknown names
+    raises                       ValueError for unknown names and values outside the ranges of CONFIG
     """
 
     def __init__(self, enc="dc_f32c32", dec="S", loss="eqm", enc_width=1.0, enc_options=None, depth=None, window=17,
                  c="linear", a=0.8, b=1.4, lam=1.0, input_skip=False, joint_input=False, without=(), latents=None,
                  notes=None, linear_encoder=False, linear_decoder=0):
         super().__init__()
-        if loss not in ("fm", "eqm"):
-            raise ValueError(f"unknown loss '{loss}': expected fm or eqm")
-        if linear_decoder and not input_skip:
-            raise ValueError("a linear decoder needs the input skip: its field is skip * (noisy image - estimate)")
         self.config = {"enc": enc, "dec": dec, "loss": loss, "enc_width": enc_width,
-                       "enc_options": dict(enc_options or {}), "depth": depth, "window": window, "c": c, "a": a, "b": b,
+                       "enc_options": {} if enc_options is None else enc_options, "depth": depth, "window": window, "c": c, "a": a, "b": b,
                        "lam": lam, "input_skip": input_skip, "joint_input": joint_input,
-                       "without": sorted(without), "latents": latents, "notes": dict(notes or {}),
+                       "without": without, "latents": latents, "notes": {} if notes is None else notes,
                        "linear_encoder": linear_encoder, "linear_decoder": linear_decoder}
+        check_config(self.config)
+        for name, kind in (("enc_options", dict), ("notes", dict), ("without", sorted)):
+            self.config[name] = kind(self.config[name])  # copies: the caller's stay as they are
         options = dict(self.config["enc_options"])
         if linear_encoder:
             options["linear"] = True
@@ -686,9 +688,12 @@ class DCSSDAE(nn.Module):
 
     def encode(self, x):
         """x (B, 3, H, W) in [-1, 1] -> encoder.DiagonalGaussian over (B, c, H/f, W/f). ValueError if f does not divide
-        H and W."""
+        H and W, or for integers: 8-bit levels would be taken for the range [-1, 1]."""
         f = self.downscale
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
+        if not x.is_floating_point():
+            raise ValueError(f"images are floating-point numbers in [-1, 1], got {x.dtype}: "
+                             "x / 127.5 - 1 makes them of 8-bit levels")
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f or 0 in x.shape[2:]:
             raise ValueError(f"{self.config['enc']} encodes (B, 3, H, W) images with sides that are multiples of {f}, "
                              f"got {tuple(x.shape)}")
         return self.encoder(x.to(next(self.encoder.parameters()).dtype))
@@ -703,11 +708,15 @@ class DCSSDAE(nn.Module):
         noise    starting point (B, 3, h*f, w*f); drawn from `generator` where None
         options  FM: t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta, mu, tol (sampler.gradient_descent,
                  sampler.nesterov)
-        raises   ValueError for options of the other loss
+        raises   ValueError for options of the other loss or sampler, and for latents or noise of another shape
         """
         cfg, f = self.config, self.downscale
+        self._check_latents(z)
+        shape = (len(z), 3, z.shape[2] * f, z.shape[3] * f)
+        if noise is not None and (noise.shape != shape or not noise.is_floating_point()):
+            raise ValueError(f"noise for these latents is floating-point {shape}, got {noise.dtype} "
+                             f"{tuple(noise.shape)}")
         if noise is None:
-            shape = (len(z), 3, z.shape[2] * f, z.shape[3] * f)
             noise = torch.randn(shape, generator=generator, device=generator.device if generator else z.device)
         noise = noise.to(z.device)  # float32, whatever z is: the sum of steps
         condition = self.decoder.condition(z, *noise.shape[-2:])
@@ -718,15 +727,19 @@ class DCSSDAE(nn.Module):
                              f"got {', '.join(sorted(set(options) - allowed))}")
         if cfg["loss"] == "fm":
             return sampler.euler(self.decoder, noise, condition, steps, **options)
-        method = options.pop("method", "nesterov" if options.get("mu") else "gd")
+        method = options.pop("method", "nesterov" if "mu" in options else "gd")
         if method not in ("gd", "nesterov"):
             raise ValueError(f"unknown sampling method '{method}': expected gd or nesterov")
+        if method == "gd" and "mu" in options:
+            raise ValueError("gradient descent (gd) has no momentum: leave mu out, or take nesterov")
         options.setdefault("eta", self.default_eta(steps))
         descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
         return descend(self.decoder, noise, condition, steps, lam=cfg["lam"], **options)
 
     def reconstruct(self, x, steps=1, noise=None, generator=None, **options):
         """x (B, 3, H, W) of any size -> its reconstruction, same size: padded by reflection, in the end cropped."""
+        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
+            raise ValueError(f"images are (B, 3, H, W) with sides of at least 1, got {tuple(x.shape)}")
         H, W = x.shape[-2:]
         z = self.encode(pad_to_multiple(x, max(8, self.downscale))).mode()
         return self.decode(z, steps, noise, generator, **options)[..., :H, :W]
@@ -747,10 +760,17 @@ class DCSSDAE(nn.Module):
         mean, std = self._latent_moments(z)
         return z * std + mean
 
+    def _check_latents(self, z):
+        """ValueError unless z is floating-point (B, c, h, w)."""
+        c = self.encoder.z_dim
+        if not z.is_floating_point() or z.ndim != 4 or z.shape[1] != c or 0 in z.shape[2:]:
+            raise ValueError(f"latents of this model are floating-point (B, {c}, h, w), got {z.dtype} {tuple(z.shape)}")
+
     def _latent_moments(self, z):
         if not self.config["latents"]:
             raise ValueError("this model has no latent statistics: python -m tools.latents --ckpt F --data D "
                              "--z_stats stores them")
+        self._check_latents(z)
         mean, std = self.config["latents"]["mean"], self.config["latents"]["std"]
         return torch.tensor(mean).to(z)[:, None, None], torch.tensor(std).to(z)[:, None, None]           # (c, 1, 1)
 
@@ -835,19 +855,22 @@ class DCSSDAE(nn.Module):
         A published file's configuration is read off its tensors. FileNotFoundError, ValueError: what is wrong with it.
         """
         state, meta = read_weights(path)
-        saved = saved_config(meta)
-        if saved:
-            if int(meta["format"]) > FORMAT:
-                raise ValueError(f"{path} has format {meta['format']}, newer than this code's {FORMAT}: update it")
-            config = saved
-        else:
+        saved = saved_config(meta, path)
+        config = saved
+        if not saved:
             config = infer_config(state)
             if "enc" not in config or config.get("dec", UNKNOWN) == UNKNOWN:
                 raise ValueError(f"{path} has no DC-SSDAE configuration and holds {describe(config)}; a model needs an "
                                  "encoder and a decoder")
             del config["z_dim"]
+        try:
+            with torch.device("meta"):  # without memory: nothing large is built before it is known to be in the file
+                config = cls(**config).config
+        except ValueError as error:
+            raise ValueError(f"{path} describes no model that can be built: {error}") from None
+        config, state = fitted(config, state, path, "all", saved)
         model = cls(**config)
-        model._read(state, path, "all", saved)
+        model.load_state_dict(state)
         return model.to(device).eval()
 
     def load_published(self, path, part="all"):
@@ -861,45 +884,154 @@ class DCSSDAE(nn.Module):
         if part not in ("all", "encoder", "decoder"):
             raise ValueError(f"unknown part '{part}': expected all, encoder or decoder")
         state, meta = read_weights(path)
-        self._read(state, path, part, saved_config(meta))
-
-    def _read(self, state, path, part, saved):
-        """Take `part` from the tensors `state`. saved: the configuration that `save` wrote beside them; {} for a
-        published file. Where this raises, nothing has changed."""
-        config = self._config_for(state, part, saved)
+        config, state = fitted(self.config, state, path, part, saved_config(meta, path))
         model = self
         if config != self.config:
             model = DCSSDAE(**config).to(next(self.parameters())).train(self.training)
-        for key, table in state.items():
-            if key.endswith("bias_table") and len(table) < config["window"]:
-                pad = (config["window"] - len(table)) // 2
-                state[key] = F.pad(table, (0, 0, pad, pad, pad, pad), value=NO_BIAS)
-        if config["linear_decoder"] and part != "encoder" and "decoder.revision" not in state:
-            raise ValueError(f"{path} holds a linear decoder of file format 3, whose norms are others: train it again")
-        _load_strictly(model, state, path, part)
+        model.load_state_dict(state, strict=part == "all")
         self.config = config
         if part != "decoder":
             self.encoder = model.encoder
         if part != "encoder":
             self.decoder = model.decoder
 
-    def _config_for(self, state, part, saved):
-        """This model's configuration with what the file decides of `part`."""
-        found, config = infer_config(state), dict(self.config)
-        if part != "decoder":
-            config["linear_encoder"] = saved.get("linear_encoder", False)
-            if config["enc"].startswith("dc_"):
-                config["enc_options"] = found.get("enc_options", config["enc_options"])
-        if part != "encoder":
-            config["joint_input"] = found.get("joint_input", config["joint_input"])
-            config["input_skip"] = config["input_skip"] and bool(saved)
-            config["linear_decoder"] = saved.get("linear_decoder", 0)
-        return config
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations: what a model's arguments, and those in a file, may be
+
+def is_whole(low, high):
+    """Test for whole numbers of this range."""
+    return lambda value: type(value) is int and low <= value <= high
 
 
-def saved_config(meta):
-    """The configuration in the metadata of a file that DCSSDAE.save wrote; {} of another's."""
-    return json.loads(meta["config"]) if "config" in meta else {}
+def is_number(low, high):
+    """Test for numbers above low and up to high; not NaN."""
+    return lambda value: type(value) in (int, float) and low < value <= high
+
+
+def is_one_of(*words):
+    return lambda value: isinstance(value, str) and value in words
+
+
+def is_odd(value):
+    return is_whole(1, 1025)(value) and value % 2 == 1
+
+
+def is_list_of_words(value):
+    return isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)
+
+
+def is_moments(value):
+    """Test for `latents`: mean and std, as many numbers each, std positive."""
+    if not isinstance(value, dict):
+        return value is None
+    mean, std = value.get("mean"), value.get("std")
+    if not isinstance(mean, list) or not isinstance(std, list) or len(mean) != len(std):
+        return False
+    return all(map(is_number(-math.inf, LARGEST), mean)) and all(map(is_number(0, LARGEST), std))
+
+
+LARGEST = 1e30  # of numbers in a configuration; float32 ends at 3e38
+IS_DEPTH, IS_COUNT = is_whole(0, 1000), is_whole(0, 10**6)
+CONFIG = {  # argument of DCSSDAE: (test, what is expected)
+    "enc": (lambda value: isinstance(value, str), "an encoder's name"),
+    "dec": (is_one_of(*SIZES), f"one of {', '.join(SIZES)}"),
+    "loss": (is_one_of("fm", "eqm"), "fm or eqm"),
+    "enc_width": (is_number(0, 64), "a number above 0, at most 64"),
+    "enc_options": (lambda value: isinstance(value, dict), "a dict of the encoder's options"),
+    "depth": (lambda value: value is None or IS_DEPTH(value), "None or a whole number from 0 to 1000"),
+    "window": (is_odd, "odd, from 1 to 1025"),
+    "c": (is_one_of("linear", "trunc", "piecewise"), "linear, trunc or piecewise"),
+    "a": (lambda value: is_number(0, 1)(value) and value < 1, "a number between 0 and 1"),
+    "b": (is_number(0, LARGEST), "a positive number"),
+    "lam": (is_number(0, LARGEST), "a positive number"),
+    "input_skip": (lambda value: isinstance(value, bool), "true or false"),
+    "joint_input": (lambda value: isinstance(value, bool), "true or false"),
+    "without": (is_list_of_words, "a list of words"),
+    "latents": (is_moments, "None or mean and std, lists of finite numbers, std positive"),
+    "notes": (lambda value: isinstance(value, dict), "a dict"),
+    "linear_encoder": (lambda value: isinstance(value, bool), "true or false"),
+    "linear_decoder": (lambda value: isinstance(value, bool) or IS_COUNT(value), "a whole number from 0 to 1000000"),
+}
+
+
+def check_config(config):
+    """ValueError that names the first of a model's arguments, {name: value}, which is unknown or none that a model can
+    have. Cheap: builds nothing."""
+    unknown = [name for name in config if name not in CONFIG]
+    if unknown:
+        raise ValueError(f"unknown argument {short(unknown[0])} of a model: expected are {', '.join(CONFIG)}")
+    for name, value in config.items():
+        is_valid, expected = CONFIG[name]
+        if not is_valid(value):
+            raise ValueError(f"{name} of a model must be {expected}, got {short(value)}")
+    if config.get("linear_decoder") and not config.get("input_skip"):
+        raise ValueError("a linear decoder needs the input skip: its field is skip * (noisy image - estimate)")
+    if "enc" in config:
+        _, _, z_dim = parse_name(config["enc"])
+        latents = config.get("latents")
+        if latents is not None and len(latents["mean"]) != z_dim:
+            raise ValueError(f"latents of {config['enc']} have {z_dim} channels, their statistics "
+                             f"{len(latents['mean'])}")
+
+
+def short(value):
+    """A value as it stands in a message: at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def saved_config(meta, path):
+    """The configuration in the metadata of a file that DCSSDAE.save wrote; {} of another's. ValueError where it is no
+    configuration, or of a format newer than this code's."""
+    if "config" not in meta:
+        return {}
+    number = meta.get("format", "")
+    if not re.fullmatch(r"\d{1,9}", number):
+        raise ValueError(f"{path} has a configuration but format {short(number)}, which is no number: it is damaged")
+    if int(number) > FORMAT:
+        raise ValueError(f"{path} has format {number}, newer than this code's {FORMAT}: update it")
+    try:
+        config = json.loads(meta["config"])
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} has a configuration that is not JSON: it is damaged") from None
+    if not isinstance(config, dict) or not config:
+        raise ValueError(f"{path} has a configuration that is no table of arguments: {short(config)}")
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def config_for(config, state, part, saved):
+    """A model's configuration with what the tensors `state` decide of `part`. saved: the configuration beside them; {}
+    for a published file."""
+    found, config = infer_config(state), dict(config)
+    if part != "decoder":
+        config["linear_encoder"] = saved.get("linear_encoder", False)
+        if config["enc"].startswith(("dc_", "vq_")):
+            config["enc_options"] = found.get("enc_options", config["enc_options"])
+    if part != "encoder":
+        config["joint_input"] = found.get("joint_input", config["joint_input"])
+        config["input_skip"] = config["input_skip"] and bool(saved)
+        config["linear_decoder"] = saved.get("linear_decoder", 0)
+    return config
+
+
+def fitted(config, state, path, part, saved):
+    """What loading `part` of the tensors `state` takes: (configuration, state dict), compared by names and shapes with
+    a model that has no memory yet. ValueError where they do not fit or are not finite."""
+    config, state = config_for(config, state, part, saved), dict(state)
+    for key, table in state.items():
+        if key.endswith("bias_table") and len(table) < config["window"]:
+            pad = (config["window"] - len(table)) // 2
+            state[key] = F.pad(table, (0, 0, pad, pad, pad, pad), value=NO_BIAS)
+    if config["linear_decoder"] and part != "encoder" and "decoder.revision" not in state:
+        raise ValueError(f"{path} holds a linear decoder of file format 3, whose norms are others: train it again")
+    with torch.device("meta"):
+        own = DCSSDAE(**config).state_dict()
+    return config, checked(own, state, path, part)
 
 
 def pad_to_multiple(x, unit):
@@ -941,8 +1073,8 @@ def read_weights(path):
 
     Code in pickles is never run.
 
-    Strips leading module., _orig_mod. and model., and unwraps {"state_dict": ...}. Raises FileNotFoundError,
-    ValueError.
+    Strips leading module., _orig_mod., model., first_stage_model. and vae., and unwraps {"state_dict": ...} and the
+    like (WRAPPERS). Raises FileNotFoundError, ValueError.
     """
     path = local_file(path)
     if not os.path.isfile(path):
@@ -954,16 +1086,44 @@ def read_weights(path):
             state = load_file(path)
         else:
             state, meta = torch.load(path, map_location="cpu", weights_only=True), {}
-            state = state.get("state_dict", state) if isinstance(state, dict) else state
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is refused: it is damaged, "
-                         "or holds more than tensors, which is never executed") from None
-    except BROKEN_FILE as error:
+        raise ValueError(f"{path} is refused: it is damaged, or holds more than tensors (a Lightning checkpoint, say), "
+                         "which is never executed; if you trust where it comes from, convert it once by torch.save("
+                         "torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')") from None
+    except (*BROKEN_FILE, MemoryError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a readable weight file ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    named = {}
+    for key, value in unwrapped(state, path).items():
+        name = PREFIX.sub("", key)
+        if name in named:
+            raise ValueError(f"{path} holds two tensors that are both {name} without their prefixes")
+        named[name] = value
+    return our_names(named), meta
+
+
+def unwrapped(state, path):
+    """The flat table {name: tensor} in what a file holds, inside of at most DEEPEST of WRAPPERS. ValueError where there
+    is none, several, or tensors that are no plain arrays of real numbers."""
+    for _ in range(DEEPEST):
+        if not isinstance(state, dict) or any(isinstance(value, torch.Tensor) for value in state.values()):
+            break
+        inner = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
+        if "state_dict" in inner:
+            inner = ["state_dict"]
+        if len(inner) > 1:
+            raise ValueError(f"{path} holds several tables of tensors ({', '.join(inner)}), as a checkpoint of training "
+                             "does: give the model's own file (train.py's is model.safetensors), or store one of them")
+        if not inner:
+            break
+        state = state[inner[0]]
+    is_table = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not is_table or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} does not hold a flat table of tensors")
-    return our_names({re.sub(r"^((module|_orig_mod|model)\.)+", "", k): v for k, v in state.items()}), meta
+    for key, value in state.items():
+        if value.layout is not torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
+            raise ValueError(f"{path} holds {key}, which is no plain array of real numbers")
+    return state
 
 
 # Published names -> ours. The decoder's come from the diffusers library, dc's from the DC-AE repository, vq's from
@@ -1047,11 +1207,13 @@ def infer_encoder(rows):
     """DCSSDAE's arguments of the encoder, {} without one."""
     stem = rows.get("encoder.conv_in.weight")
     out = rows.get("encoder.conv_out.weight")
-    if stem and "encoder.quant.weight" in rows:
-        levels = {key.split(".")[2] for key in rows if key.startswith("encoder.down.")}
+    levels = {key.split(".")[2] for key in rows if key.startswith("encoder.down.")}
+    if stem and out and levels:
         f = 2 ** (len(levels) - 1)
-        return {"enc": f"vq_f{f}c{rows['encoder.quant.weight'] // 2}", "enc_width": stem / 128}
-    stages = [int(key.split(".")[2]) for key in rows if key.startswith("encoder.stages.")]
+        options = {} if "encoder.quant.weight" in rows else {"quant": False}
+        return {"enc": f"vq_f{f}c{out // 2}", "enc_width": stem / 128, "enc_options": options}
+    stages = [int(number) for number in (key.split(".")[2] for key in rows if key.startswith("encoder.stages."))
+              if number.isdecimal() and len(number) < 3]
     if not stages or not out:
         return {}
     f = 2 ** max(stages)
@@ -1070,7 +1232,8 @@ def infer_encoder(rows):
 def infer_decoder(state, rows):
     """DCSSDAE's arguments of the decoder, and its z_dim; {} without one."""
     widths = [rows.get(f"decoder.down.{i}.0.conv1.weight") for i in range(4)]
-    if not all(widths) or "decoder.context.0.weight" not in state:
+    context = state.get("decoder.context.0.weight")
+    if not all(widths) or context is None or context.ndim != 4:
         return {}
     blocks = sum(key.endswith(".attn.bias_table") for key in rows)
     size, depth = UNKNOWN, blocks
@@ -1083,14 +1246,17 @@ def infer_decoder(state, rows):
                 size = name
     return {"dec": size, "depth": depth, "loss": "fm" if "decoder.time.0.weight" in rows else "eqm",
             "joint_input": "decoder.conv_in_x.weight" not in rows,
-            "z_dim": state["decoder.context.0.weight"].shape[1]}
+            "z_dim": context.shape[1]}
 
 
 def describe(config):
     """infer_config's result as words."""
     words = []
     if "enc" in config:
-        norms = "" if config.get("enc_options", {}).get("norm", True) else ", without norms"
+        options = config.get("enc_options", {})
+        norms = "" if options.get("norm", True) else ", without norms"
+        if not options.get("quant", True):
+            norms = ", without quant_conv"
         words.append(f"an encoder {config['enc']} (width {config['enc_width']:g}{norms})")
     if "dec" in config:
         depth = "" if config["depth"] is None else f", {config['depth']} blocks"
@@ -1099,9 +1265,10 @@ def describe(config):
     return " and ".join(words) or "no encoder or decoder in a known layout"
 
 
-def _load_strictly(model, state, path, part="all"):
-    """load_state_dict of a part; where names or shapes differ, one sentence: what the file holds, what was expected."""
-    own = {k: v for k, v in model.state_dict().items() if part == "all" or k.startswith(part + ".")}
+def checked(own, state, path, part="all"):
+    """`part` of the tensors `state`, if they have the names and shapes of the state dict `own`, and finite values.
+    ValueError in one sentence: what the file holds, what was expected."""
+    own = {k: v for k, v in own.items() if part == "all" or k.startswith(part + ".")}
     state = {k: v for k, v in state.items() if part == "all" or k.startswith(part + ".")}
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
     shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
@@ -1111,4 +1278,15 @@ def _load_strictly(model, state, path, part="all"):
         found = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds if names]
         raise ValueError(f"{path} does not fit this model: it holds {describe(infer_config(state))}, expected was "
                          f"{describe(infer_config(own))}; {'; '.join(found)}")
-    model.load_state_dict(state, strict=part == "all")
+    bad = [k for k, v in state.items() if not is_finite(v)]
+    if bad:
+        raise ValueError(f"{path} holds weights that are not finite in {len(bad)} tensors (first: {bad[0]}): the "
+                         "training that wrote it has diverged, or the file is damaged; take an earlier one")
+    negative = [k for k, v in state.items() if k.endswith(".running_var") and (v < 0).any()]
+    if negative:
+        raise ValueError(f"{path} holds negative variances ({negative[0]}): it is damaged")
+    return state
+
+
+def is_finite(tensor):
+    return not tensor.is_floating_point() or bool(tensor.float().isfinite().all())

@@ -15,6 +15,7 @@ is not wanted.
 """
 import hashlib
 import itertools
+import math
 
 import torch
 
@@ -51,7 +52,7 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0):
 
     mu    momentum in [0, 1); other arguments as in gradient_descent
     """
-    if not (eta > 0 and 0 <= mu < 1 and tol >= 0):
+    if not (0 < eta < math.inf and 0 <= mu < 1 and tol >= 0):
         raise ValueError(f"the sampler needs eta > 0, 0 <= mu < 1 and tol >= 0, got eta={eta}, mu={mu}, tol={tol}")
     out = x.clone()
     nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)

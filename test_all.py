@@ -886,6 +886,94 @@ def test_damaged_and_foreign_weight_files(tmp_path):
         DCSSDAE("dc_f16c4", "XS", "fm", enc_width=0.0625, depth=1).load_published(tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize("change", [{"depth": 1.5}, {"depth": 10**9}, {"enc_width": 1e29}, {"unknown": 1}, {"dec": [1]},
+                                    {"enc": "dc_f16c99999999"}, {"without": 3}, {"lam": None}, {"depth": 900},
+                                    {"latents": {"mean": [0], "std": [0]}}, {"enc_options": {"kind": "dc"}}, [], "text"])
+def test_configurations_that_no_model_has(tmp_path, change):
+    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
+    config = model.config | change if isinstance(change, dict) else change
+    meta = {"format": "4", "config": json.dumps(config)}
+    save_file(model.state_dict(), tmp_path / "m.safetensors", metadata=meta)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="m.safetensors") as stop:
+        DCSSDAE.load(tmp_path / "m.safetensors")
+    assert "\n" not in str(stop.value) and time.monotonic() - start < 20
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
+    model.decoder.conv_in.weight.data[0] = math.nan
+    model.save(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="not finite in 1 tensors"):
+        DCSSDAE.load(tmp_path / "m.safetensors")
+
+
+def test_a_vq_encoder_without_quant_conv_under_prefixes(tmp_path):
+    model = randomise(DCSSDAE("vq_f8c16", "XS", enc_width=0.25, depth=1, enc_options={"quant": False})).eval()
+    x = torch.rand(1, 3, 32, 32)
+    for prefix in ("first_stage_model.", "vae."):
+        state = {f"{prefix}{k}": v for k, v in model.state_dict().items() if k.startswith("encoder.")}
+        torch.save({"state_dict": {"model": state}}, tmp_path / "vae.pt")
+        other = DCSSDAE("vq_f8c16", "XS", enc_width=0.25, depth=1)
+        other.load_published(tmp_path / "vae.pt", part="encoder")
+        assert torch.equal(other.encode(x).mean, model.encode(x).mean)
+
+
+def test_integer_images_and_latents_of_another_shape_are_refused():
+    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
+    for call, words in ((lambda: model.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), "127.5"),
+                        (lambda: model.decode(torch.zeros(1, 5, 2, 2)), "latents of this model"),
+                        (lambda: model.decode(torch.zeros(1, 4, 2, 2), noise=torch.zeros(1, 3, 8, 8)), "noise for"),
+                        (lambda: model.decode(torch.zeros(1, 4, 2, 2), method="gd", mu=0.3), "no momentum")):
+        with pytest.raises(ValueError, match=words):
+            call()
+    noise = torch.randn(1, 3, 32, 32)
+    z = torch.randn(1, 4, 2, 2)
+    assert torch.equal(model.decode(z, 2, noise, mu=0.0), model.decode(z, 2, noise))
+
+
+def test_losses_do_not_broadcast():
+    x, wrong = torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+    for call in (lambda: losses.fm_loss(wrong, x, x), lambda: losses.eqm_loss(x, wrong, x, torch.zeros(2), EqM()),
+                 lambda: losses.eqm_loss(x, x, x, torch.zeros(1), EqM())):
+        with pytest.raises(ValueError, match="shape"):
+            call()
+
+
+def test_size_0_and_a_damaged_manifest_are_refused(tmp_path, checkpoint, monkeypatch):
+    common = ["--ckpt", checkpoint, "--device", "cpu"]
+    assert "--size 0" in sentence(distill, monkeypatch, *common, "--size", 0, "--out", tmp_path / "d")
+    assert "--size 0" in sentence(evaluate, monkeypatch, *common, "--size", 0, "--workers", 0)
+    (tmp_path / "manifest.json").write_text("[1")
+    assert "is damaged" in sentence(latents, monkeypatch, *common, "--limit", 2, "--workers", 0, "--out", tmp_path)
+
+
+def test_statistics_and_checkpoints_with_wrong_contents(tmp_path, capsys):
+    good = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    for change in ({"mu": np.full(3, np.nan)}, {"n": np.ones(2)}, {"n": 0}, {"sigma": np.eye(3).astype("U3")}):
+        np.savez(tmp_path / "s.npz", **(good | change))
+        with pytest.raises(ValueError, match="does not hold FID statistics"):
+            fid.Statistics.load(tmp_path / "s.npz")
+    w = {"w": torch.ones(2)}
+    state = {"step": 1, "args": {}, "model": w, "ema": w, "optimizer": {}}
+    for change in ({"ema": None}, {"ema": {"w": torch.ones(3)}}, {"model": {"w": torch.full((2,), math.nan)}}):
+        folder = tmp_path / str(len(os.listdir(tmp_path)))
+        folder.mkdir()
+        torch.save(state, folder / "previous.pt")
+        torch.save(state | {"step": 2} | change, folder / "latest.pt")
+        assert load_checkpoint(folder)["step"] == 1 and "damaged" in capsys.readouterr().out
+
+
+def test_results_survive_a_cache_and_a_row_that_fail(tmp_path, checkpoint, offline, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
+    run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--limit", 3, "--workers", 0, "--device", "cpu", "--steps", 1, 2,
+             "--eta", 1e38, "--cache", "/dev/null/cache", "--lpips_net", "vgg", "--out", tmp_path / "o")
+    def refuse(name):
+        raise AssertionError(name)
+    report = json.loads((tmp_path / "o" / "metrics.json").read_text(), parse_constant=refuse)
+    assert report["rows"][0]["rfid"] is not None and "not kept in --cache" in capsys.readouterr().err
+
+
 def test_a_whole_published_file_needs_no_configuration(tmp_path):
     model = randomise(DCSSDAE("dc_f16c8", "XS", "fm", enc_width=0.125, enc_options={"norm": False})).eval()
     torch.save(model.state_dict(), tmp_path / "published.pt")  # names as ours: as good a layout as any
@@ -2298,7 +2386,7 @@ def test_rfid_of_a_perfect_decoder_is_zero_and_originals_are_reused():
 def run_main(module, monkeypatch, *argv):
     """A command in this process, where its parts can be replaced."""
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
-    if module is evaluate or module.__name__.startswith("tools."):
+    if module in (evaluate, distill) or module.__name__.startswith("tools."):
         data.guarded(module.main)
     else:  # guards itself
         module.main()

@@ -551,6 +551,10 @@ def load_checkpoint(out, rank=0):
         except BROKEN_FILE as error:
             damaged[path] = f"{path} ({type(error).__name__})"
             continue
+        problem = checkpoint_problem(state)
+        if problem:
+            damaged[path] = f"{path} ({problem})"
+            continue
         if rank == 0:
             for broken, what in damaged.items():
                 print(f"warning: damaged: {what}, now {broken}.damaged; going on from {path}", flush=True)
@@ -560,6 +564,26 @@ def load_checkpoint(out, rank=0):
         raise ValueError(f"no readable checkpoint, damaged: {', '.join(damaged.values())}; "
                          "start again with another --out")
     raise FileNotFoundError(f"--resume found no checkpoint in {out}: leave --resume out to start a run there")
+
+
+def checkpoint_problem(state):
+    """What is wrong with the contents of a checkpoint, in a few words; None where nothing is."""
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+        return "no step"
+    if "model" not in state:
+        return None
+    missing = [name for name in ("ema", "optimizer", "args") if not isinstance(state.get(name), dict)]
+    if missing:
+        return f"no {missing[0]}"
+    shapes = []
+    for name in ("model", "ema"):
+        table = state[name]
+        if not isinstance(table, dict) or not all(isinstance(v, torch.Tensor) for v in table.values()):
+            return f"no tensors in {name}"
+        if not all(v.isfinite().all() for v in table.values()):
+            return f"weights of {name} that are not finite"
+        shapes.append({key: value.shape for key, value in table.items()})
+    return None if shapes[0] == shapes[1] else "model and ema of different shapes"
 
 
 def compare_flags(then, args, rank):

@@ -22,7 +22,7 @@ from evaluate import print_table
 from losses import mean_and_error
 
 AVERAGED = "gain|psnr|ssim|hf|lpips_.{3,4}|dreamsim|rfid|fd_.*|minutes"     # columns of the table; not their errors
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what a damaged file may lead to
+UNREADABLE = (OSError, ArithmeticError, RecursionError, ValueError, LookupError, TypeError, AttributeError)  # what a damaged file may lead to
 LOSS_WINDOW = 10                                                            # lines of the log in a running mean
 
 

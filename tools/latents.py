@@ -61,7 +61,10 @@ def open_folder(folder, what, rank, world):
     manifest = folder / "manifest.json"
     is_new = not manifest.is_file()
     if not is_new:
-        found = json.loads(manifest.read_text())
+        try:
+            found = dict(json.loads(manifest.read_text()))
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f"{manifest} is damaged: give --out another folder, or remove this one") from None
         changed = [key for key in what if found.get(key) != what[key]]
         if changed:
             raise ValueError(f"{folder} holds latents of another {', '.join(changed)}: give --out another folder")
