@@ -788,13 +788,40 @@ def guarded(main):
             dist.destroy_process_group()
 
 
-def check_at_least_one(args, *names):
-    """ValueError where one of these flags, a number or a list of them, is below 1."""
-    for name in names:
-        value = getattr(args, name)
+INF, MANY = float("inf"), 10**12                             # MANY: more steps or images than anybody has
+# What numeric flags may be, in all programs: (lowest, highest, interval), ( and ) for an end that is itself left out.
+RANGES = {
+    "size": (1, 65536, "[]"), "limit": (1, MANY, "[]"), "workers": (0, 1000, "[]"), "seed": (0, 2**63, "[)"),
+    "aug_scale": (1, 100, "[]"), "batch_size": (1, MANY, "[]"), "micro_batch": (1, MANY, "[]"),
+    "steps": (1, MANY, "[]"), "lr": (0, INF, "()"), "warmup": (0, MANY, "[]"), "decay": (0, 1, "[]"),
+    "weight_decay": (0, INF, "[)"), "grad_clip": (0, INF, "[)"), "ema": (0, 1, "[)"), "ema_start": (0, MANY, "[]"),
+    "enc_width": (0, 100, "(]"), "depth": (0, 1000, "[]"), "window": (1, 1000, "[]"),
+    "a": (0, 1, "()"), "b": (0, INF, "()"), "lam": (0, INF, "()"), "t_mean": (-INF, INF, "()"),
+    "g_power": (0, INF, "()"), "w_kl": (0, INF, "[)"), "w_gan": (0, INF, "[)"), "w_lpips": (0, INF, "[)"),
+    "w_repa": (0, INF, "[)"), "gan_start": (0, MANY, "[]"),
+    "keep": (1, 1000, "[]"), "eval_every": (0, MANY, "[]"), "eval_steps": (1, MANY, "[]"),
+    "eval_images": (1, MANY, "[]"), "save_every": (1, MANY, "[]"), "log_every": (1, MANY, "[]"),
+    "teacher_steps": (1, MANY, "[]"), "t_shift": (0, INF, "()"), "eta": (0, INF, "()"), "mu": (0, 1, "[)"),
+    "tol": (0, INF, "[)"), "calibrate": (1, MANY, "[]"), "shard": (1, MANY, "[]"),
+}
+
+
+def check_numbers(args):
+    """ValueError where a flag that was given, a number or a list of them, is not in its range."""
+    for name, (low, high, interval) in RANGES.items():
+        value = getattr(args, name, None)
         numbers = value if isinstance(value, list) else [value]
-        if min(numbers) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {min(numbers)}")
+        for number in numbers:
+            if number is not None and not lies_within(number, low, high, interval):
+                raise ValueError(f"--{name} {number} is out of range: give a number in "
+                                 f"{interval[0]}{low:g}, {high:g}{interval[1]}")
+
+
+def lies_within(number, low, high, interval):
+    """-> bool. NaN lies nowhere."""
+    is_above = number >= low if interval[0] == "[" else number > low
+    is_below = number <= high if interval[1] == "]" else number < high
+    return is_above and is_below
 
 
 def gathered(value, world):

@@ -14,16 +14,15 @@ import os
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
-from data import guarded, make_dataset, make_loader, parts_taken, setup
+from data import check_numbers, guarded, make_dataset, make_loader, parts_taken, setup
 from evaluate import evaluate, print_table, write_results
 from losses import EqM
 from model import DCSSDAE, check_size
 from sampler import image_noise
 
-from train import (VALIDATION_BATCH, Run, append_log, autocast, check_shared, data_parallel, draw,  # isort: skip
-                   finish_step, make_optimizer, make_parser, matching, open_board, open_run, perceptual_losses,
+from train import (VALIDATION_BATCH, Run, append_log, autocast, check_shared, clip_gradients, data_parallel,  # isort: skip
+                   draw, finish_step, make_optimizer, make_parser, matching, open_board, open_run, perceptual_losses,
                    pick_dtype, restore, set_learning_rate, shared_arguments, skip_step, summed, training_batches,
                    update_ema)
 
@@ -40,6 +39,7 @@ def get_args(argv=None):
     shared_arguments(p)
     p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000)
     args = p.parse_args(argv)
+    check_numbers(args)
     args.out = args.out or os.path.dirname(os.path.abspath(args.ckpt)) + "_distilled"
     return args
 
@@ -149,7 +149,7 @@ def main():
             terms = parallel(z, e, target)
         terms["loss"] = sum(weights[name] * term for name, term in terms.items())
         terms["loss"].backward()
-        norm = clip_grad_norm_(trained, args.grad_clip).item()
+        norm = clip_gradients(trained, args).item()
 
         # One small sum over the processes: loss terms, and whether anybody was asked to stop
         shared = [term.detach().float() for term in terms.values()]

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from model import DCSSDAE, check_size
 from sampler import image_noise, seeded_generator
 
-from data import (LARGEST_KEPT, check_at_least_one, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
+from data import (LARGEST_KEPT, check_numbers, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
                   make_loader, now, read_image, save_grid, setup, write_whole)
 from fid import (UNBIASED_FROM, Statistics, cache_files, check_metrics, distance_between, load_cached,  # isort: skip
                  load_networks, metric_arguments, metric_of, save_cached)
@@ -367,7 +367,7 @@ def parse_arguments():
     add("--t_shift", type=float, help="FM: exponent of the time grid; default: the sampler's")
     metric_arguments(parser)
     args = parser.parse_args()
-    check_at_least_one(args, "batch_size", "steps")
+    check_numbers(args)
     check_metrics(args)
     return args
 

@@ -2646,6 +2646,39 @@ def test_bad_input_to_train(tmp_path, flags, words):
     assert words in output.strip().splitlines()[-1]
 
 
+def test_numbers_out_of_range_are_refused_by_every_program(monkeypatch, checkpoint):
+    """Before anything is read or written: NaN, infinity, and what lies beyond an end."""
+    given = vars(train.get_args([])) | vars(distill.get_args(["--ckpt", "f"]))
+    for name, value in given.items():
+        is_number = isinstance(value, int | float | list) and not isinstance(value, bool) and name != "without"
+        assert not is_number or name in data.RANGES, f"--{name} has no range"
+    for name, (low, high, _) in data.RANGES.items():
+        for program, first in ((train, []), (distill, ["--ckpt", "f"])):
+            if name not in vars(program.get_args(first)):
+                continue
+            whole = abs(high) in (1000, 65536, data.MANY, 2**63)
+            for bad in [str(low - 1)] if whole else ["nan", "inf", str(low - 1) if low > -math.inf else "-inf"]:
+                with pytest.raises(ValueError, match=rf"--{name} \S+ is out of range: give a number in"):
+                    program.get_args([*first, f"--{name}={bad}"])
+    for flag in (["--keep", "1000000000"], ["--eval_steps", "1", "0"], ["--ema", "1"], ["--mu", "1"]):
+        with pytest.raises(ValueError, match=rf"{flag[0]} {flag[-1]}\S* is out of range"):
+            program = distill if flag[0] == "--mu" else train
+            program.get_args([*(["--ckpt", "f"] if program is distill else []), *flag])
+    for flag in (["--mu", 1], ["--eta", "nan"], ["--tol", -1], ["--steps", 1, 0], ["--limit", 0], ["--seed", -1]):
+        assert f"{flag[0]} {flag[-1]}" in sentence(evaluate, monkeypatch, "--ckpt", checkpoint, *flag)
+    for number, inside in ((0, False), (1e-9, True), (1, True), (1.1, False), (math.nan, False)):
+        assert data.lies_within(number, 0, 1, "(]") == inside
+
+
+def test_grad_clip_0_is_no_limit():
+    layer = nn.Linear(3, 3)
+    layer.weight.grad, layer.bias.grad = torch.full((3, 3), 100.0), torch.zeros(3)
+    norm = train.clip_gradients(layer.parameters(), types.SimpleNamespace(grad_clip=0.0))
+    assert norm == 300 and (layer.weight.grad == 100).all()
+    train.clip_gradients(layer.parameters(), types.SimpleNamespace(grad_clip=3.0))
+    assert torch.allclose(layer.weight.grad, torch.ones(3, 3))
+
+
 def test_bad_files_and_folders(tmp_path, trained):
     empty, images = tmp_path / "empty", tmp_path / "images"
     empty.mkdir(), images.mkdir()
@@ -2986,7 +3019,7 @@ def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
     assert "unrecognized arguments: --eta" in capsys.readouterr().err
     folder_of(tmp_path / "one", 1)
     assert "at least 2 images" in sentence(sweep, monkeypatch, *common, "--data", tmp_path / "one")
-    assert "at least 1" in sentence(sweep, monkeypatch, *common, "--calibrate", 0)
+    assert "--calibrate 0 is out of range" in sentence(sweep, monkeypatch, *common, "--calibrate", 0)
     monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
     assert "matplotlib" in sentence(sweep, monkeypatch, *common, "--plot")
 
@@ -3546,14 +3579,53 @@ def test_a_bad_step_of_one_rank_is_skipped_on_all(tmp_path):
 
 
 def test_an_infinite_loss_with_finite_gradients_skips_the_step(tmp_path, monkeypatch):
-    """KL may overflow where the encoder is frozen: no gradient shows it."""
-    monkeypatch.setattr(train, "kl_loss", lambda posterior: torch.tensor(float("inf")))
+    """KL may overflow where the encoder is frozen: no gradient shows it. Nothing is saved before a good step."""
+    values, saves = iter([math.inf, math.inf, 0.0]), []
+    monkeypatch.setattr(train, "kl_loss", lambda posterior: torch.tensor(next(values)))
+    save = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda out, state, *a: (saves.append(state["step"]),
+                                                                          save(out, state, *a)))
     DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1).save(tmp_path / "m.safetensors")
-    run_main(train, monkeypatch, *SMALL, "--init_from", tmp_path / "m.safetensors", "--freeze_enc", "--steps", 2,
-             "--out", tmp_path / "r")
-    assert (
-        load_checkpoint(tmp_path / "r")["optimizer"]["state"] == {} and load_checkpoint(tmp_path / "r")["skipped"] == 2
-    )
+    run_main(train, monkeypatch, *SMALL, "--init_from", tmp_path / "m.safetensors", "--freeze_enc", "--steps", 3,
+             "--save_every", 1, "--out", tmp_path / "r")
+    state = load_checkpoint(tmp_path / "r")
+    assert state["optimizer"]["state"][0]["step"] == 1 and state["skipped"] == 2 and saves == [3]
+
+
+def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch):
+    """Skipped steps, weights that are not finite, weights that are finite and ruined."""
+    good = tmp_path / "r"
+    command = [*SMALL, "--warmup", 0, "--eval_every", 1, "--save_every", 1, "--out", good, "--resume"]
+    run_main(train, monkeypatch, *command[:-1], "--steps", 2)
+    kept = {name: (good / name).read_bytes() for name in ("latest.pt", "previous.pt", "model.safetensors")}
+    best = DCSSDAE.load(good / "best.safetensors")
+    rows = [line["eval"][-1] for line in lines_of(good / "log.jsonl") if "eval" in line]
+    note = best.config["notes"]["best"]
+    assert note["psnr"] == max(row["psnr"] for row in rows) and note["images"] == 4 and note["decoding_steps"] == 1
+
+    def unchanged():
+        return all((good / name).read_bytes() == content for name, content in kept.items())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "kl_loss", lambda posterior: torch.tensor(math.nan))
+        with pytest.raises(ValueError, match=r"the last 2 steps were skipped.*last checkpoint is kept"):
+            run_main(train, patch, *command, "--steps", 4)
+    assert unchanged()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_ema", lambda ema, *a: ema.decoder.conv_out.bias.fill_(math.nan))
+        with pytest.raises(ValueError, match=r"after step 3 the weights of the part 'ema' are not finite"):
+            run_main(train, patch, *command, "--steps", 4)
+    assert unchanged()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_ema", lambda ema, *a: [p.fill_(9.0) for p in ema.parameters()])
+        run_main(train, patch, *command, "--steps", 3)
+    assert not unchanged()
+    after = DCSSDAE.load(good / "best.safetensors")
+    assert after.config == best.config
+    assert all(torch.equal(a, b) for a, b in zip(after.state_dict().values(), best.state_dict().values()))
+    (good / "latest.pt").unlink(), (good / "previous.pt").unlink(), (good / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"best.safetensors is of a run that has no checkpoint"):
+        run_main(train, monkeypatch, *command[:-1], "--steps", 2)
 
 
 def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path):

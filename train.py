@@ -7,8 +7,8 @@
 The objective is SSDD's (arXiv 2510.04961): FM or EqM + 0.5 LPIPS + 0.25 REPA + 1e-6 KL. Everything random - data order,
 crops, noise, times, posterior draws - is a function of (seed, step, sample), so a run does not depend on processes,
 micro-batches or interruptions.
-Writes to --out: model.safetensors (EMA weights), latest.pt and previous.pt (to resume), log.jsonl, reconstructions.png,
-metrics.json.
+Writes to --out: model.safetensors (EMA weights), best.safetensors (those of the evaluation with the highest one-step
+PSNR), latest.pt and previous.pt (to resume), log.jsonl, reconstructions.png, metrics.json.
 """
 import argparse
 import atexit
@@ -27,13 +27,13 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import (
-    check_at_least_one,
+    check_numbers,
     gathered,
     guarded,
     make_dataset,
@@ -42,7 +42,7 @@ from data import (
     setup,
 )
 from encoder import parse_name
-from evaluate import evaluate, print_table, write_results
+from evaluate import REFERENCES, evaluate, print_table, write_results
 from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, check_size, local_file
 from sampler import seeded_generator
 
@@ -140,6 +140,7 @@ def get_args(argv=None):
     given = model_flags(known.init_from) if known.init_from else {}
     p.set_defaults(**given)
     args = p.parse_args(argv)
+    check_numbers(args)
     differ = [name for name in given if given[name] != getattr(args, name)]
     if differ:
         raise ValueError(f"--init_from {args.init_from} holds a model with{flags(given, differ)}, "
@@ -200,7 +201,7 @@ def shared_arguments(p):
     add("--warmup", type=int, default=1000, help="steps of linear warm-up [%(default)s]")
     add("--decay", type=float, default=0.0, help="last fraction of the steps, in which lr falls to 0 [%(default)s]")
     add("--weight_decay", type=float, default=1e-3, help="AdamW's weight decay [%(default)s]")
-    add("--grad_clip", type=float, default=1.0, help="largest gradient norm [%(default)s]")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: no limit [%(default)s]")
     add("--ema", type=float, default=0.999, help="decay of the weights' average, which is what is saved [%(default)s]")
     add("--ema_start", type=int, default=0, help="until then the average is the weights themselves [%(default)s]")
 
@@ -229,10 +230,6 @@ def check_args(args):
         raise ValueError("--no-input_skip needs --linear off or encoder: a linear decoder is part of the input skip")
     if args.w_gan and args.size < 24:
         raise ValueError(f"--w_gan needs images of at least 24 px, got --size {args.size}")
-    if args.g_power <= 0:
-        raise ValueError(f"--g_power must be positive, got {args.g_power}")
-    if args.micro_batch is not None and args.micro_batch < 1:
-        raise ValueError(f"--micro_batch must be at least 1, got {args.micro_batch}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,11 +237,8 @@ def check_args(args):
 
 def check_shared(args, world):
     """Complaints about the flags of shared_arguments."""
-    if args.batch_size < 1 or args.batch_size % world:
-        raise ValueError(f"--batch_size {args.batch_size} must be a positive multiple of the {world} processes")
-    check_at_least_one(args, "steps", "log_every", "save_every", "eval_images", "keep")
-    if not (0 <= args.ema < 1 and 0 <= args.decay <= 1):
-        raise ValueError(f"--ema must lie in [0, 1) and --decay in [0, 1], got {args.ema} and {args.decay}")
+    if args.batch_size % world:
+        raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {world} processes")
 
 
 def pick_dtype(name, device):
@@ -365,6 +359,11 @@ def matching(field, eqm, x, e, z, s):
     return {"eqm": eqm_loss(f, x, e, s, eqm)}, eqm.predict_x(x_g, f.float(), s), tokens
 
 
+def clip_gradients(parameters, args):
+    """Shorten the gradients to --grad_clip. -> their norm before, a number on the device."""
+    return clip_grad_norm_(parameters, args.grad_clip or math.inf)
+
+
 def set_learning_rate(optimizer, step, args):
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_factor(step, args)
@@ -413,6 +412,7 @@ class Run:
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.log_path, self.board, self.parts = log_path, board, parts
         self.done, self.skipped, self.skipped_in_a_row = done, skipped, 0
+        self.save_is_due = False
         self.logged, self.logged_at = done, time.time()  # steps and time at the last line of the log,
         self.evaluating = 0.0  # and the seconds of evaluations since then
         self.stop = StopSignal()
@@ -453,13 +453,36 @@ def finish_step(run, totals, norm, stopped):
     is_last = run.done == args.steps
     if run.rank == 0 and (is_last or run.done % args.log_every == 0):
         log_step(run, totals, norm)
-    if run.rank == 0 and (is_last or stopped or run.done % args.save_every == 0):
-        state = {"step": run.done, "skipped": run.skipped, "args": vars(args)}
-        for name, part in run.parts.items():
-            state[name] = None if part is None else part.state_dict()
-        save_checkpoint(args.out, state, args.keep, run.parts["ema"])
+    if is_last or stopped or run.done % args.save_every == 0:
+        run.save_is_due = True
+    if run.save_is_due and run.skipped_in_a_row == 0:  # a ruined model shows in skipped steps: never save among them
+        save_run(run)
     if stopped:
         leave(run)
+    if is_last and run.save_is_due:
+        raise ValueError(f"the last {run.skipped_in_a_row} steps were skipped, being not finite, so the model at step "
+                         f"{run.done} is not saved; the last checkpoint is kept: continue with --resume and a lower "
+                         "--lr, --dtype float32, or a few --steps more")
+
+
+def save_run(run):
+    """A checkpoint and the model, by rank 0. ValueError, on all ranks, where their weights are not finite."""
+    for name, part in run.parts.items():
+        if isinstance(part, nn.Module) and not is_finite(part):
+            raise ValueError(f"after step {run.done} the weights of the part '{name}' are not finite: they are not "
+                             "saved, the last checkpoint is kept; continue with --resume and a lower --lr")
+    run.save_is_due = False
+    if run.rank == 0:
+        state = {"step": run.done, "skipped": run.skipped, "args": vars(run.args)}
+        for name, part in run.parts.items():
+            state[name] = None if part is None else part.state_dict()
+        save_checkpoint(run.args.out, state, run.args.keep, run.parts["ema"])
+
+
+def is_finite(module):
+    """Whether all weights and statistics are."""
+    checks = [value.isfinite().all() for value in module.state_dict().values()]
+    return bool(torch.stack(checks).all())
 
 
 def log_step(run, totals, norm):
@@ -501,7 +524,10 @@ def leave(run):
     if run.world > 1:
         dist.barrier()
     if run.rank == 0:
-        print(f"stopped after step {run.done} and saved: continue with the same command and --resume")
+        outcome = "and saved"
+        if run.save_is_due:
+            outcome = f"without saving, as the last {run.skipped_in_a_row} steps were skipped"
+        print(f"stopped after step {run.done} {outcome}: continue with the same command and --resume")
     sys.exit(128 + (run.stop.received or signal.SIGTERM))
 
 
@@ -616,10 +642,13 @@ def find_run(args, log, rank):
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     files = checkpoint_files(args.out)
     if not args.resume and not (restarted and files):
-        model, partial = (os.path.join(args.out, name) for name in ("model.safetensors", "latest.pt.tmp"))
+        model, best, partial = (os.path.join(args.out, name)
+                                for name in ("model.safetensors", "best.safetensors", "latest.pt.tmp"))
         killed_in_first_save = restarted and os.path.exists(partial)
         if files or (os.path.exists(model) and not killed_in_first_save):
             raise ValueError(f"{args.out} already holds a run: continue it with --resume, or choose another --out")
+        if os.path.exists(best) and not restarted:
+            raise ValueError(f"{best} is of a run that has no checkpoint: move it, or choose another --out")
         return None, []
     checkpoint = load_checkpoint(args.out, rank)
     compare_flags(checkpoint["args"], args, rank)
@@ -822,8 +851,37 @@ def validate(run, ema, val, dtype):
                    f"linear code {linear['psnr']:.2f}, baseline {baseline['psnr']:.2f} on {result['images']} images")
         write_results(result, run.args.out)
         append_log(run.log_path, run.board, run.done, result["pictures"], eval=result["rows"])
+        keep_best(run, ema, result)
     run.evaluating += time.time() - before
     return result
+
+
+def keep_best(run, ema, result):
+    """Write best.safetensors where no evaluation before had this PSNR in the fewest steps, usually one. The file says
+    which step it is of: its note "best"."""
+    path = os.path.join(run.args.out, "best.safetensors")
+    row = min(result["rows"][len(REFERENCES):], key=lambda row: row["steps"])
+    if not row["psnr"] > best_psnr(path) or not is_finite(ema):  # nor where it is NaN
+        return
+    notes = ema.config["notes"]
+    ema.config["notes"] = notes | {"best": {"step": run.done, "psnr": row["psnr"], "decoding_steps": row["steps"],
+                                            "images": result["images"]}}
+    try:
+        ema.save(path)
+    except (OSError, SafetensorError) as error:
+        tqdm.write(f"warning: could not write {path} ({error}): the one before is kept")
+    finally:
+        ema.config["notes"] = notes
+
+
+def best_psnr(path):
+    """dB, as keep_best has noted it in the file; minus infinity where there is none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            psnr = json.loads(file.metadata()["config"])["notes"]["best"]["psnr"]
+    except BROKEN_FILE:
+        return -math.inf
+    return psnr if isinstance(psnr, float) else -math.inf
 
 
 def print_start(args, model, trained, dataset, world, device, dtype):
@@ -839,7 +897,7 @@ def print_end(args, dataset, result):
     if unreadable:
         print(f"warning: {unreadable} unreadable images were replaced by others in training")
     print_table(result)
-    print(f"saved {args.out}/model.safetensors, reconstructions.png, metrics.json and log.jsonl")
+    print(f"saved {args.out}/model.safetensors, best.safetensors, reconstructions.png, metrics.json and log.jsonl")
 
 
 def main():
@@ -945,10 +1003,10 @@ def main():
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0) + term.detach() * share / world
             moments = moments + latent_sums(z)                                  # (2, c)
-        norm = clip_grad_norm_(trained, args.grad_clip).item()
+        norm = clip_gradients(trained, args).item()
         if with_gan:
             average_gradients(gan, world)
-            totals["gan_grad_norm"] = clip_grad_norm_(gan.parameters(), args.grad_clip) / world
+            totals["gan_grad_norm"] = clip_gradients(gan.parameters(), args) / world
 
         # One small sum over the processes: loss terms, the latents' moments, and whether anybody was asked to stop
         shared = torch.cat([torch.stack(list(totals.values())).double().cpu(), moments.flatten(),

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (
-    check_at_least_one,
+    check_numbers,
     gathered,
     guarded,
     make_dataset,
@@ -228,7 +228,7 @@ def parse_arguments():
     args = parser.parse_args()
     if not args.out and not args.z_stats:
         raise ValueError("give --out DIR for shards of latents, or --z_stats for their mean and standard deviation")
-    check_at_least_one(args, "batch_size", "shard")
+    check_numbers(args)
     args.part = args.part or ("val" if args.z_stats else "train")
     if args.z_stats:
         args.dtype = "float32"  # the model is stored again, with all its digits

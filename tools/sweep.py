@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data import (
-    check_at_least_one,
+    check_numbers,
     guarded,
     make_dataset,
     make_loader,
@@ -180,7 +180,7 @@ def parse_arguments():
     args = parser.parse_args()
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs the matplotlib package: pip install matplotlib")
-    check_at_least_one(args, "batch_size", "steps", "calibrate")
+    check_numbers(args)
     check_metrics(args)
     args.steps = sorted(set(args.steps))
     return args
