@@ -351,10 +351,11 @@ class ImageDataset(torch.utils.data.Dataset):
     STAND_INS images in a row, or all, undecodable; a worker returns them in the item's place, and Loader raises them."""
 
     def __init__(self, images, labels, name, size, train, aug_scale=2.0, seed=0, crop="center", split="val",
-                 source=None, classes=()):
+                 source=None, classes=(), enlarge=False):
         self.images, self.labels, self.name, self.size, self.train = images, labels, name, size, train
         self.aug_scale, self.seed, self.crop, self.split = aug_scale, seed, crop, split
         self.source, self.classes = source or name, list(classes)
+        self.enlarge = enlarge                               # crops to more than the file's own pixels, as SSDD does
         self.whole = len(images)                             # of which this may be a subset
         self.skipped = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
 
@@ -403,6 +404,8 @@ class ImageDataset(torch.utils.data.Dataset):
         for j in range(i, i + tried):
             image = self.decode(j % n, int(np.ceil(short)))
             if image is not None:
+                if not self.enlarge:
+                    short = max(self.size, min(short, *image.size))
                 image = (prepare_train(image, self.size, short, u) if self.train
                          else prepare_eval(image, self.size, self.crop))
                 x = np.ascontiguousarray(np.array(image).transpose(2, 0, 1))  # (3, size, size) uint8
@@ -596,10 +599,12 @@ def download(spec, split):
         raise OSError(f"cannot get {spec} into {root} ({reason}): check the network or give an image folder") from error
 
 
-def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="center", split=None):
+def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="center", split=None,
+                 enlarge=False):
     """-> ImageDataset. spec: `demo`, `imagenette`, `cifar10`, or a folder (`./demo` for one of that name) of images at
     any depth: with train/ and val/ (or valid/, validation/, else test/) in it `train` picks, else all images serve both.
-    Training: short side uniform in [size, aug_scale size], random crop, mirror. Evaluation: prepare_eval with `crop`.
+    Training: short side uniform in [size, aug_scale size], random crop, mirror; a short side above the picture's own is
+    cut down to that, unless `enlarge` (SSDD), but never below size. Evaluation: prepare_eval with `crop`.
     `demo` is drawn at `size`, so aug_scale has no effect there. limit: that many images, evenly spread over the set.
     split: train or val, where `train` does not say it: train=False, split="train" puts training images through
     prepare_eval. Labels: cifar10's, or the rank of a file's topmost folder among those of both parts, or -1.
@@ -629,7 +634,7 @@ def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="cen
         names, labels, classes, source = folder_images(folder, split)
         images = np.array([os.fsencode(f) for f in names])   # one block: workers would copy a list, bit by bit
     dataset = ImageDataset(images, np.array(labels), spec, int(size), train, aug_scale, seed, crop, split, source,
-                           classes)
+                           classes, enlarge)
     n = len(dataset)
     return dataset if limit is None or limit >= n else dataset.subset(np.arange(limit) * n // limit)
 
@@ -772,6 +777,14 @@ def keep_freed_memory(keep):
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
+def default_workers():
+    """-> int: processes that read images, for one of this machine's training processes: half of its share of the
+    processors that it may use."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    share = processors // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(8, share // 2)
+
+
 def guarded(main):
     """Call main(); what the user can mend ends in one sentence and exit code 1, not in a traceback
     (TRACEBACK=1 shows it)."""
@@ -879,13 +892,14 @@ def main():
     parser.add_argument("--split", default="train", choices=list(SPLITS), help="train: as augmented for training")
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--aug_scale", type=float, default=2.0, help="largest random enlargement in training")
+    parser.add_argument("--enlarge", action="store_true", help="in training, beyond a picture's own pixels too")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the crops")
     parser.add_argument("--rows", type=int, default=8, help="rows and columns of the grid")
     parser.add_argument("--out", default="grid.png", help="PNG to write")
     args = parser.parse_args()
     try:
         train, count = args.split == "train", max(1, args.rows) ** 2
-        dataset = make_dataset(args.data, args.size, train, args.aug_scale, args.seed)
+        dataset = make_dataset(args.data, args.size, train, args.aug_scale, args.seed, enlarge=args.enlarge)
         x, _ = next(iter(make_loader(dataset, count, train, seed=args.seed)))
         save_grid(args.out, x.split(max(1, args.rows)))
     except (OSError, ValueError) as error:

@@ -105,7 +105,8 @@ def main():
 
     # Data, student, objective, optimiser
     checkpoint, log_path, _ = open_run(args, rank, world)
-    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
+    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
+                           enlarge=args.enlarge)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
     if rank == 0:
         print(parts_taken(dataset, val), flush=True)
@@ -125,6 +126,7 @@ def main():
     # The run
     parts = {"model": student, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer}
     start, skipped = restore(parts, checkpoint)
+    del checkpoint
     parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start)
     board = open_board(args, start) if rank == 0 else None

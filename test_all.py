@@ -46,6 +46,7 @@ import distill
 import evaluate
 import fid
 import losses
+import model as model_module
 import sampler
 import train
 from encoder import DiagonalGaussian, LappedCode, lapped_basis, make_encoder, parse_name
@@ -1507,6 +1508,39 @@ def test_training_crops(tmp_path):
     assert 60 < flips < 140 and min(starts) < 0.05 and max(starts) > 0.5
     one = data.make_dataset(str(tmp_path), 50, True, aug_scale=1.0)
     assert all(abs(pixels(one[(e, 0)][0])[:, 0, 1].mean() - 127.5) < 1 for e in range(5))
+
+
+def test_training_crops_end_at_the_pictures_own_pixels(tmp_path, monkeypatch):
+    folder_of(tmp_path, 1, (80, 60))
+    shorts, prepare = [], data.prepare_train
+    monkeypatch.setattr(data, "prepare_train", lambda image, size, short, u: (shorts.append(short),
+                                                                              prepare(image, size, short, u))[1])
+    for size, enlarge, low, high in ((40, False, 40, 60), (40, True, 60, 80), (64, False, 64, 64), (64, True, 64, 128)):
+        shorts.clear()
+        dataset = data.make_dataset(str(tmp_path), size, True, enlarge=enlarge)
+        for epoch in range(60):
+            dataset[(epoch, 0)]
+        assert min(shorts) >= size and max(shorts) <= (2 * size if enlarge else max(size, 60))
+        assert low <= max(shorts) <= high
+        assert enlarge or size > 60 or 10 < shorts.count(60) < 50  # half of the draws lie above
+
+
+def test_default_workers_share_the_processors(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)), raising=False)
+    assert data.default_workers() == 8
+    for processes, workers in ((2, 6), (4, 3), (24, 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert data.default_workers() == workers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    assert data.default_workers() == 0
+
+
+def test_bf16_only_where_the_gpu_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    for capability, dtype in (((7, 5), None), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert train.pick_dtype("auto", torch.device("cuda")) is dtype
+        assert train.pick_dtype("bf16", torch.device("cuda")) is torch.bfloat16
 
 
 @pytest.mark.parametrize("w,h", [(301, 200), (97, 330), (64, 64), (20, 33), (500, 129), (31, 30)])
@@ -3673,6 +3707,29 @@ def test_what_each_phase_trains(tmp_path, monkeypatch):
             assert log[0]["lr"] == {1: 6.4e-5, 2: 1.6e-5, 3: 5.4e-5}[phase] and state["args"]["enc"] == enc
             latents = DCSSDAE.load(out / "model.safetensors").config["latents"]
             assert (latents is None) == (phase < 3)  # statistics of latents that have changed are dropped
+
+
+def test_checkpointing_works_on_a_loaded_model(tmp_path, monkeypatch):
+    """--init_from gives a model in evaluation mode, which would compute without it."""
+    calls = []
+    monkeypatch.setattr(model_module, "checkpoint", lambda block, *a, **kw: (calls.append(block), block(*a))[1])
+    DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1).save(tmp_path / "m.safetensors")
+    run_main(train, monkeypatch, *SMALL, "--init_from", tmp_path / "m.safetensors", "--checkpointing", "--steps", 1,
+             "--out", tmp_path / "r")
+    assert calls
+
+
+def test_a_checkpoint_is_mapped_and_its_checksums_count(tmp_path):
+    """Maps of the file, not copies; a flipped bit in the midst of the weights is still seen."""
+    save_checkpoint(tmp_path, {"step": 1, "weights": torch.ones(100_000)})
+    save_checkpoint(tmp_path, {"step": 2, "weights": torch.ones(100_000)})
+    if os.path.exists("/proc/self/maps"):
+        state = load_checkpoint(tmp_path)
+        assert "latest.pt" in Path("/proc/self/maps").read_text() and state["weights"].sum() == 100_000
+    content = bytearray((tmp_path / "latest.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "latest.pt").write_bytes(content)
+    assert load_checkpoint(tmp_path)["step"] == 1
 
 
 def test_phase_defaults_and_refusals(tmp_path):

@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from contextlib import nullcontext
 
 import torch
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from data import (
     check_numbers,
+    default_workers,
     gathered,
     guarded,
     make_dataset,
@@ -184,8 +186,10 @@ def shared_arguments(p):
     add("--size", type=int, default=128, help="crop, pixels a side: a multiple of 8 and the encoder's f [%(default)s]")
     add("--aug_scale", type=float, default=2.0,
         help="random resize of the short side in [size, size * aug_scale] before the crop [%(default)s]")
+    add("--enlarge", action="store_true", help="resize beyond a picture's own pixels too, as SSDD does; else its short "
+        "side is the limit")
     add("--limit", type=int, help="use only N training images, evenly spread over the set")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+    add("--workers", type=int, default=default_workers(),
         help="data loading processes per training process [%(default)s]")
 
     add = p.add_argument_group("losses in the features of pretrained networks").add_argument
@@ -245,7 +249,8 @@ def pick_dtype(name, device):
     """torch.bfloat16 or None (float32, no autocast)."""
     if name == "auto":
         if device.type == "cuda":
-            is_fast = torch.cuda.is_bf16_supported()
+            # Older GPUs say that they support it, too, and emulate it slowly.
+            is_fast = torch.cuda.is_bf16_supported() and torch.cuda.get_device_capability(device) >= (8, 0)
         else:
             is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         name = "bf16" if is_fast else "float32"
@@ -424,8 +429,12 @@ def restore(parts, checkpoint):
     if checkpoint is None:
         return 0, 0
     for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(checkpoint[name])
+        if part is None:
+            continue
+        state = checkpoint[name]
+        if isinstance(part, torch.optim.Optimizer):
+            state = copy.deepcopy(state)  # it keeps the tensors that it is given, here maps of the file
+        part.load_state_dict(state)
     return checkpoint["step"], checkpoint.get("skipped", 0)
 
 
@@ -573,8 +582,8 @@ def load_checkpoint(out, rank=0):
     damaged = {}
     for path in checkpoint_files(out):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except BROKEN_FILE as error:
+            state = map_checkpoint(path)
+        except (*BROKEN_FILE, zipfile.BadZipFile) as error:
             damaged[path] = f"{path} ({type(error).__name__})"
             continue
         if rank == 0:
@@ -588,10 +597,21 @@ def load_checkpoint(out, rank=0):
     raise FileNotFoundError(f"--resume found no checkpoint in {out}: leave --resume out to start a run there")
 
 
+def map_checkpoint(path):
+    """-> the checkpoint's dict, with maps of the file for tensors: all processes of a machine share one copy in memory.
+    BadZipFile, or an error of BROKEN_FILE."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # checksums, which maps go without
+    if damaged:
+        raise zipfile.BadZipFile(damaged)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
 def compare_flags(then, args, rank):
     """ValueError that lists the flags which describe another model, other samples or another objective than `then`;
     other changes are printed."""
-    then = {"linear": "off"} | then  # runs from before there was a linear start
+    # Runs from before there was a linear start, and from when crops could be enlarged.
+    then = {"linear": "off", "enlarge": then.get("data") != "demo"} | then
     now = vars(args)
     differ = []
     for name in now:
@@ -915,12 +935,13 @@ def main():
     checkpoint, log_path, evaluated = open_run(args, rank, world)
     if args.enc_ckpt:
         model.load_published(args.enc_ckpt, part="encoder")
-    choose_trained(model, args.phase, args.freeze_enc)
+    choose_trained(model.train(), args.phase, args.freeze_enc)  # a loaded one is in evaluation mode
     encoder_trains, norm_trains = trains(model.encoder), trains(model.decoder.norm_z)
     model.decoder.checkpointing = args.checkpointing
 
     # Data
-    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
+    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
+                           enlarge=args.enlarge)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
     if rank == 0:
         print(parts_taken(dataset, val), flush=True)
@@ -956,6 +977,7 @@ def main():
     parts = {"model": model, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer,
              "gan": gan, "gan_optimizer": gan_optimizer}
     start, skipped = restore(parts, checkpoint)
+    del checkpoint
     parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start)
     board = open_board(args, start) if rank == 0 else None
