@@ -11,10 +11,12 @@ import collections
 import contextlib
 import copy
 import ctypes
+import datetime
 import errno
 import functools
 import io
 import os
+import socket
 import sys
 import time
 import zlib
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFilter, UnidentifiedImageError
+from tqdm import tqdm
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 NO_IMAGES = ("__MACOSX", "@eaDir")                           # folders that systems fill with copies, beside hidden ones
@@ -731,6 +734,7 @@ def setup(device=None):
 
     device  "cuda", "mps" or "cpu"; None: the first that is there. ValueError where there is no such device.
     """
+    refuse_lone_tasks()
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -746,6 +750,14 @@ def setup(device=None):
     if world > 1 and not dist.is_initialized():
         join_processes("nccl" if device.type == "cuda" else "gloo", rank, world)
     return rank, world, device
+
+
+def refuse_lone_tasks():
+    """ValueError under Slurm's srun without torchrun: each of the tasks would take itself for the only process."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
+    if tasks > 1 and "SLURM_PROCID" in os.environ and "RANK" not in os.environ:
+        raise ValueError(f"srun started {tasks} tasks, and each would run alone: start one task a node, and in it the "
+                         "processes: srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ... (docs/training.md)")
 
 
 def best_device():
@@ -791,14 +803,62 @@ def guarded(main):
     try:
         main()
     except (ValueError, OSError) as error:
+        close_bars()
         if os.environ.get("TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(1)  # the first process says it
-        sys.exit(f"error: {error}")
+        sys.exit(last_words(str(error)))
+    except RuntimeError as error:
+        close_bars()
+        if os.environ.get("TRACEBACK") or not is_lost_connection(error):
+            raise
+        sys.exit(last_words("another process has ended: its own message says why"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def close_bars():
+    """End the lines of progress bars, so that what follows stands on one of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
+def is_lost_connection(error):
+    """Whether gloo says that a process is gone."""
+    return dist.is_initialized() and any(word in str(error) for word in ("gloo", "Connection closed", "Connection reset"))
+
+
+LISTEN = datetime.timedelta(seconds=3)                       # so long for the first process's message
+
+
+def last_words(message):
+    """-> what sys.exit gets. Every process is heard, with its rank and host; but what the first one says too, it says
+    for all, and the others get 1, which is silent."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return f"error: {message}"
+    of_first, key = None, f"error{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    with contextlib.suppress(RuntimeError, OSError, ValueError):  # the store may be gone
+        store = shared_store()
+        if rank == 0:
+            store.set(key, message)
+        else:
+            store.wait([key], LISTEN)
+            of_first = store.get(key).decode()
+    if rank == 0:
+        return f"error: {message}"
+    if of_first == message:
+        return 1
+    return f"error: rank {rank} of {world} on {socket.gethostname()}: {message}"
+
+
+def shared_store():
+    """The processes' key-value store; before they have joined: torchrun's. ValueError where there is none yet."""
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ValueError("no store")
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=LISTEN)
 
 
 INF, MANY = float("inf"), 10**12                             # MANY: more steps or images than anybody has
@@ -858,6 +918,37 @@ def now(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files, written whole or not at all
 
+@contextlib.contextmanager
+def whole(path):
+    """Gives a temporary name, this process's own, that takes the place of `path` in the end, or vanishes where an error
+    comes. OSError where `path` is a device or a pipe, which must not be replaced."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is no ordinary file: give another name")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+@functools.cache                                             # the lock ends with the file object: with this process
+def lock_folder(folder):
+    """Keep other runs out of a folder until this process ends, however it ends. ValueError where there is one."""
+    if os.name != "posix":
+        return None
+    import fcntl
+    file = open(os.path.join(folder, ".lock"), "a")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)     # not flock: workers that outlive a killed run inherit that
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f"another run is writing into {folder}: choose another --out, or wait") from None
+    return file                                              # unlocked where the file system has no locks
+
+
 def save_grid(path, images, pad=2):
     """Write a PNG of rows of images, white between them. images: (R, C, 3, H, W), or a list of R tensors (C, 3, H, W)
     of one H, W; values in [-1, 1], others are clipped. The file appears complete or not at all."""
@@ -868,21 +959,19 @@ def save_grid(path, images, pad=2):
         for c, image in enumerate(row):                      # (H, W, 3)
             y, x = pad + r * (h + pad), pad + c * (w + pad)
             grid[y:y + h, x:x + w] = image
-    temporary = f"{path}.{os.getpid()}.tmp"
-    Image.fromarray(grid).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        Image.fromarray(grid).save(temporary, format="PNG")
 
 
 def write_whole(path, data):
     """Text, or an array as .npy, into `path`: whole and on the disk, or not at all."""
-    with open(f"{path}.tmp", "wb") as file:
+    with whole(path) as temporary, open(temporary, "wb") as file:
         if isinstance(data, str):
             file.write(data.encode())
         else:
             np.save(file, data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
 
 
 def main():

@@ -22,9 +22,9 @@ from model import DCSSDAE, check_size
 from sampler import image_noise
 
 from train import (VALIDATION_BATCH, Run, append_log, autocast, check_shared, clip_gradients, data_parallel,  # isort: skip
-                   draw, finish_step, make_optimizer, make_parser, matching, open_board, open_run, perceptual_losses,
-                   pick_dtype, restore, set_learning_rate, shared_arguments, skip_step, summed, training_batches,
-                   update_ema)
+                   draw, finish_step, make_optimizer, make_parser, matching, next_batch, open_board, open_run,
+                   perceptual_losses, pick_dtype, restore, set_learning_rate, shared_arguments, skip_step, summed,
+                   training_batches, update_ema)
 
 
 def get_args(argv=None):
@@ -40,7 +40,11 @@ def get_args(argv=None):
     p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000)
     args = p.parse_args(argv)
     check_numbers(args)
-    args.out = args.out or os.path.dirname(os.path.abspath(args.ckpt)) + "_distilled"
+    if not args.out:
+        folder = os.path.dirname(os.path.abspath(args.ckpt))
+        if args.ckpt.startswith("hf://"):
+            folder = os.path.join("runs", os.path.basename(folder))
+        args.out = f"{folder}_distilled"
     return args
 
 
@@ -137,7 +141,7 @@ def main():
     for step in range(start, args.steps):
         # Draw
         set_learning_rate(optimizer, step, args)
-        x, index = next(batches)
+        x, index = next_batch(run, batches)
         x = x.to(device, memory_format=torch.channels_last, non_blocking=True)  # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
         e, eps, _ = draw(args.seed, step, rows, x.shape[1:], z_shape, device)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import DCSSDAE, check_size
+from model import DCSSDAE, check_size, folder_beside
 from sampler import image_noise, seeded_generator
 
 from data import (LARGEST_KEPT, check_numbers, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
@@ -430,7 +430,7 @@ def main():
     rank, world, device = setup(args.device)
     model, size = load_model(args, device)
     options = sampler_options(args, model.config["loss"])
-    out = Path(args.out or Path(args.ckpt).parent)
+    out = Path(args.out or folder_beside(args.ckpt))
     if args.images:
         if rank == 0:
             reconstruct_images(model, args, options, device, out)

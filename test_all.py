@@ -61,6 +61,7 @@ from model import (
     UViT,
     WindowAttention,
     Windows,
+    folder_beside,
     local_file,
     our_names,
     pad_to_multiple,
@@ -3202,7 +3203,7 @@ def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, mon
     large = types.SimpleNamespace(mode=lambda: torch.full((3, 4, 4, 4), 7e4))
     monkeypatch.setattr(DCSSDAE, "encode", lambda self, x: large)
     assert "float16 ends at 65504" in sentence(latents, monkeypatch, *common, tmp_path / "large")
-    assert os.listdir(tmp_path / "large") == ["manifest.json"]
+    assert sorted(os.listdir(tmp_path / "large")) in ([".lock", "manifest.json"], ["manifest.json"])
     assert "--out" in sentence(latents, monkeypatch, "--ckpt", checkpoint)  # nothing to do
 
 
@@ -3772,6 +3773,155 @@ def test_resuming_with_other_flags_lists_them(tmp_path, capsys):
         ValueError, match="run with --phase None --c linear --size 128, but --phase 1 --c trunc --size 64 was given"
     ):
         train.open_run(other, 0, 1)
+
+
+@pytest.mark.parametrize("module", [train, distill])
+def test_a_run_that_loses_its_data_saves_first(tmp_path, monkeypatch, module):
+    draw, flags = module.next_batch, [*SMALL, "--save_every", 100, "--eval_every", 0]
+    if module is distill:
+        DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0}).save(tmp_path / "t.safetensors")
+        flags = ["--ckpt", tmp_path / "t.safetensors", "--teacher_steps", 2, "--batch_size", 4, "--eval_images", 4,
+                 "--device", "cpu", "--dtype", "float32", "--workers", 0]
+
+    def batches_until_step_2(run, batches):
+        def lost():
+            raise OSError(errno.ESTALE, "Stale file handle")
+            yield
+        return draw(run, batches if run.done < 2 else lost())
+
+    monkeypatch.setattr(module, "next_batch", batches_until_step_2)
+    with pytest.raises(OSError, match="Stale"):
+        run_main(module, monkeypatch, *flags, "--steps", 5, "--out", tmp_path / "r")
+    assert load_checkpoint(tmp_path / "r")["step"] == 2 and (tmp_path / "r" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks are POSIX's")
+def test_signals_that_save_and_end(monkeypatch):
+    before = {s: signal.getsignal(s) for s in train.stop_signals()}
+    try:
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            stop = train.StopSignal()
+            os.kill(os.getpid(), s)
+            assert stop.received == s
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)         # as nohup does
+        stop = train.StopSignal()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == 0
+        train.ignore_stop(0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+LOCKING = """import sys, time
+sys.path.insert(0, {here!r})
+import data
+data.lock_folder(sys.argv[1])
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks are POSIX's")
+def test_two_runs_into_one_folder(tmp_path):
+    """Refused while the first lives, and not a moment longer, even if it is killed."""
+    out = tmp_path / "r"
+    out.mkdir()
+    args = train.get_args(["--out", str(out)])
+    with subprocess.Popen([sys.executable, "-c", LOCKING.format(here=HERE), out], stdout=subprocess.PIPE,
+                          text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another run is writing into"):
+            train.open_run(args, 0, 1)
+        other.kill()
+    assert train.open_run(args, 0, 1)[0] is None
+    assert train.open_run(args, 0, 1)[0] is None  # the same process, again
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions and pipes are POSIX's")
+def test_files_have_the_permissions_of_others_and_pipes_stay(tmp_path):
+    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1)
+    before = os.umask(0o027)
+    try:
+        model.save(tmp_path / "m.safetensors")
+        data.write_whole(tmp_path / "m.json", "{}")
+        save_checkpoint(tmp_path, {"step": 1})
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {"0o640"}
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (model.save, functools.partial(data.write_whole, data="x"),
+                  functools.partial(data.save_grid, images=[torch.zeros(1, 3, 8, 8)])):
+        with pytest.raises(OSError, match="pipe is no ordinary file"):
+            write(pipe)
+    assert pipe.is_fifo() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_address_of_the_hub_is_no_folder():
+    assert distill.get_args(["--ckpt", "hf://owner/repo/m.safetensors"]).out == os.path.join("runs", "repo_distilled")
+    assert folder_beside("hf://owner/repo/m.safetensors") == "." == folder_beside("m.safetensors")
+    assert folder_beside("runs/a/m.safetensors") == "runs/a"
+
+
+def test_srun_without_torchrun_is_refused(monkeypatch):
+    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    data.setup("cpu")  # in a job, and not started by srun
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(ValueError, match=r"srun started 8 tasks.*srun --ntasks-per-node=1 torchrun"):
+        data.setup("cpu")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    data.setup("cpu")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("RANK", "0")
+    data.setup("cpu")
+
+
+class Store(dict):
+    """The processes' store, without processes."""
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def wait(self, keys, timeout):
+        if keys[0] not in self:
+            raise RuntimeError("timeout")
+
+    def get(self, key):
+        return self[key]
+
+
+def test_errors_are_heard_from_every_rank(monkeypatch, capsys):
+    """With rank and host, but only once where the first process says the same; on a line of its own."""
+    store = Store()
+    monkeypatch.setattr(data, "shared_store", lambda: store)
+
+    def end(rank, message, error=ValueError):
+        def main():
+            bar = data.tqdm(total=3)
+            bar.update()
+            raise error(message)
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as stop:
+            data.guarded(main)
+        assert capsys.readouterr().err.endswith("\n")
+        return stop.value.code
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    here = socket.gethostname()
+    assert end(3, "no folder /data", OSError) == f"error: rank 3 of 4 on {here}: no folder /data"
+    assert end(0, "--size 3 is wrong") == "error: --size 3 is wrong"
+    assert end(1, "--size 3 is wrong") == 1
+    assert end(2, "no folder /data") == f"error: rank 2 of 4 on {here}: no folder /data"
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(data.dist, "destroy_process_group", lambda: None)
+    assert "another process has ended" in end(0, "[gloo/transport] Connection closed by peer", RuntimeError)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert end(0, "no folder /data") == "error: no folder /data"
 
 
 def test_restarts_do_not_overwrite_a_model(tmp_path, monkeypatch):

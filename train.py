@@ -38,10 +38,12 @@ from data import (
     default_workers,
     gathered,
     guarded,
+    lock_folder,
     make_dataset,
     make_loader,
     parts_taken,
     setup,
+    write_whole,
 )
 from encoder import parse_name
 from evaluate import REFERENCES, evaluate, print_table, write_results
@@ -316,8 +318,19 @@ def training_batches(args, dataset, rank, world, start):
 
 
 def ignore_stop(worker):
-    for s in (signal.SIGINT, signal.SIGTERM):
+    for s in stop_signals():
         signal.signal(s, signal.SIG_IGN)
+
+
+def stop_signals():
+    """What asks a run to save and end: Ctrl-C, schedulers' warnings, a lost terminal unless nohup was told to ignore
+    it."""
+    asked = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGUSR1"):
+        asked.append(signal.SIGUSR1)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        asked.append(signal.SIGHUP)
+    return asked
 
 
 def kill_workers():
@@ -417,7 +430,7 @@ class Run:
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.log_path, self.board, self.parts = log_path, board, parts
         self.done, self.skipped, self.skipped_in_a_row = done, skipped, 0
-        self.save_is_due = False
+        self.save_is_due, self.saved = False, done  # saved: steps done at the last save
         self.logged, self.logged_at = done, time.time()  # steps and time at the last line of the log,
         self.evaluating = 0.0  # and the seconds of evaluations since then
         self.stop = StopSignal()
@@ -480,7 +493,7 @@ def save_run(run):
         if isinstance(part, nn.Module) and not is_finite(part):
             raise ValueError(f"after step {run.done} the weights of the part '{name}' are not finite: they are not "
                              "saved, the last checkpoint is kept; continue with --resume and a lower --lr")
-    run.save_is_due = False
+    run.save_is_due, run.saved = False, run.done
     if run.rank == 0:
         state = {"step": run.done, "skipped": run.skipped, "args": vars(run.args)}
         for name, part in run.parts.items():
@@ -492,6 +505,16 @@ def is_finite(module):
     """Whether all weights and statistics are."""
     checks = [value.isfinite().all() for value in module.state_dict().values()]
     return bool(torch.stack(checks).all())
+
+
+def next_batch(run, batches):
+    """The loader's (x, index). Where the data is lost, save first: OSError."""
+    try:
+        return next(batches)
+    except OSError:
+        if run.done > run.saved and run.skipped_in_a_row == 0:
+            save_run(run)
+        raise
 
 
 def log_step(run, totals, norm):
@@ -516,11 +539,11 @@ def peak_memory(device):
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM (a scheduler's preemption) into a flag that the loop reads at the end of a step."""
+    """Turns the stop_signals into a flag that the loop reads at the end of a step."""
 
     def __init__(self):
         self.received = 0
-        for s in (signal.SIGINT, signal.SIGTERM):
+        for s in stop_signals():
             signal.signal(s, self.handle)
 
     def handle(self, number, frame):
@@ -549,7 +572,7 @@ def save_checkpoint(out, state, keep=2, ema=None):
     says that the disk is full, say; nothing is lost."""
     names = ["latest.pt", "previous.pt", *(f"previous{i}.pt" for i in range(2, keep))][:keep]
     names = [os.path.join(out, name) for name in names]
-    model, temporary = os.path.join(out, "model.safetensors"), f"{names[0]}.tmp"
+    model, temporary = os.path.join(out, "model.safetensors"), f"{names[0]}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -562,9 +585,8 @@ def save_checkpoint(out, state, keep=2, ema=None):
                 os.replace(newer, older)
         os.replace(temporary, names[0])
     except (OSError, RuntimeError, SafetensorError) as error:
-        for path in (temporary, f"{model}.tmp"):
-            if os.path.exists(path):
-                os.remove(path)
+        if os.path.exists(temporary):
+            os.remove(temporary)
         cause = error.__context__ or error  # torch.save's own message comes on top of the system's
         raise OSError(f"could not write a checkpoint to {out} ({str(cause).splitlines()[0]}); "
                       "the earlier checkpoint is intact: make room and continue with --resume") from None
@@ -635,23 +657,26 @@ def open_run(args, rank, world):
     log = os.path.join(args.out, "log.jsonl")
     checkpoint, lines, problem = None, [], None
     try:
+        if rank == 0 and os.path.isdir(args.out):
+            lock_folder(args.out)
         checkpoint, lines = find_run(args, log, rank)
+        if rank == 0:
+            os.makedirs(args.out, exist_ok=True)
+            lock_folder(args.out)
     except (OSError, ValueError) as error:
-        problem = error
+        problem = str(error)
     # What one process finds, all must find.
-    found = str(problem) if problem else None
-    if checkpoint:
-        found = checkpoint["step"]
-    if len(set(gathered(found, world))) > 1 and not problem:
-        problem = ValueError(f"the processes find different checkpoints in {args.out}: all nodes need the same folder")
-    if problem:
-        raise problem
+    problems, steps = zip(*gathered((problem, checkpoint and checkpoint["step"]), world))
+    for each in problems:
+        if each:
+            raise ValueError(each)
+    if len(set(steps)) > 1:
+        raise ValueError(f"the processes find different checkpoints in {args.out}: all nodes need the same folder")
     if rank == 0:
-        os.makedirs(args.out, exist_ok=True)
+        for path in unfinished_files(args.out):
+            os.remove(path)
         if checkpoint:
-            with open(f"{log}.tmp", "w") as file:
-                file.writelines(lines)
-            os.replace(f"{log}.tmp", log)
+            write_whole(log, "".join(lines))
         elif os.path.exists(log):
             os.remove(log)
     return checkpoint, log, last_evaluation(lines)
@@ -662,9 +687,8 @@ def find_run(args, log, rank):
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     files = checkpoint_files(args.out)
     if not args.resume and not (restarted and files):
-        model, best, partial = (os.path.join(args.out, name)
-                                for name in ("model.safetensors", "best.safetensors", "latest.pt.tmp"))
-        killed_in_first_save = restarted and os.path.exists(partial)
+        model, best = (os.path.join(args.out, name) for name in ("model.safetensors", "best.safetensors"))
+        killed_in_first_save = restarted and unfinished_files(args.out)
         if files or (os.path.exists(model) and not killed_in_first_save):
             raise ValueError(f"{args.out} already holds a run: continue it with --resume, or choose another --out")
         if os.path.exists(best) and not restarted:
@@ -681,6 +705,11 @@ def find_run(args, log, rank):
     if step > args.steps or step == args.steps == last_evaluation(lines):
         raise ValueError(f"the run in {args.out} has done its {step} steps: give a larger --steps to go on")
     return checkpoint, lines
+
+
+def unfinished_files(out):
+    """Paths of what a killed run was writing."""
+    return glob.glob(os.path.join(glob.escape(out), "*.tmp"))
 
 
 def last_evaluation(lines):
@@ -1000,7 +1029,7 @@ def main():
         # Draw
         for each in optimizers:
             set_learning_rate(each, step, args)
-        x, index = next(batches)
+        x, index = next_batch(run, batches)
         x = x.to(device, memory_format=torch.channels_last, non_blocking=True)  # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
         with_gan = gan is not None and step >= args.gan_start

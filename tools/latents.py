@@ -25,6 +25,7 @@ from data import (
     check_numbers,
     gathered,
     guarded,
+    lock_folder,
     make_dataset,
     make_loader,
     setup,
@@ -58,6 +59,8 @@ def contents(args, model, dataset):
 def open_folder(folder, what, rank, world):
     """Make the folder with its manifest, or see that it holds a part of the same. ValueError: it holds another."""
     folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        lock_folder(folder)
     manifest = folder / "manifest.json"
     is_new = not manifest.is_file()
     if not is_new:
@@ -67,6 +70,11 @@ def open_folder(folder, what, rank, world):
             raise ValueError(f"{folder} holds latents of another {', '.join(changed)}: give --out another folder")
     if world > 1:
         dist.barrier()  # all have read it
+    if rank == 0:
+        for unfinished in folder.glob("*.tmp"):
+            unfinished.unlink()
+    if world > 1:
+        dist.barrier()  # the others write only now
     if rank == 0 and is_new:
         write_whole(manifest, json.dumps(what, indent=1))
 
@@ -170,9 +178,11 @@ def moments(sums):
 
 
 def store_in_model(model, args, statistics):
-    """Into the model's file; where --ckpt is a published one, which has no configuration: into one of ours. -> path"""
+    """Into the model's file; where that has no configuration, being a published one, or is an hf:// address: into one of
+    ours. -> path"""
     _, metadata = read_weights(args.ckpt)
-    path = args.ckpt if "config" in metadata else Path(args.out or ".", "model.safetensors")
+    is_ours = "config" in metadata and not args.ckpt.startswith("hf://")
+    path = args.ckpt if is_ours else Path(args.out or ".", "model.safetensors")
     model.config["latents"] = statistics | {"data": args.data}
     model.save(path)
     return path
