@@ -14,6 +14,7 @@ import ctypes
 import datetime
 import errno
 import functools
+import hashlib
 import io
 import os
 import socket
@@ -371,6 +372,16 @@ class ImageDataset(torch.utils.data.Dataset):
         part.images, part.labels = self.images[i], self.labels[i]
         part.skipped = torch.zeros(len(part.images), dtype=torch.uint8).share_memory_()
         return part
+
+    def content(self):
+        """-> str: the number of images and a hash of their names, relative to the folder: the same wherever that lies."""
+        names = [str(self.name)]
+        if self.images.dtype.kind == "S":
+            ends = [os.path.dirname(self.images[k]) for k in (0, -1)]  # in order: they share what all share
+            root = len(os.path.commonpath(ends))
+            names = [name[root:] for name in self.images.tolist()]
+        digest = hashlib.sha256(b"\0".join(os.fsencode(name) for name in names)).hexdigest()
+        return f"{len(self)} images, names {digest[:16]}"
 
     def described(self):
         """-> str: how many images these are, and of what."""

@@ -21,8 +21,8 @@ from losses import EqM
 from model import DCSSDAE, check_size
 from sampler import image_noise
 
-from train import (VALIDATION_BATCH, Run, append_log, autocast, check_shared, clip_gradients, data_parallel,  # isort: skip
-                   draw, finish_step, make_optimizer, make_parser, matching, next_batch, open_board, open_run,
+from train import (VALIDATION_BATCH, Run, append_log, autocast, check_content, check_shared, clip_gradients,  # isort: skip
+                   data_parallel, draw, finish_step, make_optimizer, make_parser, matching, next_batch, open_board, open_run,
                    perceptual_losses, pick_dtype, restore, set_learning_rate, shared_arguments, skip_step, summed,
                    training_batches, update_ema)
 
@@ -112,6 +112,7 @@ def main():
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
                            enlarge=args.enlarge)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    check_content(checkpoint, dataset, args)
     if rank == 0:
         print(parts_taken(dataset, val), flush=True)
     lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank)
@@ -134,7 +135,7 @@ def main():
     parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start)
     board = open_board(args, start) if rank == 0 else None
-    run = Run(args, rank, world, device, log_path, board, parts, start, skipped)
+    run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content())
     local = args.batch_size // world                                            # images of this process
     z_shape = teacher.latent_shape(args.size, args.size)
 

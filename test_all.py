@@ -3924,6 +3924,24 @@ def test_errors_are_heard_from_every_rank(monkeypatch, capsys):
     assert end(0, "no folder /data") == "error: no folder /data"
 
 
+def test_resuming_depends_on_content_not_on_paths(tmp_path, monkeypatch):
+    """The same images elsewhere, and no --init_from file any more; other images only with a flag that says so."""
+    for name, n in (("here", 6), ("there", 6), ("other", 7)):
+        folder_of(tmp_path / name, n)
+    DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1).save(tmp_path / "m.safetensors")
+    flags = [*SMALL, "--init_from", tmp_path / "m.safetensors", "--out", tmp_path / "r"]
+    run_main(train, monkeypatch, *flags, "--data", tmp_path / "here", "--steps", 1)
+    (tmp_path / "m.safetensors").unlink()
+    run_main(train, monkeypatch, *flags, "--data", tmp_path / "there", "--steps", 2, "--resume")
+    for change, words in ((["--data", tmp_path / "other"], r"a run on 6 images.*other holds 7 images"),
+                          (["--data", tmp_path / "here", "--w_kl", 1], r"--w_kl 1.0 was given.*--allow_changes")):
+        with pytest.raises(ValueError, match=words):
+            run_main(train, monkeypatch, *flags, *change, "--steps", 3, "--resume")
+    run_main(train, monkeypatch, *flags, "--data", tmp_path / "other", "--w_kl", 1, "--steps", 3, "--resume",
+             "--allow_changes")
+    assert load_checkpoint(tmp_path / "r")["step"] == 3 and DCSSDAE.load(tmp_path / "r" / "model.safetensors")
+
+
 def test_restarts_do_not_overwrite_a_model(tmp_path, monkeypatch):
     """A restart goes on from a checkpoint, or starts again where there is nothing; somebody's model stays."""
     args = train.get_args(["--out", str(tmp_path)])

@@ -75,7 +75,10 @@ MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "
 FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights", "workers", "steps", "lr", "warmup",
               "decay", "weight_decay", "grad_clip", "ema", "ema_start", "micro_batch", "checkpointing", "out", "resume",
               "keep", "dtype", "device", "compile", "eval_every", "eval_steps", "eval_images", "save_every",
-              "log_every", "tensorboard")
+              "log_every", "tensorboard", "allow_changes")
+# With --allow_changes. Not those that add or remove networks that train.
+CHANGEABLE_FLAGS = ("data", "size", "aug_scale", "enlarge", "limit", "batch_size", "seed", "w_lpips", "w_kl", "gan_start",
+                    "t_mean", "g_power", "teacher_steps", "t_shift", "eta", "mu")
 
 
 # --linear: does the encoder start as the linear code (encoder.LappedCode), does the decoder start with its transpose?
@@ -141,7 +144,11 @@ def get_args(argv=None):
     known = p.parse_known_args(argv)[0]
     p.set_defaults(**PHASES.get(known.phase, {}))
     p.set_defaults(**PRESETS.get(known.preset, {}))
-    given = model_flags(known.init_from) if known.init_from else {}
+    given = {}
+    if known.init_from and not (known.resume and known.out and checkpoint_files(known.out)):  # compare_flags sees to it
+        given = model_flags(known.init_from)
+    elif known.init_from:
+        given = flags_of_run(known.out)
     p.set_defaults(**given)
     args = p.parse_args(argv)
     check_numbers(args)
@@ -166,6 +173,17 @@ def model_flags(path):
         if starts == parts:
             values["linear"] = name
     return values
+
+
+def flags_of_run(out):
+    """As model_flags, from the newest checkpoint of a run that can be read; {} where none can."""
+    for path in checkpoint_files(out):
+        try:
+            then = map_checkpoint(path)["args"]
+            return {name: then[name] for name in MODEL_FLAGS if name in then}
+        except (*BROKEN_FILE, zipfile.BadZipFile):
+            continue
+    return {}
 
 
 def make_parser(doc, epilog):
@@ -214,6 +232,7 @@ def shared_arguments(p):
     add = run = p.add_argument_group("run").add_argument
     add("--out", metavar="DIR", type=str, help="folder of the run; else named after what is trained")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    add("--allow_changes", action="store_true", help="resume with other images, samples, levels or weights of losses")
     add("--keep", type=int, default=2, help="checkpoints: latest.pt, previous.pt, previous2.pt, ... [%(default)s]")
     add("--device", metavar="NAME", type=str, help="cuda, mps or cpu; else the best there is")
     add("--dtype", type=str, choices=["auto", "float32", "bf16"], default="auto",
@@ -423,13 +442,15 @@ class Run:
     """A run under way: where it logs and saves, and how far it is.
 
     parts    {name: module, optimiser or None}: what a checkpoint holds
+    content  ImageDataset.content of the images, which says whether a resumed run has the same
     done     steps;  skipped  those of them that were not finite
     """
 
-    def __init__(self, args, rank, world, device, log_path, board, parts, done, skipped):
+    def __init__(self, args, rank, world, device, log_path, board, parts, done, skipped, content):
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.log_path, self.board, self.parts = log_path, board, parts
         self.done, self.skipped, self.skipped_in_a_row = done, skipped, 0
+        self.content = content
         self.save_is_due, self.saved = False, done  # saved: steps done at the last save
         self.logged, self.logged_at = done, time.time()  # steps and time at the last line of the log,
         self.evaluating = 0.0  # and the seconds of evaluations since then
@@ -495,7 +516,8 @@ def save_run(run):
                              "saved, the last checkpoint is kept; continue with --resume and a lower --lr")
     run.save_is_due, run.saved = False, run.done
     if run.rank == 0:
-        state = {"step": run.done, "skipped": run.skipped, "args": vars(run.args)}
+        state = {"step": run.done, "skipped": run.skipped, "args": vars(run.args), "content": run.content,
+                 "config": run.parts["ema"].config}
         for name, part in run.parts.items():
             state[name] = None if part is None else part.state_dict()
         save_checkpoint(run.args.out, state, run.args.keep, run.parts["ema"])
@@ -639,12 +661,26 @@ def compare_flags(then, args, rank):
     for name in now:
         if name in then and then[name] != now[name] and name not in ("out", "resume"):
             differ.append(name)
-    refused = [name for name in differ if name not in FREE_FLAGS]
+    free = FREE_FLAGS
+    if args.allow_changes:
+        free += CHANGEABLE_FLAGS
+    refused = [name for name in differ if name not in free]
     if refused:
+        way_out = "use the flags of the first call, or another --out"
+        if set(refused) <= set(CHANGEABLE_FLAGS):
+            way_out += ", or --allow_changes"
         raise ValueError(f"--resume continues a run with{flags(then, refused)}, but{flags(now, refused)} was given: "
-                         "use the flags of the first call, or another --out")
+                         f"{way_out}")
     if differ and rank == 0:
         print(f"resuming with{flags(now, differ)} instead of{flags(then, differ)}", flush=True)
+
+
+def check_content(checkpoint, dataset, args):
+    """ValueError where a run would go on with other images than its checkpoint's, wherever they lie."""
+    then = checkpoint.get("content") if checkpoint else None
+    if then and then != dataset.content() and not args.allow_changes:
+        raise ValueError(f"--resume continues a run on {then}, but --data {args.data} holds {dataset.content()}: give "
+                         "the same images, or --allow_changes")
 
 
 def open_run(args, rank, world):
@@ -695,7 +731,10 @@ def find_run(args, log, rank):
             raise ValueError(f"{best} is of a run that has no checkpoint: move it, or choose another --out")
         return None, []
     checkpoint = load_checkpoint(args.out, rank)
-    compare_flags(checkpoint["args"], args, rank)
+    then = checkpoint["args"]
+    if "content" in checkpoint:  # which says more than the path: check_content
+        then = then | {"data": args.data}
+    compare_flags(then, args, rank)
     step, lines = checkpoint["step"], []
     if os.path.exists(log):
         with open(log) as file:
@@ -815,6 +854,16 @@ def new_model(args):
     return DCSSDAE(args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, window=args.window, c=args.c,
                    a=args.a, b=args.b, lam=args.lam, input_skip=args.input_skip, without=args.without,
                    linear_encoder=linear_encoder, linear_decoder=count if linear_decoder else 0)
+
+
+def first_model(args, checkpoint):
+    """The model that training starts with; of a resumed run one that its checkpoint fits, which needs no other file."""
+    if checkpoint and "config" in checkpoint:
+        return DCSSDAE(**checkpoint["config"])
+    model = DCSSDAE.load(args.init_from) if args.init_from else new_model(args)
+    if args.enc_ckpt:
+        model.load_published(args.enc_ckpt, part="encoder")
+    return model
 
 
 def fit_images(dataset, model, size):
@@ -959,11 +1008,9 @@ def main():
     torch.manual_seed(args.seed)  # initial weights, the same on every rank
 
     # Model
-    model = DCSSDAE.load(args.init_from) if args.init_from else new_model(args)
-    check_size(args.size, model)
     checkpoint, log_path, evaluated = open_run(args, rank, world)
-    if args.enc_ckpt:
-        model.load_published(args.enc_ckpt, part="encoder")
+    model = first_model(args, checkpoint)
+    check_size(args.size, model)
     choose_trained(model.train(), args.phase, args.freeze_enc)  # a loaded one is in evaluation mode
     encoder_trains, norm_trains = trains(model.encoder), trains(model.decoder.norm_z)
     model.decoder.checkpointing = args.checkpointing
@@ -972,6 +1019,7 @@ def main():
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
                            enlarge=args.enlarge)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    check_content(checkpoint, dataset, args)
     if rank == 0:
         print(parts_taken(dataset, val), flush=True)
     model_is_new = not args.init_from and checkpoint is None
@@ -1012,7 +1060,7 @@ def main():
     board = open_board(args, start) if rank == 0 else None
     if rank == 0:
         print_start(args, model, trained, dataset, world, device, dtype)
-    run = Run(args, rank, world, device, log_path, board, parts, start, skipped)
+    run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content())
     local = args.batch_size // world                                            # images of this process
     micro = min(args.micro_batch or local, local)                               # images of a forward pass
     z_shape = model.latent_shape(args.size, args.size)
