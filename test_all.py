@@ -3161,6 +3161,17 @@ def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
     assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
     assert os.stat(tmp_path / "three" / "latents_00001.npy").st_mtime_ns == finished
 
+    whole = np.load(tmp_path / "three" / "latents_00001.npy")
+    for damaged in (whole[:0], np.concatenate([whole, whole]), whole * np.nan, None, "no labels"):
+        if isinstance(damaged, np.ndarray):
+            np.save(tmp_path / "three" / "latents_00001.npy", damaged)
+        elif damaged is None:
+            (tmp_path / "three" / "latents_00001.npy").write_bytes(b"half")
+        else:
+            (tmp_path / "three" / "labels_00001.npy").unlink()
+        run_main(latents, monkeypatch, *common, tmp_path / "three")
+        assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
+
     namespace = {"np": np, "torch": torch, "json": json}
     exec(READER, namespace)  # noqa: S102
     stored = namespace["Latents"](tmp_path / "one")

@@ -134,13 +134,26 @@ def finish_shard(model, dataset, k, what, args, device):
         z, _ = encode_shard(model, dataset, k, what, args, device)
         return len(z), channel_sums(z)
     path = Path(args.out, f"latents_{k:05d}.npy")
-    if path.exists():
-        z = torch.from_numpy(np.load(path))
-    else:
+    labels_path = path.with_name(f"labels_{k:05d}.npy")
+    z = whole_shard(path, labels_path, what) if path.exists() else None
+    if z is None:
         z, labels = encode_shard(model, dataset, k, what, args, device)
-        write_whole(path.with_name(f"labels_{k:05d}.npy"), labels)
+        write_whole(labels_path, labels)
         write_whole(path, z.numpy())  # last: a shard is done where this is
     return len(z), channel_sums(z)
+
+
+def whole_shard(path, labels_path, what):
+    """Latents of a shard of an earlier call, or None, with a warning, where it is to be encoded again: unreadable, empty,
+    of another shape or size, with values that are not finite, or without a label for each image."""
+    try:
+        z, labels = torch.from_numpy(np.load(path)), np.load(labels_path)
+    except (OSError, ValueError, TypeError, EOFError):
+        z, labels = torch.zeros(0), []
+    if 0 < len(z) == len(labels) <= what["shard"] and [*z.shape[1:]] == what["shape"] and z.isfinite().all():
+        return z
+    tqdm.write(f"warning: {path} or its labels are damaged or empty: encoding these images again")
+    return None
 
 
 def finish_all(model, dataset, what, args, rank, world, device):
