@@ -11,10 +11,13 @@ import collections
 import contextlib
 import copy
 import ctypes
+import datetime
 import errno
 import functools
+import hashlib
 import io
 import os
+import socket
 import sys
 import time
 import zlib
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFilter, UnidentifiedImageError
+from tqdm import tqdm
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 NO_IMAGES = ("__MACOSX", "@eaDir")                           # folders that systems fill with copies, beside hidden ones
@@ -351,10 +355,11 @@ class ImageDataset(torch.utils.data.Dataset):
     STAND_INS images in a row, or all, undecodable; a worker returns them in the item's place, and Loader raises them."""
 
     def __init__(self, images, labels, name, size, train, aug_scale=2.0, seed=0, crop="center", split="val",
-                 source=None, classes=()):
+                 source=None, classes=(), enlarge=False):
         self.images, self.labels, self.name, self.size, self.train = images, labels, name, size, train
         self.aug_scale, self.seed, self.crop, self.split = aug_scale, seed, crop, split
         self.source, self.classes = source or name, list(classes)
+        self.enlarge = enlarge                               # crops to more than the file's own pixels, as SSDD does
         self.whole = len(images)                             # of which this may be a subset
         self.skipped = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
 
@@ -367,6 +372,16 @@ class ImageDataset(torch.utils.data.Dataset):
         part.images, part.labels = self.images[i], self.labels[i]
         part.skipped = torch.zeros(len(part.images), dtype=torch.uint8).share_memory_()
         return part
+
+    def content(self):
+        """-> str: the number of images and a hash of their names, relative to the folder: the same wherever that lies."""
+        names = [str(self.name)]
+        if self.images.dtype.kind == "S":
+            ends = [os.path.dirname(self.images[k]) for k in (0, -1)]  # in order: they share what all share
+            root = len(os.path.commonpath(ends))
+            names = [name[root:] for name in self.images.tolist()]
+        digest = hashlib.sha256(b"\0".join(os.fsencode(name) for name in names)).hexdigest()
+        return f"{len(self)} images, names {digest[:16]}"
 
     def described(self):
         """-> str: how many images these are, and of what."""
@@ -403,6 +418,8 @@ class ImageDataset(torch.utils.data.Dataset):
         for j in range(i, i + tried):
             image = self.decode(j % n, int(np.ceil(short)))
             if image is not None:
+                if not self.enlarge:
+                    short = max(self.size, min(short, *image.size))
                 image = (prepare_train(image, self.size, short, u) if self.train
                          else prepare_eval(image, self.size, self.crop))
                 x = np.ascontiguousarray(np.array(image).transpose(2, 0, 1))  # (3, size, size) uint8
@@ -596,10 +613,12 @@ def download(spec, split):
         raise OSError(f"cannot get {spec} into {root} ({reason}): check the network or give an image folder") from error
 
 
-def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="center", split=None):
+def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="center", split=None,
+                 enlarge=False):
     """-> ImageDataset. spec: `demo`, `imagenette`, `cifar10`, or a folder (`./demo` for one of that name) of images at
     any depth: with train/ and val/ (or valid/, validation/, else test/) in it `train` picks, else all images serve both.
-    Training: short side uniform in [size, aug_scale size], random crop, mirror. Evaluation: prepare_eval with `crop`.
+    Training: short side uniform in [size, aug_scale size], random crop, mirror; a short side above the picture's own is
+    cut down to that, unless `enlarge` (SSDD), but never below size. Evaluation: prepare_eval with `crop`.
     `demo` is drawn at `size`, so aug_scale has no effect there. limit: that many images, evenly spread over the set.
     split: train or val, where `train` does not say it: train=False, split="train" puts training images through
     prepare_eval. Labels: cifar10's, or the rank of a file's topmost folder among those of both parts, or -1.
@@ -629,7 +648,7 @@ def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="cen
         names, labels, classes, source = folder_images(folder, split)
         images = np.array([os.fsencode(f) for f in names])   # one block: workers would copy a list, bit by bit
     dataset = ImageDataset(images, np.array(labels), spec, int(size), train, aug_scale, seed, crop, split, source,
-                           classes)
+                           classes, enlarge)
     n = len(dataset)
     return dataset if limit is None or limit >= n else dataset.subset(np.arange(limit) * n // limit)
 
@@ -726,6 +745,7 @@ def setup(device=None):
 
     device  "cuda", "mps" or "cpu"; None: the first that is there. ValueError where there is no such device.
     """
+    refuse_lone_tasks()
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -741,6 +761,14 @@ def setup(device=None):
     if world > 1 and not dist.is_initialized():
         join_processes("nccl" if device.type == "cuda" else "gloo", rank, world)
     return rank, world, device
+
+
+def refuse_lone_tasks():
+    """ValueError under Slurm's srun without torchrun: each of the tasks would take itself for the only process."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
+    if tasks > 1 and "SLURM_PROCID" in os.environ and "RANK" not in os.environ:
+        raise ValueError(f"srun started {tasks} tasks, and each would run alone: start one task a node, and in it the "
+                         "processes: srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ... (docs/training.md)")
 
 
 def best_device():
@@ -772,29 +800,112 @@ def keep_freed_memory(keep):
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
+def default_workers():
+    """-> int: processes that read images, for one of this machine's training processes: half of its share of the
+    processors that it may use."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    share = processors // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(8, share // 2)
+
+
 def guarded(main):
     """Call main(); what the user can mend ends in one sentence and exit code 1, not in a traceback
     (TRACEBACK=1 shows it)."""
     try:
         main()
     except (ValueError, OSError) as error:
+        close_bars()
         if os.environ.get("TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(1)  # the first process says it
-        sys.exit(f"error: {error}")
+        sys.exit(last_words(str(error)))
+    except RuntimeError as error:
+        close_bars()
+        if os.environ.get("TRACEBACK") or not is_lost_connection(error):
+            raise
+        sys.exit(last_words("another process has ended: its own message says why"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def check_at_least_one(args, *names):
-    """ValueError where one of these flags, a number or a list of them, is below 1."""
-    for name in names:
-        value = getattr(args, name)
+def close_bars():
+    """End the lines of progress bars, so that what follows stands on one of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
+def is_lost_connection(error):
+    """Whether gloo says that a process is gone."""
+    return dist.is_initialized() and any(word in str(error) for word in ("gloo", "Connection closed", "Connection reset"))
+
+
+LISTEN = datetime.timedelta(seconds=3)                       # so long for the first process's message
+
+
+def last_words(message):
+    """-> what sys.exit gets. Every process is heard, with its rank and host; but what the first one says too, it says
+    for all, and the others get 1, which is silent."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return f"error: {message}"
+    of_first, key = None, f"error{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    with contextlib.suppress(RuntimeError, OSError, ValueError):  # the store may be gone
+        store = shared_store()
+        if rank == 0:
+            store.set(key, message)
+        else:
+            store.wait([key], LISTEN)
+            of_first = store.get(key).decode()
+    if rank == 0:
+        return f"error: {message}"
+    if of_first == message:
+        return 1
+    return f"error: rank {rank} of {world} on {socket.gethostname()}: {message}"
+
+
+def shared_store():
+    """The processes' key-value store; before they have joined: torchrun's. ValueError where there is none yet."""
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ValueError("no store")
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=LISTEN)
+
+
+INF, MANY = float("inf"), 10**12                             # MANY: more steps or images than anybody has
+# What numeric flags may be, in all programs: (lowest, highest, interval), ( and ) for an end that is itself left out.
+RANGES = {
+    "size": (1, 65536, "[]"), "limit": (1, MANY, "[]"), "workers": (0, 1000, "[]"), "seed": (0, 2**63, "[)"),
+    "aug_scale": (1, 100, "[]"), "batch_size": (1, MANY, "[]"), "micro_batch": (1, MANY, "[]"),
+    "steps": (1, MANY, "[]"), "lr": (0, INF, "()"), "warmup": (0, MANY, "[]"), "decay": (0, 1, "[]"),
+    "weight_decay": (0, INF, "[)"), "grad_clip": (0, INF, "[)"), "ema": (0, 1, "[)"), "ema_start": (0, MANY, "[]"),
+    "enc_width": (0, 100, "(]"), "depth": (0, 1000, "[]"), "window": (1, 1000, "[]"),
+    "a": (0, 1, "()"), "b": (0, INF, "()"), "lam": (0, INF, "()"), "t_mean": (-INF, INF, "()"),
+    "g_power": (0, INF, "()"), "w_kl": (0, INF, "[)"), "w_gan": (0, INF, "[)"), "w_lpips": (0, INF, "[)"),
+    "w_repa": (0, INF, "[)"), "gan_start": (0, MANY, "[]"),
+    "keep": (1, 1000, "[]"), "eval_every": (0, MANY, "[]"), "eval_steps": (1, MANY, "[]"),
+    "eval_images": (1, MANY, "[]"), "save_every": (1, MANY, "[]"), "log_every": (1, MANY, "[]"),
+    "teacher_steps": (1, MANY, "[]"), "t_shift": (0, INF, "()"), "eta": (0, INF, "()"), "mu": (0, 1, "[)"),
+    "tol": (0, INF, "[)"), "calibrate": (1, MANY, "[]"), "shard": (1, MANY, "[]"),
+}
+
+
+def check_numbers(args):
+    """ValueError where a flag that was given, a number or a list of them, is not in its range."""
+    for name, (low, high, interval) in RANGES.items():
+        value = getattr(args, name, None)
         numbers = value if isinstance(value, list) else [value]
-        if min(numbers) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {min(numbers)}")
+        for number in numbers:
+            if number is not None and not lies_within(number, low, high, interval):
+                raise ValueError(f"--{name} {number} is out of range: give a number in "
+                                 f"{interval[0]}{low:g}, {high:g}{interval[1]}")
+
+
+def lies_within(number, low, high, interval):
+    """-> bool. NaN lies nowhere."""
+    is_above = number >= low if interval[0] == "[" else number > low
+    is_below = number <= high if interval[1] == "]" else number < high
+    return is_above and is_below
 
 
 def gathered(value, world):
@@ -818,6 +929,37 @@ def now(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files, written whole or not at all
 
+@contextlib.contextmanager
+def whole(path):
+    """Gives a temporary name, this process's own, that takes the place of `path` in the end, or vanishes where an error
+    comes. OSError where `path` is a device or a pipe, which must not be replaced."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is no ordinary file: give another name")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+@functools.cache                                             # the lock ends with the file object: with this process
+def lock_folder(folder):
+    """Keep other runs out of a folder until this process ends, however it ends. ValueError where there is one."""
+    if os.name != "posix":
+        return None
+    import fcntl
+    file = open(os.path.join(folder, ".lock"), "a")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)     # not flock: workers that outlive a killed run inherit that
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f"another run is writing into {folder}: choose another --out, or wait") from None
+    return file                                              # unlocked where the file system has no locks
+
+
 def save_grid(path, images, pad=2):
     """Write a PNG of rows of images, white between them. images: (R, C, 3, H, W), or a list of R tensors (C, 3, H, W)
     of one H, W; values in [-1, 1], others are clipped. The file appears complete or not at all."""
@@ -828,21 +970,19 @@ def save_grid(path, images, pad=2):
         for c, image in enumerate(row):                      # (H, W, 3)
             y, x = pad + r * (h + pad), pad + c * (w + pad)
             grid[y:y + h, x:x + w] = image
-    temporary = f"{path}.{os.getpid()}.tmp"
-    Image.fromarray(grid).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        Image.fromarray(grid).save(temporary, format="PNG")
 
 
 def write_whole(path, data):
     """Text, or an array as .npy, into `path`: whole and on the disk, or not at all."""
-    with open(f"{path}.tmp", "wb") as file:
+    with whole(path) as temporary, open(temporary, "wb") as file:
         if isinstance(data, str):
             file.write(data.encode())
         else:
             np.save(file, data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
 
 
 def main():
@@ -852,13 +992,14 @@ def main():
     parser.add_argument("--split", default="train", choices=list(SPLITS), help="train: as augmented for training")
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--aug_scale", type=float, default=2.0, help="largest random enlargement in training")
+    parser.add_argument("--enlarge", action="store_true", help="in training, beyond a picture's own pixels too")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the crops")
     parser.add_argument("--rows", type=int, default=8, help="rows and columns of the grid")
     parser.add_argument("--out", default="grid.png", help="PNG to write")
     args = parser.parse_args()
     try:
         train, count = args.split == "train", max(1, args.rows) ** 2
-        dataset = make_dataset(args.data, args.size, train, args.aug_scale, args.seed)
+        dataset = make_dataset(args.data, args.size, train, args.aug_scale, args.seed, enlarge=args.enlarge)
         x, _ = next(iter(make_loader(dataset, count, train, seed=args.seed)))
         save_grid(args.out, x.split(max(1, args.rows)))
     except (OSError, ValueError) as error:

@@ -14,18 +14,17 @@ import os
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
-from data import guarded, make_dataset, make_loader, parts_taken, setup
+from data import check_numbers, guarded, make_dataset, make_loader, parts_taken, setup
 from evaluate import evaluate, print_table, write_results
 from losses import EqM
 from model import DCSSDAE, check_size
 from sampler import image_noise
 
-from train import (VALIDATION_BATCH, Run, append_log, autocast, check_shared, data_parallel, draw,  # isort: skip
-                   finish_step, make_optimizer, make_parser, matching, open_board, open_run, perceptual_losses,
-                   pick_dtype, restore, set_learning_rate, shared_arguments, skip_step, summed, training_batches,
-                   update_ema)
+from train import (VALIDATION_BATCH, Run, append_log, autocast, check_content, check_shared, clip_gradients,  # isort: skip
+                   data_parallel, draw, finish_step, make_optimizer, make_parser, matching, next_batch, open_board, open_run,
+                   perceptual_losses, pick_dtype, restore, set_learning_rate, shared_arguments, skip_step, summed,
+                   training_batches, update_ema)
 
 
 def get_args(argv=None):
@@ -40,7 +39,12 @@ def get_args(argv=None):
     shared_arguments(p)
     p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000)
     args = p.parse_args(argv)
-    args.out = args.out or os.path.dirname(os.path.abspath(args.ckpt)) + "_distilled"
+    check_numbers(args)
+    if not args.out:
+        folder = os.path.dirname(os.path.abspath(args.ckpt))
+        if args.ckpt.startswith("hf://"):
+            folder = os.path.join("runs", os.path.basename(folder))
+        args.out = f"{folder}_distilled"
     return args
 
 
@@ -106,8 +110,10 @@ def main():
 
     # Data, student, objective, optimiser
     checkpoint, log_path, _ = open_run(args, rank, world)
-    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
+    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
+                           enlarge=args.enlarge)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    check_content(checkpoint, dataset, args)
     if rank == 0:
         print(parts_taken(dataset, val), flush=True)
     lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank)
@@ -126,17 +132,18 @@ def main():
     # The run
     parts = {"model": student, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer}
     start, skipped = restore(parts, checkpoint)
+    del checkpoint
     parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start)
     board = open_board(args, start) if rank == 0 else None
-    run = Run(args, rank, world, device, log_path, board, parts, start, skipped)
+    run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content())
     local = args.batch_size // world                                            # images of this process
     z_shape = teacher.latent_shape(args.size, args.size)
 
     for step in range(start, args.steps):
         # Draw
         set_learning_rate(optimizer, step, args)
-        x, index = next(batches)
+        x, index = next_batch(run, batches)
         x = x.to(device, memory_format=torch.channels_last, non_blocking=True)  # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
         e, eps, _ = draw(args.seed, step, rows, x.shape[1:], z_shape, device)
@@ -150,7 +157,7 @@ def main():
             terms = parallel(z, e, target)
         terms["loss"] = sum(weights[name] * term for name, term in terms.items())
         terms["loss"].backward()
-        norm = clip_grad_norm_(trained, args.grad_clip).item()
+        norm = clip_gradients(trained, args).item()
 
         # One small sum over the processes: loss terms, and whether anybody was asked to stop
         shared = [term.detach().float() for term in terms.values()]

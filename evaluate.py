@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import DCSSDAE, check_size
+from model import DCSSDAE, check_size, folder_beside
 from sampler import image_noise, seeded_generator
 
-from data import (LARGEST_KEPT, check_at_least_one, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
+from data import (LARGEST_KEPT, check_numbers, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
                   make_loader, now, read_image, save_grid, setup, write_whole)
 from fid import (UNBIASED_FROM, Statistics, cache_files, check_metrics, distance_between, load_cached,  # isort: skip
                  load_networks, metric_arguments, metric_of, save_cached)
@@ -387,7 +387,7 @@ def parse_arguments():
     add("--t_shift", type=float, help="FM: exponent of the time grid; default: the sampler's")
     metric_arguments(parser)
     args = parser.parse_args()
-    check_at_least_one(args, "batch_size", "steps")
+    check_numbers(args)
     check_metrics(args)
     return args
 
@@ -450,7 +450,7 @@ def main():
     rank, world, device = setup(args.device)
     model, size = load_model(args, device)
     options = sampler_options(args, model.config["loss"])
-    out = Path(args.out or Path(args.ckpt).parent)
+    out = Path(args.out or folder_beside(args.ckpt))
     if args.images:
         if rank == 0:
             reconstruct_images(model, args, options, device, out)

@@ -843,10 +843,18 @@ class DCSSDAE(nn.Module):
 
     def save(self, path):
         """Write weights and configuration to one .safetensors file, through a temporary name: never half a file under
-        `path`."""
+        `path`. OSError, SafetensorError: it cannot be written, or is a device or a pipe."""
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(f"{path} is no ordinary file: give another name")
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(state, f"{path}.tmp", metadata={"format": str(FORMAT), "config": json.dumps(self.config)})
-        os.replace(f"{path}.tmp", path)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        try:
+            save_file(state, temporary, metadata={"format": str(FORMAT), "config": json.dumps(self.config)})
+            os.chmod(temporary, 0o666 & ~umask())  # safetensors makes files that only their owner reads
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -1034,6 +1042,13 @@ def fitted(config, state, path, part, saved):
     return config, checked(own, state, path, part)
 
 
+def umask():
+    """The permissions that this process withholds from new files."""
+    found = os.umask(0)  # there is no way to read it alone
+    os.umask(found)
+    return found
+
+
 def pad_to_multiple(x, unit):
     """x (..., H, W) enlarged at the bottom and right by reflection to multiples of unit; any H, W >= 1."""
     for dim in (-2, -1):
@@ -1050,6 +1065,11 @@ def check_size(size, model):
         raise ValueError(f"--size {size} is not a multiple of {unit}, "
                          f"which {model.config['enc']} and the decoder need: "
                          f"take {max(1, size // unit) * unit} or {(size // unit + 1) * unit}")
+
+
+def folder_beside(path):
+    """Where the results about a weight file go by default: its folder; the current one for an hf:// address."""
+    return "." if str(path).startswith("hf://") else os.path.dirname(path) or "."
 
 
 def local_file(path):

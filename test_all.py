@@ -46,6 +46,7 @@ import distill
 import evaluate
 import fid
 import losses
+import model as model_module
 import sampler
 import train
 from encoder import DiagonalGaussian, LappedCode, lapped_basis, make_encoder, parse_name
@@ -60,6 +61,7 @@ from model import (
     UViT,
     WindowAttention,
     Windows,
+    folder_beside,
     local_file,
     our_names,
     pad_to_multiple,
@@ -1590,6 +1592,39 @@ def test_training_crops(tmp_path):
     assert all(abs(pixels(one[(e, 0)][0])[:, 0, 1].mean() - 127.5) < 1 for e in range(5))
 
 
+def test_training_crops_end_at_the_pictures_own_pixels(tmp_path, monkeypatch):
+    folder_of(tmp_path, 1, (80, 60))
+    shorts, prepare = [], data.prepare_train
+    monkeypatch.setattr(data, "prepare_train", lambda image, size, short, u: (shorts.append(short),
+                                                                              prepare(image, size, short, u))[1])
+    for size, enlarge, low, high in ((40, False, 40, 60), (40, True, 60, 80), (64, False, 64, 64), (64, True, 64, 128)):
+        shorts.clear()
+        dataset = data.make_dataset(str(tmp_path), size, True, enlarge=enlarge)
+        for epoch in range(60):
+            dataset[(epoch, 0)]
+        assert min(shorts) >= size and max(shorts) <= (2 * size if enlarge else max(size, 60))
+        assert low <= max(shorts) <= high
+        assert enlarge or size > 60 or 10 < shorts.count(60) < 50  # half of the draws lie above
+
+
+def test_default_workers_share_the_processors(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)), raising=False)
+    assert data.default_workers() == 8
+    for processes, workers in ((2, 6), (4, 3), (24, 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert data.default_workers() == workers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    assert data.default_workers() == 0
+
+
+def test_bf16_only_where_the_gpu_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    for capability, dtype in (((7, 5), None), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert train.pick_dtype("auto", torch.device("cuda")) is dtype
+        assert train.pick_dtype("bf16", torch.device("cuda")) is torch.bfloat16
+
+
 @pytest.mark.parametrize("w,h", [(301, 200), (97, 330), (64, 64), (20, 33), (500, 129), (31, 30)])
 def test_prepare_eval_against_references(w, h):
     image, size = photo(w, h), 32
@@ -2727,6 +2762,39 @@ def test_bad_input_to_train(tmp_path, flags, words):
     assert words in output.strip().splitlines()[-1]
 
 
+def test_numbers_out_of_range_are_refused_by_every_program(monkeypatch, checkpoint):
+    """Before anything is read or written: NaN, infinity, and what lies beyond an end."""
+    given = vars(train.get_args([])) | vars(distill.get_args(["--ckpt", "f"]))
+    for name, value in given.items():
+        is_number = isinstance(value, int | float | list) and not isinstance(value, bool) and name != "without"
+        assert not is_number or name in data.RANGES, f"--{name} has no range"
+    for name, (low, high, _) in data.RANGES.items():
+        for program, first in ((train, []), (distill, ["--ckpt", "f"])):
+            if name not in vars(program.get_args(first)):
+                continue
+            whole = abs(high) in (1000, 65536, data.MANY, 2**63)
+            for bad in [str(low - 1)] if whole else ["nan", "inf", str(low - 1) if low > -math.inf else "-inf"]:
+                with pytest.raises(ValueError, match=rf"--{name} \S+ is out of range: give a number in"):
+                    program.get_args([*first, f"--{name}={bad}"])
+    for flag in (["--keep", "1000000000"], ["--eval_steps", "1", "0"], ["--ema", "1"], ["--mu", "1"]):
+        with pytest.raises(ValueError, match=rf"{flag[0]} {flag[-1]}\S* is out of range"):
+            program = distill if flag[0] == "--mu" else train
+            program.get_args([*(["--ckpt", "f"] if program is distill else []), *flag])
+    for flag in (["--mu", 1], ["--eta", "nan"], ["--tol", -1], ["--steps", 1, 0], ["--limit", 0], ["--seed", -1]):
+        assert f"{flag[0]} {flag[-1]}" in sentence(evaluate, monkeypatch, "--ckpt", checkpoint, *flag)
+    for number, inside in ((0, False), (1e-9, True), (1, True), (1.1, False), (math.nan, False)):
+        assert data.lies_within(number, 0, 1, "(]") == inside
+
+
+def test_grad_clip_0_is_no_limit():
+    layer = nn.Linear(3, 3)
+    layer.weight.grad, layer.bias.grad = torch.full((3, 3), 100.0), torch.zeros(3)
+    norm = train.clip_gradients(layer.parameters(), types.SimpleNamespace(grad_clip=0.0))
+    assert norm == 300 and (layer.weight.grad == 100).all()
+    train.clip_gradients(layer.parameters(), types.SimpleNamespace(grad_clip=3.0))
+    assert torch.allclose(layer.weight.grad, torch.ones(3, 3))
+
+
 def test_bad_files_and_folders(tmp_path, trained):
     empty, images = tmp_path / "empty", tmp_path / "images"
     empty.mkdir(), images.mkdir()
@@ -3067,7 +3135,7 @@ def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
     assert "unrecognized arguments: --eta" in capsys.readouterr().err
     folder_of(tmp_path / "one", 1)
     assert "at least 2 images" in sentence(sweep, monkeypatch, *common, "--data", tmp_path / "one")
-    assert "at least 1" in sentence(sweep, monkeypatch, *common, "--calibrate", 0)
+    assert "--calibrate 0 is out of range" in sentence(sweep, monkeypatch, *common, "--calibrate", 0)
     monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
     assert "matplotlib" in sentence(sweep, monkeypatch, *common, "--plot")
 
@@ -3174,6 +3242,17 @@ def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
     assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
     assert os.stat(tmp_path / "three" / "latents_00001.npy").st_mtime_ns == finished
 
+    whole = np.load(tmp_path / "three" / "latents_00001.npy")
+    for damaged in (whole[:0], np.concatenate([whole, whole]), whole * np.nan, None, "no labels"):
+        if isinstance(damaged, np.ndarray):
+            np.save(tmp_path / "three" / "latents_00001.npy", damaged)
+        elif damaged is None:
+            (tmp_path / "three" / "latents_00001.npy").write_bytes(b"half")
+        else:
+            (tmp_path / "three" / "labels_00001.npy").unlink()
+        run_main(latents, monkeypatch, *common, tmp_path / "three")
+        assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
+
     namespace = {"np": np, "torch": torch, "json": json}
     exec(READER, namespace)  # noqa: S102
     stored = namespace["Latents"](tmp_path / "one")
@@ -3216,7 +3295,7 @@ def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, mon
     large = types.SimpleNamespace(mode=lambda: torch.full((3, 4, 4, 4), 7e4))
     monkeypatch.setattr(DCSSDAE, "encode", lambda self, x: large)
     assert "float16 ends at 65504" in sentence(latents, monkeypatch, *common, tmp_path / "large")
-    assert os.listdir(tmp_path / "large") == ["manifest.json"]
+    assert sorted(os.listdir(tmp_path / "large")) in ([".lock", "manifest.json"], ["manifest.json"])
     assert "--out" in sentence(latents, monkeypatch, "--ckpt", checkpoint)  # nothing to do
 
 
@@ -3627,14 +3706,53 @@ def test_a_bad_step_of_one_rank_is_skipped_on_all(tmp_path):
 
 
 def test_an_infinite_loss_with_finite_gradients_skips_the_step(tmp_path, monkeypatch):
-    """KL may overflow where the encoder is frozen: no gradient shows it."""
-    monkeypatch.setattr(train, "kl_loss", lambda posterior: torch.tensor(float("inf")))
+    """KL may overflow where the encoder is frozen: no gradient shows it. Nothing is saved before a good step."""
+    values, saves = iter([math.inf, math.inf, 0.0]), []
+    monkeypatch.setattr(train, "kl_loss", lambda posterior: torch.tensor(next(values)))
+    save = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda out, state, *a: (saves.append(state["step"]),
+                                                                          save(out, state, *a)))
     DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1).save(tmp_path / "m.safetensors")
-    run_main(train, monkeypatch, *SMALL, "--init_from", tmp_path / "m.safetensors", "--freeze_enc", "--steps", 2,
-             "--out", tmp_path / "r")
-    assert (
-        load_checkpoint(tmp_path / "r")["optimizer"]["state"] == {} and load_checkpoint(tmp_path / "r")["skipped"] == 2
-    )
+    run_main(train, monkeypatch, *SMALL, "--init_from", tmp_path / "m.safetensors", "--freeze_enc", "--steps", 3,
+             "--save_every", 1, "--out", tmp_path / "r")
+    state = load_checkpoint(tmp_path / "r")
+    assert state["optimizer"]["state"][0]["step"] == 1 and state["skipped"] == 2 and saves == [3]
+
+
+def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch):
+    """Skipped steps, weights that are not finite, weights that are finite and ruined."""
+    good = tmp_path / "r"
+    command = [*SMALL, "--warmup", 0, "--eval_every", 1, "--save_every", 1, "--out", good, "--resume"]
+    run_main(train, monkeypatch, *command[:-1], "--steps", 2)
+    kept = {name: (good / name).read_bytes() for name in ("latest.pt", "previous.pt", "model.safetensors")}
+    best = DCSSDAE.load(good / "best.safetensors")
+    rows = [line["eval"][-1] for line in lines_of(good / "log.jsonl") if "eval" in line]
+    note = best.config["notes"]["best"]
+    assert note["psnr"] == max(row["psnr"] for row in rows) and note["images"] == 4 and note["decoding_steps"] == 1
+
+    def unchanged():
+        return all((good / name).read_bytes() == content for name, content in kept.items())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "kl_loss", lambda posterior: torch.tensor(math.nan))
+        with pytest.raises(ValueError, match=r"the last 2 steps were skipped.*last checkpoint is kept"):
+            run_main(train, patch, *command, "--steps", 4)
+    assert unchanged()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_ema", lambda ema, *a: ema.decoder.conv_out.bias.fill_(math.nan))
+        with pytest.raises(ValueError, match=r"after step 3 the weights of the part 'ema' are not finite"):
+            run_main(train, patch, *command, "--steps", 4)
+    assert unchanged()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_ema", lambda ema, *a: [p.fill_(9.0) for p in ema.parameters()])
+        run_main(train, patch, *command, "--steps", 3)
+    assert not unchanged()
+    after = DCSSDAE.load(good / "best.safetensors")
+    assert after.config == best.config
+    assert all(torch.equal(a, b) for a, b in zip(after.state_dict().values(), best.state_dict().values()))
+    (good / "latest.pt").unlink(), (good / "previous.pt").unlink(), (good / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"best.safetensors is of a run that has no checkpoint"):
+        run_main(train, monkeypatch, *command[:-1], "--steps", 2)
 
 
 def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path):
@@ -3684,6 +3802,29 @@ def test_what_each_phase_trains(tmp_path, monkeypatch):
             assert (latents is None) == (phase < 3)  # statistics of latents that have changed are dropped
 
 
+def test_checkpointing_works_on_a_loaded_model(tmp_path, monkeypatch):
+    """--init_from gives a model in evaluation mode, which would compute without it."""
+    calls = []
+    monkeypatch.setattr(model_module, "checkpoint", lambda block, *a, **kw: (calls.append(block), block(*a))[1])
+    DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1).save(tmp_path / "m.safetensors")
+    run_main(train, monkeypatch, *SMALL, "--init_from", tmp_path / "m.safetensors", "--checkpointing", "--steps", 1,
+             "--out", tmp_path / "r")
+    assert calls
+
+
+def test_a_checkpoint_is_mapped_and_its_checksums_count(tmp_path):
+    """Maps of the file, not copies; a flipped bit in the midst of the weights is still seen."""
+    save_checkpoint(tmp_path, {"step": 1, "weights": torch.ones(100_000)})
+    save_checkpoint(tmp_path, {"step": 2, "weights": torch.ones(100_000)})
+    if os.path.exists("/proc/self/maps"):
+        state = load_checkpoint(tmp_path)
+        assert "latest.pt" in Path("/proc/self/maps").read_text() and state["weights"].sum() == 100_000
+    content = bytearray((tmp_path / "latest.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "latest.pt").write_bytes(content)
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
 def test_phase_defaults_and_refusals(tmp_path):
     start = tmp_path / "m.safetensors"
     DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1).save(start)
@@ -3724,6 +3865,173 @@ def test_resuming_with_other_flags_lists_them(tmp_path, capsys):
         ValueError, match="run with --phase None --c linear --size 128, but --phase 1 --c trunc --size 64 was given"
     ):
         train.open_run(other, 0, 1)
+
+
+@pytest.mark.parametrize("module", [train, distill])
+def test_a_run_that_loses_its_data_saves_first(tmp_path, monkeypatch, module):
+    draw, flags = module.next_batch, [*SMALL, "--save_every", 100, "--eval_every", 0]
+    if module is distill:
+        DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0}).save(tmp_path / "t.safetensors")
+        flags = ["--ckpt", tmp_path / "t.safetensors", "--teacher_steps", 2, "--batch_size", 4, "--eval_images", 4,
+                 "--device", "cpu", "--dtype", "float32", "--workers", 0]
+
+    def batches_until_step_2(run, batches):
+        def lost():
+            raise OSError(errno.ESTALE, "Stale file handle")
+            yield
+        return draw(run, batches if run.done < 2 else lost())
+
+    monkeypatch.setattr(module, "next_batch", batches_until_step_2)
+    with pytest.raises(OSError, match="Stale"):
+        run_main(module, monkeypatch, *flags, "--steps", 5, "--out", tmp_path / "r")
+    assert load_checkpoint(tmp_path / "r")["step"] == 2 and (tmp_path / "r" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks are POSIX's")
+def test_signals_that_save_and_end(monkeypatch):
+    before = {s: signal.getsignal(s) for s in train.stop_signals()}
+    try:
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            stop = train.StopSignal()
+            os.kill(os.getpid(), s)
+            assert stop.received == s
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)         # as nohup does
+        stop = train.StopSignal()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == 0
+        train.ignore_stop(0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+LOCKING = """import sys, time
+sys.path.insert(0, {here!r})
+import data
+data.lock_folder(sys.argv[1])
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks are POSIX's")
+def test_two_runs_into_one_folder(tmp_path):
+    """Refused while the first lives, and not a moment longer, even if it is killed."""
+    out = tmp_path / "r"
+    out.mkdir()
+    args = train.get_args(["--out", str(out)])
+    with subprocess.Popen([sys.executable, "-c", LOCKING.format(here=HERE), out], stdout=subprocess.PIPE,
+                          text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another run is writing into"):
+            train.open_run(args, 0, 1)
+        other.kill()
+    assert train.open_run(args, 0, 1)[0] is None
+    assert train.open_run(args, 0, 1)[0] is None  # the same process, again
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions and pipes are POSIX's")
+def test_files_have_the_permissions_of_others_and_pipes_stay(tmp_path):
+    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1)
+    before = os.umask(0o027)
+    try:
+        model.save(tmp_path / "m.safetensors")
+        data.write_whole(tmp_path / "m.json", "{}")
+        save_checkpoint(tmp_path, {"step": 1})
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {"0o640"}
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (model.save, functools.partial(data.write_whole, data="x"),
+                  functools.partial(data.save_grid, images=[torch.zeros(1, 3, 8, 8)])):
+        with pytest.raises(OSError, match="pipe is no ordinary file"):
+            write(pipe)
+    assert pipe.is_fifo() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_address_of_the_hub_is_no_folder():
+    assert distill.get_args(["--ckpt", "hf://owner/repo/m.safetensors"]).out == os.path.join("runs", "repo_distilled")
+    assert folder_beside("hf://owner/repo/m.safetensors") == "." == folder_beside("m.safetensors")
+    assert folder_beside("runs/a/m.safetensors") == "runs/a"
+
+
+def test_srun_without_torchrun_is_refused(monkeypatch):
+    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    data.setup("cpu")  # in a job, and not started by srun
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(ValueError, match=r"srun started 8 tasks.*srun --ntasks-per-node=1 torchrun"):
+        data.setup("cpu")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    data.setup("cpu")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("RANK", "0")
+    data.setup("cpu")
+
+
+class Store(dict):
+    """The processes' store, without processes."""
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def wait(self, keys, timeout):
+        if keys[0] not in self:
+            raise RuntimeError("timeout")
+
+    def get(self, key):
+        return self[key]
+
+
+def test_errors_are_heard_from_every_rank(monkeypatch, capsys):
+    """With rank and host, but only once where the first process says the same; on a line of its own."""
+    store = Store()
+    monkeypatch.setattr(data, "shared_store", lambda: store)
+
+    def end(rank, message, error=ValueError):
+        def main():
+            bar = data.tqdm(total=3)
+            bar.update()
+            raise error(message)
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as stop:
+            data.guarded(main)
+        assert capsys.readouterr().err.endswith("\n")
+        return stop.value.code
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    here = socket.gethostname()
+    assert end(3, "no folder /data", OSError) == f"error: rank 3 of 4 on {here}: no folder /data"
+    assert end(0, "--size 3 is wrong") == "error: --size 3 is wrong"
+    assert end(1, "--size 3 is wrong") == 1
+    assert end(2, "no folder /data") == f"error: rank 2 of 4 on {here}: no folder /data"
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(data.dist, "destroy_process_group", lambda: None)
+    assert "another process has ended" in end(0, "[gloo/transport] Connection closed by peer", RuntimeError)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert end(0, "no folder /data") == "error: no folder /data"
+
+
+def test_resuming_depends_on_content_not_on_paths(tmp_path, monkeypatch):
+    """The same images elsewhere, and no --init_from file any more; other images only with a flag that says so."""
+    for name, n in (("here", 6), ("there", 6), ("other", 7)):
+        folder_of(tmp_path / name, n)
+    DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1).save(tmp_path / "m.safetensors")
+    flags = [*SMALL, "--init_from", tmp_path / "m.safetensors", "--out", tmp_path / "r"]
+    run_main(train, monkeypatch, *flags, "--data", tmp_path / "here", "--steps", 1)
+    (tmp_path / "m.safetensors").unlink()
+    run_main(train, monkeypatch, *flags, "--data", tmp_path / "there", "--steps", 2, "--resume")
+    for change, words in ((["--data", tmp_path / "other"], r"a run on 6 images.*other holds 7 images"),
+                          (["--data", tmp_path / "here", "--w_kl", 1], r"--w_kl 1.0 was given.*--allow_changes")):
+        with pytest.raises(ValueError, match=words):
+            run_main(train, monkeypatch, *flags, *change, "--steps", 3, "--resume")
+    run_main(train, monkeypatch, *flags, "--data", tmp_path / "other", "--w_kl", 1, "--steps", 3, "--resume",
+             "--allow_changes")
+    assert load_checkpoint(tmp_path / "r")["step"] == 3 and DCSSDAE.load(tmp_path / "r" / "model.safetensors")
 
 
 def test_restarts_do_not_overwrite_a_model(tmp_path, monkeypatch):

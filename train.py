@@ -7,8 +7,8 @@
 The objective is SSDD's (arXiv 2510.04961): FM or EqM + 0.5 LPIPS + 0.25 REPA + 1e-6 KL. Everything random - data order,
 crops, noise, times, posterior draws - is a function of (seed, step, sample), so a run does not depend on processes,
 micro-batches or interruptions.
-Writes to --out: model.safetensors (EMA weights), latest.pt and previous.pt (to resume), log.jsonl, reconstructions.png,
-metrics.json.
+Writes to --out: model.safetensors (EMA weights), best.safetensors (those of the evaluation with the highest one-step
+PSNR), latest.pt and previous.pt (to resume), log.jsonl, reconstructions.png, metrics.json.
 """
 import argparse
 import atexit
@@ -23,26 +23,30 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import (
-    check_at_least_one,
+    check_numbers,
+    default_workers,
     gathered,
     guarded,
+    lock_folder,
     make_dataset,
     make_loader,
     parts_taken,
     setup,
+    write_whole,
 )
 from encoder import parse_name
-from evaluate import evaluate, print_table, write_results
+from evaluate import REFERENCES, evaluate, print_table, write_results
 from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, check_size, local_file
 from sampler import seeded_generator
 
@@ -71,7 +75,10 @@ MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "
 FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights", "workers", "steps", "lr", "warmup",
               "decay", "weight_decay", "grad_clip", "ema", "ema_start", "micro_batch", "checkpointing", "out", "resume",
               "keep", "dtype", "device", "compile", "eval_every", "eval_steps", "eval_images", "save_every",
-              "log_every", "tensorboard")
+              "log_every", "tensorboard", "allow_changes")
+# With --allow_changes. Not those that add or remove networks that train.
+CHANGEABLE_FLAGS = ("data", "size", "aug_scale", "enlarge", "limit", "batch_size", "seed", "w_lpips", "w_kl", "gan_start",
+                    "t_mean", "g_power", "teacher_steps", "t_shift", "eta", "mu")
 
 
 # --linear: does the encoder start as the linear code (encoder.LappedCode), does the decoder start with its transpose?
@@ -137,9 +144,14 @@ def get_args(argv=None):
     known = p.parse_known_args(argv)[0]
     p.set_defaults(**PHASES.get(known.phase, {}))
     p.set_defaults(**PRESETS.get(known.preset, {}))
-    given = model_flags(known.init_from) if known.init_from else {}
+    given = {}
+    if known.init_from and not (known.resume and known.out and checkpoint_files(known.out)):  # compare_flags sees to it
+        given = model_flags(known.init_from)
+    elif known.init_from:
+        given = flags_of_run(known.out)
     p.set_defaults(**given)
     args = p.parse_args(argv)
+    check_numbers(args)
     differ = [name for name in given if given[name] != getattr(args, name)]
     if differ:
         raise ValueError(f"--init_from {args.init_from} holds a model with{flags(given, differ)}, "
@@ -163,6 +175,17 @@ def model_flags(path):
     return values
 
 
+def flags_of_run(out):
+    """As model_flags, from the newest checkpoint of a run that can be read; {} where none can."""
+    for path in checkpoint_files(out):
+        try:
+            then = map_checkpoint(path)["args"]
+            return {name: then[name] for name in MODEL_FLAGS if name in then}
+        except (*BROKEN_FILE, zipfile.BadZipFile):
+            continue
+    return {}
+
+
 def make_parser(doc, epilog):
     formatter = functools.partial(argparse.MetavarTypeHelpFormatter, max_help_position=26)  # float, int: not the name
     return argparse.ArgumentParser(description=doc.split("\n\n")[0], epilog=epilog, usage="%(prog)s [flags]",
@@ -183,8 +206,10 @@ def shared_arguments(p):
     add("--size", type=int, default=128, help="crop, pixels a side: a multiple of 8 and the encoder's f [%(default)s]")
     add("--aug_scale", type=float, default=2.0,
         help="random resize of the short side in [size, size * aug_scale] before the crop [%(default)s]")
+    add("--enlarge", action="store_true", help="resize beyond a picture's own pixels too, as SSDD does; else its short "
+        "side is the limit")
     add("--limit", type=int, help="use only N training images, evenly spread over the set")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+    add("--workers", type=int, default=default_workers(),
         help="data loading processes per training process [%(default)s]")
 
     add = p.add_argument_group("losses in the features of pretrained networks").add_argument
@@ -200,13 +225,14 @@ def shared_arguments(p):
     add("--warmup", type=int, default=1000, help="steps of linear warm-up [%(default)s]")
     add("--decay", type=float, default=0.0, help="last fraction of the steps, in which lr falls to 0 [%(default)s]")
     add("--weight_decay", type=float, default=1e-3, help="AdamW's weight decay [%(default)s]")
-    add("--grad_clip", type=float, default=1.0, help="largest gradient norm [%(default)s]")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: no limit [%(default)s]")
     add("--ema", type=float, default=0.999, help="decay of the weights' average, which is what is saved [%(default)s]")
     add("--ema_start", type=int, default=0, help="until then the average is the weights themselves [%(default)s]")
 
     add = run = p.add_argument_group("run").add_argument
     add("--out", metavar="DIR", type=str, help="folder of the run; else named after what is trained")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    add("--allow_changes", action="store_true", help="resume with other images, samples, levels or weights of losses")
     add("--keep", type=int, default=2, help="checkpoints: latest.pt, previous.pt, previous2.pt, ... [%(default)s]")
     add("--device", metavar="NAME", type=str, help="cuda, mps or cpu; else the best there is")
     add("--dtype", type=str, choices=["auto", "float32", "bf16"], default="auto",
@@ -229,10 +255,6 @@ def check_args(args):
         raise ValueError("--no-input_skip needs --linear off or encoder: a linear decoder is part of the input skip")
     if args.w_gan and args.size < 24:
         raise ValueError(f"--w_gan needs images of at least 24 px, got --size {args.size}")
-    if args.g_power <= 0:
-        raise ValueError(f"--g_power must be positive, got {args.g_power}")
-    if args.micro_batch is not None and args.micro_batch < 1:
-        raise ValueError(f"--micro_batch must be at least 1, got {args.micro_batch}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,18 +262,16 @@ def check_args(args):
 
 def check_shared(args, world):
     """Complaints about the flags of shared_arguments."""
-    if args.batch_size < 1 or args.batch_size % world:
-        raise ValueError(f"--batch_size {args.batch_size} must be a positive multiple of the {world} processes")
-    check_at_least_one(args, "steps", "log_every", "save_every", "eval_images", "keep")
-    if not (0 <= args.ema < 1 and 0 <= args.decay <= 1):
-        raise ValueError(f"--ema must lie in [0, 1) and --decay in [0, 1], got {args.ema} and {args.decay}")
+    if args.batch_size % world:
+        raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {world} processes")
 
 
 def pick_dtype(name, device):
     """torch.bfloat16 or None (float32, no autocast)."""
     if name == "auto":
         if device.type == "cuda":
-            is_fast = torch.cuda.is_bf16_supported()
+            # Older GPUs say that they support it, too, and emulate it slowly.
+            is_fast = torch.cuda.is_bf16_supported() and torch.cuda.get_device_capability(device) >= (8, 0)
         else:
             is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         name = "bf16" if is_fast else "float32"
@@ -317,8 +337,19 @@ def training_batches(args, dataset, rank, world, start):
 
 
 def ignore_stop(worker):
-    for s in (signal.SIGINT, signal.SIGTERM):
+    for s in stop_signals():
         signal.signal(s, signal.SIG_IGN)
+
+
+def stop_signals():
+    """What asks a run to save and end: Ctrl-C, schedulers' warnings, a lost terminal unless nohup was told to ignore
+    it."""
+    asked = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGUSR1"):
+        asked.append(signal.SIGUSR1)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        asked.append(signal.SIGHUP)
+    return asked
 
 
 def kill_workers():
@@ -365,6 +396,11 @@ def matching(field, eqm, x, e, z, s):
     return {"eqm": eqm_loss(f, x, e, s, eqm)}, eqm.predict_x(x_g, f.float(), s), tokens
 
 
+def clip_gradients(parameters, args):
+    """Shorten the gradients to --grad_clip. -> their norm before, a number on the device."""
+    return clip_grad_norm_(parameters, args.grad_clip or math.inf)
+
+
 def set_learning_rate(optimizer, step, args):
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_factor(step, args)
@@ -406,13 +442,16 @@ class Run:
     """A run under way: where it logs and saves, and how far it is.
 
     parts    {name: module, optimiser or None}: what a checkpoint holds
+    content  ImageDataset.content of the images, which says whether a resumed run has the same
     done     steps;  skipped  those of them that were not finite
     """
 
-    def __init__(self, args, rank, world, device, log_path, board, parts, done, skipped):
+    def __init__(self, args, rank, world, device, log_path, board, parts, done, skipped, content):
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.log_path, self.board, self.parts = log_path, board, parts
         self.done, self.skipped, self.skipped_in_a_row = done, skipped, 0
+        self.content = content
+        self.save_is_due, self.saved = False, done  # saved: steps done at the last save
         self.logged, self.logged_at = done, time.time()  # steps and time at the last line of the log,
         self.evaluating = 0.0  # and the seconds of evaluations since then
         self.stop = StopSignal()
@@ -424,8 +463,12 @@ def restore(parts, checkpoint):
     if checkpoint is None:
         return 0, 0
     for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(checkpoint[name])
+        if part is None:
+            continue
+        state = checkpoint[name]
+        if isinstance(part, torch.optim.Optimizer):
+            state = copy.deepcopy(state)  # it keeps the tensors that it is given, here maps of the file
+        part.load_state_dict(state)
     return checkpoint["step"], checkpoint.get("skipped", 0)
 
 
@@ -453,13 +496,47 @@ def finish_step(run, totals, norm, stopped):
     is_last = run.done == args.steps
     if run.rank == 0 and (is_last or run.done % args.log_every == 0):
         log_step(run, totals, norm)
-    if run.rank == 0 and (is_last or stopped or run.done % args.save_every == 0):
-        state = {"step": run.done, "skipped": run.skipped, "args": vars(args)}
-        for name, part in run.parts.items():
-            state[name] = None if part is None else part.state_dict()
-        save_checkpoint(args.out, state, args.keep, run.parts["ema"])
+    if is_last or stopped or run.done % args.save_every == 0:
+        run.save_is_due = True
+    if run.save_is_due and run.skipped_in_a_row == 0:  # a ruined model shows in skipped steps: never save among them
+        save_run(run)
     if stopped:
         leave(run)
+    if is_last and run.save_is_due:
+        raise ValueError(f"the last {run.skipped_in_a_row} steps were skipped, being not finite, so the model at step "
+                         f"{run.done} is not saved; the last checkpoint is kept: continue with --resume and a lower "
+                         "--lr, --dtype float32, or a few --steps more")
+
+
+def save_run(run):
+    """A checkpoint and the model, by rank 0. ValueError, on all ranks, where their weights are not finite."""
+    for name, part in run.parts.items():
+        if isinstance(part, nn.Module) and not is_finite(part):
+            raise ValueError(f"after step {run.done} the weights of the part '{name}' are not finite: they are not "
+                             "saved, the last checkpoint is kept; continue with --resume and a lower --lr")
+    run.save_is_due, run.saved = False, run.done
+    if run.rank == 0:
+        state = {"step": run.done, "skipped": run.skipped, "args": vars(run.args), "content": run.content,
+                 "config": run.parts["ema"].config}
+        for name, part in run.parts.items():
+            state[name] = None if part is None else part.state_dict()
+        save_checkpoint(run.args.out, state, run.args.keep, run.parts["ema"])
+
+
+def is_finite(module):
+    """Whether all weights and statistics are."""
+    checks = [value.isfinite().all() for value in module.state_dict().values()]
+    return bool(torch.stack(checks).all())
+
+
+def next_batch(run, batches):
+    """The loader's (x, index). Where the data is lost, save first: OSError."""
+    try:
+        return next(batches)
+    except OSError:
+        if run.done > run.saved and run.skipped_in_a_row == 0:
+            save_run(run)
+        raise
 
 
 def log_step(run, totals, norm):
@@ -484,11 +561,11 @@ def peak_memory(device):
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM (a scheduler's preemption) into a flag that the loop reads at the end of a step."""
+    """Turns the stop_signals into a flag that the loop reads at the end of a step."""
 
     def __init__(self):
         self.received = 0
-        for s in (signal.SIGINT, signal.SIGTERM):
+        for s in stop_signals():
             signal.signal(s, self.handle)
 
     def handle(self, number, frame):
@@ -501,7 +578,10 @@ def leave(run):
     if run.world > 1:
         dist.barrier()
     if run.rank == 0:
-        print(f"stopped after step {run.done} and saved: continue with the same command and --resume")
+        outcome = "and saved"
+        if run.save_is_due:
+            outcome = f"without saving, as the last {run.skipped_in_a_row} steps were skipped"
+        print(f"stopped after step {run.done} {outcome}: continue with the same command and --resume")
     sys.exit(128 + (run.stop.received or signal.SIGTERM))
 
 
@@ -514,7 +594,7 @@ def save_checkpoint(out, state, keep=2, ema=None):
     says that the disk is full, say; nothing is lost."""
     names = ["latest.pt", "previous.pt", *(f"previous{i}.pt" for i in range(2, keep))][:keep]
     names = [os.path.join(out, name) for name in names]
-    model, temporary = os.path.join(out, "model.safetensors"), f"{names[0]}.tmp"
+    model, temporary = os.path.join(out, "model.safetensors"), f"{names[0]}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -527,9 +607,8 @@ def save_checkpoint(out, state, keep=2, ema=None):
                 os.replace(newer, older)
         os.replace(temporary, names[0])
     except (OSError, RuntimeError, SafetensorError) as error:
-        for path in (temporary, f"{model}.tmp"):
-            if os.path.exists(path):
-                os.remove(path)
+        if os.path.exists(temporary):
+            os.remove(temporary)
         cause = error.__context__ or error  # torch.save's own message comes on top of the system's
         raise OSError(f"could not write a checkpoint to {out} ({str(cause).splitlines()[0]}); "
                       "the earlier checkpoint is intact: make room and continue with --resume") from None
@@ -547,8 +626,8 @@ def load_checkpoint(out, rank=0):
     damaged = {}
     for path in checkpoint_files(out):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except BROKEN_FILE as error:
+            state = map_checkpoint(path)
+        except (*BROKEN_FILE, zipfile.BadZipFile) as error:
             damaged[path] = f"{path} ({type(error).__name__})"
             continue
         problem = checkpoint_problem(state)
@@ -586,21 +665,46 @@ def checkpoint_problem(state):
     return None if shapes[0] == shapes[1] else "model and ema of different shapes"
 
 
+def map_checkpoint(path):
+    """-> the checkpoint's dict, with maps of the file for tensors: all processes of a machine share one copy in memory.
+    BadZipFile, or an error of BROKEN_FILE."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # checksums, which maps go without
+    if damaged:
+        raise zipfile.BadZipFile(damaged)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
 def compare_flags(then, args, rank):
     """ValueError that lists the flags which describe another model, other samples or another objective than `then`;
     other changes are printed."""
-    then = {"linear": "off"} | then  # runs from before there was a linear start
+    # Runs from before there was a linear start, and from when crops could be enlarged.
+    then = {"linear": "off", "enlarge": then.get("data") != "demo"} | then
     now = vars(args)
     differ = []
     for name in now:
         if name in then and then[name] != now[name] and name not in ("out", "resume"):
             differ.append(name)
-    refused = [name for name in differ if name not in FREE_FLAGS]
+    free = FREE_FLAGS
+    if args.allow_changes:
+        free += CHANGEABLE_FLAGS
+    refused = [name for name in differ if name not in free]
     if refused:
+        way_out = "use the flags of the first call, or another --out"
+        if set(refused) <= set(CHANGEABLE_FLAGS):
+            way_out += ", or --allow_changes"
         raise ValueError(f"--resume continues a run with{flags(then, refused)}, but{flags(now, refused)} was given: "
-                         "use the flags of the first call, or another --out")
+                         f"{way_out}")
     if differ and rank == 0:
         print(f"resuming with{flags(now, differ)} instead of{flags(then, differ)}", flush=True)
+
+
+def check_content(checkpoint, dataset, args):
+    """ValueError where a run would go on with other images than its checkpoint's, wherever they lie."""
+    then = checkpoint.get("content") if checkpoint else None
+    if then and then != dataset.content() and not args.allow_changes:
+        raise ValueError(f"--resume continues a run on {then}, but --data {args.data} holds {dataset.content()}: give "
+                         "the same images, or --allow_changes")
 
 
 def open_run(args, rank, world):
@@ -613,23 +717,26 @@ def open_run(args, rank, world):
     log = os.path.join(args.out, "log.jsonl")
     checkpoint, lines, problem = None, [], None
     try:
+        if rank == 0 and os.path.isdir(args.out):
+            lock_folder(args.out)
         checkpoint, lines = find_run(args, log, rank)
+        if rank == 0:
+            os.makedirs(args.out, exist_ok=True)
+            lock_folder(args.out)
     except (OSError, ValueError) as error:
-        problem = error
+        problem = str(error)
     # What one process finds, all must find.
-    found = str(problem) if problem else None
-    if checkpoint:
-        found = checkpoint["step"]
-    if len(set(gathered(found, world))) > 1 and not problem:
-        problem = ValueError(f"the processes find different checkpoints in {args.out}: all nodes need the same folder")
-    if problem:
-        raise problem
+    problems, steps = zip(*gathered((problem, checkpoint and checkpoint["step"]), world))
+    for each in problems:
+        if each:
+            raise ValueError(each)
+    if len(set(steps)) > 1:
+        raise ValueError(f"the processes find different checkpoints in {args.out}: all nodes need the same folder")
     if rank == 0:
-        os.makedirs(args.out, exist_ok=True)
+        for path in unfinished_files(args.out):
+            os.remove(path)
         if checkpoint:
-            with open(f"{log}.tmp", "w") as file:
-                file.writelines(lines)
-            os.replace(f"{log}.tmp", log)
+            write_whole(log, "".join(lines))
         elif os.path.exists(log):
             os.remove(log)
     return checkpoint, log, last_evaluation(lines)
@@ -640,13 +747,18 @@ def find_run(args, log, rank):
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     files = checkpoint_files(args.out)
     if not args.resume and not (restarted and files):
-        model, partial = (os.path.join(args.out, name) for name in ("model.safetensors", "latest.pt.tmp"))
-        killed_in_first_save = restarted and os.path.exists(partial)
+        model, best = (os.path.join(args.out, name) for name in ("model.safetensors", "best.safetensors"))
+        killed_in_first_save = restarted and unfinished_files(args.out)
         if files or (os.path.exists(model) and not killed_in_first_save):
             raise ValueError(f"{args.out} already holds a run: continue it with --resume, or choose another --out")
+        if os.path.exists(best) and not restarted:
+            raise ValueError(f"{best} is of a run that has no checkpoint: move it, or choose another --out")
         return None, []
     checkpoint = load_checkpoint(args.out, rank)
-    compare_flags(checkpoint["args"], args, rank)
+    then = checkpoint["args"]
+    if "content" in checkpoint:  # which says more than the path: check_content
+        then = then | {"data": args.data}
+    compare_flags(then, args, rank)
     step, lines = checkpoint["step"], []
     if os.path.exists(log):
         with open(log) as file:
@@ -656,6 +768,11 @@ def find_run(args, log, rank):
     if step > args.steps or step == args.steps == last_evaluation(lines):
         raise ValueError(f"the run in {args.out} has done its {step} steps: give a larger --steps to go on")
     return checkpoint, lines
+
+
+def unfinished_files(out):
+    """Paths of what a killed run was writing."""
+    return glob.glob(os.path.join(glob.escape(out), "*.tmp"))
 
 
 def last_evaluation(lines):
@@ -763,6 +880,16 @@ def new_model(args):
                    linear_encoder=linear_encoder, linear_decoder=count if linear_decoder else 0)
 
 
+def first_model(args, checkpoint):
+    """The model that training starts with; of a resumed run one that its checkpoint fits, which needs no other file."""
+    if checkpoint and "config" in checkpoint:
+        return DCSSDAE(**checkpoint["config"])
+    model = DCSSDAE.load(args.init_from) if args.init_from else new_model(args)
+    if args.enc_ckpt:
+        model.load_published(args.enc_ckpt, part="encoder")
+    return model
+
+
 def fit_images(dataset, model, size):
     """Batches (16, 3, size, size) of training images, enough to fit the linear decoder: 16 cells for each channel."""
     cells = (size // model.downscale) ** 2  # of an image
@@ -846,8 +973,37 @@ def validate(run, ema, val, dtype):
                    f"linear code {linear['psnr']:.2f}, baseline {baseline['psnr']:.2f} on {result['images']} images")
         write_results(result, run.args.out)
         append_log(run.log_path, run.board, run.done, result["pictures"], eval=result["rows"])
+        keep_best(run, ema, result)
     run.evaluating += time.time() - before
     return result
+
+
+def keep_best(run, ema, result):
+    """Write best.safetensors where no evaluation before had this PSNR in the fewest steps, usually one. The file says
+    which step it is of: its note "best"."""
+    path = os.path.join(run.args.out, "best.safetensors")
+    row = min(result["rows"][len(REFERENCES):], key=lambda row: row["steps"])
+    if not row["psnr"] > best_psnr(path) or not is_finite(ema):  # nor where it is NaN
+        return
+    notes = ema.config["notes"]
+    ema.config["notes"] = notes | {"best": {"step": run.done, "psnr": row["psnr"], "decoding_steps": row["steps"],
+                                            "images": result["images"]}}
+    try:
+        ema.save(path)
+    except (OSError, SafetensorError) as error:
+        tqdm.write(f"warning: could not write {path} ({error}): the one before is kept")
+    finally:
+        ema.config["notes"] = notes
+
+
+def best_psnr(path):
+    """dB, as keep_best has noted it in the file; minus infinity where there is none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            psnr = json.loads(file.metadata()["config"])["notes"]["best"]["psnr"]
+    except BROKEN_FILE:
+        return -math.inf
+    return psnr if isinstance(psnr, float) else -math.inf
 
 
 def print_start(args, model, trained, dataset, world, device, dtype):
@@ -863,7 +1019,7 @@ def print_end(args, dataset, result):
     if unreadable:
         print(f"warning: {unreadable} unreadable images were replaced by others in training")
     print_table(result)
-    print(f"saved {args.out}/model.safetensors, reconstructions.png, metrics.json and log.jsonl")
+    print(f"saved {args.out}/model.safetensors, best.safetensors, reconstructions.png, metrics.json and log.jsonl")
 
 
 def main():
@@ -876,18 +1032,18 @@ def main():
     torch.manual_seed(args.seed)  # initial weights, the same on every rank
 
     # Model
-    model = DCSSDAE.load(args.init_from) if args.init_from else new_model(args)
-    check_size(args.size, model)
     checkpoint, log_path, evaluated = open_run(args, rank, world)
-    if args.enc_ckpt:
-        model.load_published(args.enc_ckpt, part="encoder")
-    choose_trained(model, args.phase, args.freeze_enc)
+    model = first_model(args, checkpoint)
+    check_size(args.size, model)
+    choose_trained(model.train(), args.phase, args.freeze_enc)  # a loaded one is in evaluation mode
     encoder_trains, norm_trains = trains(model.encoder), trains(model.decoder.norm_z)
     model.decoder.checkpointing = args.checkpointing
 
     # Data
-    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit)
+    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
+                           enlarge=args.enlarge)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    check_content(checkpoint, dataset, args)
     if rank == 0:
         print(parts_taken(dataset, val), flush=True)
     model_is_new = not args.init_from and checkpoint is None
@@ -922,12 +1078,13 @@ def main():
     parts = {"model": model, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer,
              "gan": gan, "gan_optimizer": gan_optimizer}
     start, skipped = restore(parts, checkpoint)
+    del checkpoint
     parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start)
     board = open_board(args, start) if rank == 0 else None
     if rank == 0:
         print_start(args, model, trained, dataset, world, device, dtype)
-    run = Run(args, rank, world, device, log_path, board, parts, start, skipped)
+    run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content())
     local = args.batch_size // world                                            # images of this process
     micro = min(args.micro_batch or local, local)                               # images of a forward pass
     z_shape = model.latent_shape(args.size, args.size)
@@ -944,7 +1101,7 @@ def main():
         # Draw
         for each in optimizers:
             set_learning_rate(each, step, args)
-        x, index = next(batches)
+        x, index = next_batch(run, batches)
         x = x.to(device, memory_format=torch.channels_last, non_blocking=True)  # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
         with_gan = gan is not None and step >= args.gan_start
@@ -969,10 +1126,10 @@ def main():
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0) + term.detach() * share / world
             moments = moments + latent_sums(z)                                  # (2, c)
-        norm = clip_grad_norm_(trained, args.grad_clip).item()
+        norm = clip_gradients(trained, args).item()
         if with_gan:
             average_gradients(gan, world)
-            totals["gan_grad_norm"] = clip_grad_norm_(gan.parameters(), args.grad_clip) / world
+            totals["gan_grad_norm"] = clip_gradients(gan.parameters(), args) / world
 
         # One small sum over the processes: loss terms, the latents' moments, and whether anybody was asked to stop
         shared = torch.cat([torch.stack(list(totals.values())).double().cpu(), moments.flatten(),

@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import (
-    check_at_least_one,
+    check_numbers,
     guarded,
     import_torchvision,
     make_dataset,
@@ -317,7 +317,7 @@ def parse_arguments():
         if task not in TASKS:
             raise ValueError(f"there is no {task} to time: give some of {' '.join(TASKS)}")
     args.tasks = args.tasks or TASKS
-    check_at_least_one(args, "batch_size", "size")
+    check_numbers(args)
     return args
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from data import guarded, make_dataset, save_grid, setup
 from evaluate import load_model, shared_arguments
 from losses import EqM, fm_mix, fm_predict_x, psnr, to8bit
+from model import folder_beside
 from sampler import euler, image_noise
 
 LEVELS = 6                                                   # columns, from pure noise to data
@@ -101,7 +102,7 @@ def main():
     model, size = load_model(args, device)
     dataset = make_dataset(args.data, size, train=False, limit=args.limit, crop=args.crop, split=args.part)
     if rank == 0:
-        show_field(model, dataset, args.image, args.seed, device, Path(args.out or Path(args.ckpt).parent))
+        show_field(model, dataset, args.image, args.seed, device, Path(args.out or folder_beside(args.ckpt)))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (
-    check_at_least_one,
+    check_numbers,
     gathered,
     guarded,
+    lock_folder,
     make_dataset,
     make_loader,
     setup,
@@ -58,6 +59,8 @@ def contents(args, model, dataset):
 def open_folder(folder, what, rank, world):
     """Make the folder with its manifest, or see that it holds a part of the same. ValueError: it holds another."""
     folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        lock_folder(folder)
     manifest = folder / "manifest.json"
     is_new = not manifest.is_file()
     if not is_new:
@@ -70,6 +73,11 @@ def open_folder(folder, what, rank, world):
             raise ValueError(f"{folder} holds latents of another {', '.join(changed)}: give --out another folder")
     if world > 1:
         dist.barrier()  # all have read it
+    if rank == 0:
+        for unfinished in folder.glob("*.tmp"):
+            unfinished.unlink()
+    if world > 1:
+        dist.barrier()  # the others write only now
     if rank == 0 and is_new:
         write_whole(manifest, json.dumps(what, indent=1))
 
@@ -129,13 +137,26 @@ def finish_shard(model, dataset, k, what, args, device):
         z, _ = encode_shard(model, dataset, k, what, args, device)
         return len(z), channel_sums(z)
     path = Path(args.out, f"latents_{k:05d}.npy")
-    if path.exists():
-        z = torch.from_numpy(np.load(path))
-    else:
+    labels_path = path.with_name(f"labels_{k:05d}.npy")
+    z = whole_shard(path, labels_path, what) if path.exists() else None
+    if z is None:
         z, labels = encode_shard(model, dataset, k, what, args, device)
-        write_whole(path.with_name(f"labels_{k:05d}.npy"), labels)
+        write_whole(labels_path, labels)
         write_whole(path, z.numpy())  # last: a shard is done where this is
     return len(z), channel_sums(z)
+
+
+def whole_shard(path, labels_path, what):
+    """Latents of a shard of an earlier call, or None, with a warning, where it is to be encoded again: unreadable, empty,
+    of another shape or size, with values that are not finite, or without a label for each image."""
+    try:
+        z, labels = torch.from_numpy(np.load(path)), np.load(labels_path)
+    except (OSError, ValueError, TypeError, EOFError):
+        z, labels = torch.zeros(0), []
+    if 0 < len(z) == len(labels) <= what["shard"] and [*z.shape[1:]] == what["shape"] and z.isfinite().all():
+        return z
+    tqdm.write(f"warning: {path} or its labels are damaged or empty: encoding these images again")
+    return None
 
 
 def finish_all(model, dataset, what, args, rank, world, device):
@@ -173,9 +194,11 @@ def moments(sums):
 
 
 def store_in_model(model, args, statistics):
-    """Into the model's file; where --ckpt is a published one, which has no configuration: into one of ours. -> path"""
+    """Into the model's file; where that has no configuration, being a published one, or is an hf:// address: into one of
+    ours. -> path"""
     _, metadata = read_weights(args.ckpt)
-    path = args.ckpt if "config" in metadata else Path(args.out or ".", "model.safetensors")
+    is_ours = "config" in metadata and not args.ckpt.startswith("hf://")
+    path = args.ckpt if is_ours else Path(args.out or ".", "model.safetensors")
     model.config["latents"] = statistics | {"data": args.data}
     model.save(path)
     return path
@@ -231,7 +254,7 @@ def parse_arguments():
     args = parser.parse_args()
     if not args.out and not args.z_stats:
         raise ValueError("give --out DIR for shards of latents, or --z_stats for their mean and standard deviation")
-    check_at_least_one(args, "batch_size", "shard")
+    check_numbers(args)
     args.part = args.part or ("val" if args.z_stats else "train")
     if args.z_stats:
         args.dtype = "float32"  # the model is stored again, with all its digits

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data import (
-    check_at_least_one,
+    check_numbers,
     guarded,
     make_dataset,
     make_loader,
@@ -25,6 +25,7 @@ from data import (
 )
 from evaluate import evaluate, load_model, loader_arguments, report, shared_arguments
 from fid import check_metrics, load_networks, metric_arguments
+from model import folder_beside
 
 COUNTS = [1, 2, 3, 4, 8, 16, 25]                             # numbers of steps
 MOMENTA = (0.3, 0.6, 0.9)                                    # Nesterov's mu
@@ -180,7 +181,7 @@ def parse_arguments():
     args = parser.parse_args()
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs the matplotlib package: pip install matplotlib")
-    check_at_least_one(args, "batch_size", "steps", "calibrate")
+    check_numbers(args)
     check_metrics(args)
     args.steps = sorted(set(args.steps))
     return args
@@ -190,7 +191,7 @@ def main():
     args = parse_arguments()
     rank, world, device = setup(args.device)
     model, size = load_model(args, device)
-    out = Path(args.out or Path(args.ckpt).parent)
+    out = Path(args.out or folder_beside(args.ckpt))
     dataset = make_dataset(args.data, size, train=False, crop=args.crop, split=args.part)
     networks = load_networks(args, size, device, world)
     calibration, others = split_images(dataset, args.calibrate, args.limit)
