@@ -16,6 +16,8 @@ import errno
 import functools
 import hashlib
 import io
+import json
+import math
 import os
 import socket
 import sys
@@ -340,7 +342,7 @@ def prepare_train(image, size, short, u):
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if u[2] < 0.5 else image
 
 
-# So many images in a row that cannot be decoded are no accident, and one stand-in for all of them would be seen too often.
+# So many images in a row that cannot be decoded are no accident, and one stand-in for all would be seen too often.
 STAND_INS = 64
 
 
@@ -352,7 +354,7 @@ class ImageDataset(torch.utils.data.Dataset):
     A file that cannot be decoded is named once on stderr and flagged in `skipped`, (n,) uint8 in shared memory, so that
     the finds of all workers add up in int(dataset.skipped.sum()). In training the next readable image stands in for it,
     in evaluation the item is None. OSError where a file cannot be read (see read_file), ValueError where training finds
-    STAND_INS images in a row, or all, undecodable; a worker returns them in the item's place, and Loader raises them."""
+    STAND_INS images in a row, or all, undecodable; a worker returns them as the item, and Loader raises them."""
 
     def __init__(self, images, labels, name, size, train, aug_scale=2.0, seed=0, crop="center", split="val",
                  source=None, classes=(), enlarge=False):
@@ -374,7 +376,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return part
 
     def content(self):
-        """-> str: the number of images and a hash of their names, relative to the folder: the same wherever that lies."""
+        """-> str: number of images and a hash of their names relative to the folder, the same wherever that lies."""
         names = [str(self.name)]
         if self.images.dtype.kind == "S":
             ends = [os.path.dirname(self.images[k]) for k in (0, -1)]  # in order: they share what all share
@@ -509,8 +511,8 @@ def entries(root):
 
 
 def split_folders(root):
-    """-> {"train": folder, "val": folder}, as far as there are such below `root`; {} where none of its folders is called
-    so: a plain tree of images. ValueError where it is not clear which images are meant."""
+    """-> {"train": folder, "val": folder}, as far as there are such below `root`; {} where none of its folders is
+    called so: a plain tree of images. ValueError where it is not clear which images are meant."""
     below, files = entries(root)
     train, val, test = ([f for f in below if f.lower() in names] for names in (TRAIN_NAMES, VAL_NAMES, TEST_NAMES))
     found = {"train": train, "val": val or test}
@@ -522,12 +524,13 @@ def split_folders(root):
             raise ValueError(f"{root} holds {slashed(folders)}: keep the one that is meant, move the others elsewhere")
     others = [f for f in below if f not in train + val + test]
     if len(found) < 2 and others:
-        raise ValueError(f"{root} holds {slashed(train + val + test)} beside other folders ({slashed(others[:3])}), but "
-                         "not both training and validation images: give one of its folders, or rename what is a class")
+        raise ValueError(f"{root} holds {slashed(train + val + test)} beside other folders "
+                         f"({slashed(others[:3])}), but not both training and validation images: give one "
+                         "of its folders, or rename what is a class")
     loose = [f for f in files if f.lower().endswith(EXTENSIONS)]
     if loose:
-        raise ValueError(f"{root} holds images ({loose[0]} ...) beside {slashed(train + val + test)}: move them into one "
-                         "of these folders, or elsewhere")
+        raise ValueError(f"{root} holds images ({loose[0]} ...) beside {slashed(train + val + test)}: move them into "
+                         "one of these folders, or elsewhere")
     return {split: os.path.join(root, folders[0]) for split, folders in found.items()}
 
 
@@ -539,8 +542,8 @@ def missing_part(root, split, there):
     """-> ValueError: `root` holds the folder `there` alone, which is not `split`'s."""
     there = os.path.basename(there)
     names = "train/" if split == "train" else "val/ (valid/, validation/, test/)"
-    return ValueError(f"{root} holds {there}/ but no {names}: add it, or give {os.path.join(root, there)}, whose images "
-                      "then serve for training and validation alike")
+    return ValueError(f"{root} holds {there}/ but no {names}: add it, or give {os.path.join(root, there)}, whose "
+                      "images then serve for training and validation alike")
 
 
 def nested_split(parts):
@@ -557,7 +560,7 @@ def nested_split(parts):
 
 
 def split_classes(folders):
-    """{split: folder} -> sorted names of the classes, which are the folders in any of them: a class that one split lacks
+    """{split: folder} -> sorted names of the classes, the folders in any of them: a class that one split lacks
     does not shift the others' numbers. Validation images that share no class with the training images have none."""
     classes = {split: set(entries(folder)[0]) for split, folder in folders.items()}
     train, val = classes.get("train", set()), classes.get("val", set())
@@ -616,7 +619,7 @@ def download(spec, split):
 def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="center", split=None,
                  enlarge=False):
     """-> ImageDataset. spec: `demo`, `imagenette`, `cifar10`, or a folder (`./demo` for one of that name) of images at
-    any depth: with train/ and val/ (or valid/, validation/, else test/) in it `train` picks, else all images serve both.
+    any depth: with train/ and val/ (or valid/, validation/, else test/) `train` picks, else all images serve both.
     Training: short side uniform in [size, aug_scale size], random crop, mirror; a short side above the picture's own is
     cut down to that, unless `enlarge` (SSDD), but never below size. Evaluation: prepare_eval with `crop`.
     `demo` is drawn at `size`, so aug_scale has no effect there. limit: that many images, evenly spread over the set.
@@ -724,7 +727,8 @@ def make_loader(dataset, batch_size, train, workers=0, seed=0, rank=0, world=1, 
         indices, share = range(rank, len(dataset), world), max(1, batch_size // world)
         batches = [indices[k:k + share] for k in range(0, len(indices), share)]
     # Workers run torch with one thread as they are. Its own generator: the caller's random state stays as it is.
-    loader = Loader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator(),
+    loader = Loader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                    generator=torch.Generator(),
                     persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
     loader.may_be_empty = may_be_empty
     return loader
@@ -836,7 +840,8 @@ def close_bars():
 
 def is_lost_connection(error):
     """Whether gloo says that a process is gone."""
-    return dist.is_initialized() and any(word in str(error) for word in ("gloo", "Connection closed", "Connection reset"))
+    signs = ("gloo", "Connection closed", "Connection reset")
+    return dist.is_initialized() and any(sign in str(error) for sign in signs)
 
 
 LISTEN = datetime.timedelta(seconds=3)                       # so long for the first process's message
@@ -983,6 +988,22 @@ def write_whole(path, data):
             np.save(file, data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_json(path, value):
+    """A value as JSON into `path`, as write_whole says; null in the place of numbers that are not finite."""
+    write_whole(path, json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
+
+
+def strict(value):
+    """The same for strict JSON: None in the place of numbers that are not finite, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {key: strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def main():

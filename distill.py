@@ -21,10 +21,10 @@ from losses import EqM
 from model import DCSSDAE, check_size
 from sampler import image_noise
 
-from train import (VALIDATION_BATCH, Run, append_log, autocast, check_content, check_shared, clip_gradients,  # isort: skip
-                   data_parallel, draw, finish_step, make_optimizer, make_parser, matching, next_batch, open_board, open_run,
-                   perceptual_losses, pick_dtype, restore, set_learning_rate, shared_arguments, skip_step, summed,
-                   training_batches, update_ema)
+from train import (VALIDATION_BATCH, Run, append_log, autocast, check_content, check_shared,  # isort: skip
+                   clip_gradients, data_parallel, draw, finish_step, make_optimizer, make_parser, matching, next_batch,
+                   open_board, open_run, perceptual_losses, pick_dtype, restore, set_learning_rate, shared_arguments,
+                   skip_step, summed, training_batches, update_ema)
 
 
 def get_args(argv=None):

@@ -419,7 +419,8 @@ FAMILIES = {"vq": VQEncoder, "dc": DCEncoder, "dcae": partial(DCEncoder, kind="d
             "dcae_sana": partial(DCEncoder, kind="sana")}
 
 
-OPTIONS = {"vq": ("linear", "quant"), "dc": ("linear", "norm"), "dcae": (), "dcae_sana": ()}  # make_encoder's, by family
+# make_encoder's options, by family
+OPTIONS = {"vq": ("linear", "quant"), "dc": ("linear", "norm"), "dcae": (), "dcae_sana": ()}
 LARGEST_Z_DIM = 65536                                        # channels of a latent; published ones end at 1024
 
 
@@ -440,7 +441,7 @@ def make_encoder(name, width=1.0, **options):
             dc: norm=False leaves out the RMS norms, as the published DC-SSDAE encoders do
             vq: quant=False leaves out the last 1x1 convolution (quant_conv), as FLUX's layout does
     returns nn.Module with .downscale (f) and .z_dim (c); forward(x) -> DiagonalGaussian
-    raises  ValueError for a name outside this rule, a width that gives fractional channels, or options of another family
+    raises  ValueError for a name outside this rule, a width that gives fractional channels, options of another family
     """
     family, downscale, z_dim = parse_name(name)
     for option, value in options.items():

@@ -20,7 +20,6 @@ antialiasing and enlarging bilinearly; and the linear code with as many numbers 
 A metric whose network cannot be had is "-", with the reason below.
 """
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -33,8 +32,8 @@ from model import DCSSDAE, check_size, folder_beside
 from sampler import image_noise, seeded_generator
 
 from data import (LARGEST_KEPT, check_numbers, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
-                  make_loader, now, read_image, save_grid, setup, write_whole)
-from fid import (UNBIASED_FROM, Statistics, cache_files, check_metrics, distance_between, load_cached,  # isort: skip
+                  make_loader, now, read_image, save_grid, setup, write_json)
+from fid import (UNBIASED_FROM, Statistics, cache_files, check_metrics, distance_or_none, load_cached,  # isort: skip
                  load_networks, metric_arguments, metric_of, save_cached)
 from losses import (cell_ratio, cell_steps, hf_energy, hf_ratio, linear_code, mean_and_error, psnr,  # isort: skip
                     shrink_enlarge, ssim, to8bit)
@@ -133,13 +132,6 @@ def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=N
     shown = [shown[i] for i in sorted(shown)[:pictures]]                        # an image's original, references, steps
     shown = [torch.stack(row) for row in zip(*shown, strict=True)]              # (n, 3, s, s) each
     return {"images": images, "skipped": len(skipped), "rows": rows, "pictures": shown, "originals": originals}
-
-
-def distance_or_none(a, b):
-    """Frechet distance of two Statistics, None where one is not finite: a row that diverged."""
-    if not (np.isfinite(a.sigma).all() and np.isfinite(b.sigma).all()):
-        return None
-    return distance_between(a, b)
 
 
 def row_name(steps):
@@ -274,19 +266,8 @@ def write_results(result, out):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     numbers = {key: value for key, value in result.items() if key not in ("pictures", "originals")}
-    write_whole(out / "metrics.json", json.dumps(strict(numbers), indent=1, allow_nan=False) + "\n")
+    write_json(out / "metrics.json", numbers)
     save_grid(out / "reconstructions.png", result["pictures"])
-
-
-def strict(value):
-    """The same for strict JSON: None in the place of numbers that are not finite, in dicts and lists too."""
-    if isinstance(value, dict):
-        return {key: strict(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -232,8 +232,9 @@ class FileFeatures(nn.Module):
                 if rows != batch:
                     raise ValueError("not one row an image")
         except BROKEN_FILE as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise ValueError(f"{path} is refused: not a TorchScript network of images (B, 3, {size}, {size}) to "
-                             f"features (B, D) ({(str(error).strip() or type(error).__name__).splitlines()[-1]})") from None
+                             f"features (B, D) ({reason})") from None
         self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
     @on_8bit
@@ -351,7 +352,7 @@ class Statistics:
             raise ValueError(f"{path} does not hold FID statistics: mu is {mu.shape}, sigma {sigma.shape}")
         numeric = mu.dtype.kind == sigma.dtype.kind == "f"
         if not numeric or not np.isfinite(mu).all() or not np.isfinite(sigma).all() or (n is not None and n < 2):
-            raise ValueError(f"{path} does not hold FID statistics: finite floating-point mu and sigma of 2 images or more")
+            raise ValueError(f"{path} does not hold FID statistics: finite floats mu and sigma of at least 2 images")
         out = Statistics(0)
         out.n, out.mean = n, torch.from_numpy(mu.astype(np.float64))
         out.scatter = torch.from_numpy(sigma.astype(np.float64)) * (1 if n is None else n - 1)
@@ -381,6 +382,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
     return max(0.0, float(distance))
+
+
+def distance_or_none(a, b):
+    """Frechet distance of two Statistics, None where one is not finite: a row that diverged."""
+    if not (np.isfinite(a.sigma).all() and np.isfinite(b.sigma).all()):
+        return None
+    return distance_between(a, b)
 
 
 def distance_between(a, b):
@@ -565,7 +573,7 @@ def load_cached(paths, world):
 def save_cached(paths, result):
     """Write a result's statistics of the originals to {metric: path}, unless some images are missing in them."""
     if paths and result["skipped"]:
-        print(f"statistics of the originals are not kept for other runs: {result['skipped']} images are missing in them")
+        print(f"statistics of the originals are not kept for other runs: {result['skipped']} images are missing")
         return
     for metric, path in paths.items():
         try:

@@ -54,8 +54,8 @@ INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about t
 T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
 NOISE_LEFT = 0.01  # EqM: of what sampling starts from, after all default steps with c = linear: not seen in 8 bit
 RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
-FORMAT = 4  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution, 3
-#             no UViT.revision beside a linear base, and other norms
+FORMAT = 4  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution,
+#             3 no UViT.revision beside a linear base, and other norms
 ALL_VALUES = 5  # along an axis, of two 3x3 convolutions on a map that is constant over blocks of at least 5 pixels: the
 #                 first two and the last two pixels of a block see its neighbours, those between all see the same
 NO_BIAS = -1e4  # of the offsets that a smaller window in a file does not have: exp of it is 0 in every precision
@@ -665,7 +665,8 @@ class DCSSDAE(nn.Module):
                  notes=None, linear_encoder=False, linear_decoder=0):
         super().__init__()
         self.config = {"enc": enc, "dec": dec, "loss": loss, "enc_width": enc_width,
-                       "enc_options": {} if enc_options is None else enc_options, "depth": depth, "window": window, "c": c, "a": a, "b": b,
+                       "enc_options": {} if enc_options is None else enc_options, "depth": depth, "window": window,
+                       "c": c, "a": a, "b": b,
                        "lam": lam, "input_skip": input_skip, "joint_input": joint_input,
                        "without": without, "latents": latents, "notes": {} if notes is None else notes,
                        "linear_encoder": linear_encoder, "linear_decoder": linear_decoder}
@@ -1132,8 +1133,9 @@ def unwrapped(state, path):
         if "state_dict" in inner:
             inner = ["state_dict"]
         if len(inner) > 1:
-            raise ValueError(f"{path} holds several tables of tensors ({', '.join(inner)}), as a checkpoint of training "
-                             "does: give the model's own file (train.py's is model.safetensors), or store one of them")
+            raise ValueError(f"{path} holds several tables of tensors ({', '.join(inner)}), as a checkpoint of "
+                             "training does: give the model's own file (train.py's is model.safetensors), or store one "
+                             "of them")
         if not inner:
             break
         state = state[inner[0]]

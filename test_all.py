@@ -890,7 +890,8 @@ def test_damaged_and_foreign_weight_files(tmp_path):
 
 @pytest.mark.parametrize("change", [{"depth": 1.5}, {"depth": 10**9}, {"enc_width": 1e29}, {"unknown": 1}, {"dec": [1]},
                                     {"enc": "dc_f16c99999999"}, {"without": 3}, {"lam": None}, {"depth": 900},
-                                    {"latents": {"mean": [0], "std": [0]}}, {"enc_options": {"kind": "dc"}}, [], "text"])
+                                    {"latents": {"mean": [0], "std": [0]}}, {"enc_options": {"kind": "dc"}}, [],
+                                    "text"])
 def test_configurations_that_no_model_has(tmp_path, change):
     model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
     config = model.config | change if isinstance(change, dict) else change
@@ -968,8 +969,8 @@ def test_statistics_and_checkpoints_with_wrong_contents(tmp_path, capsys):
 
 def test_results_survive_a_cache_and_a_row_that_fail(tmp_path, checkpoint, offline, monkeypatch, capsys):
     monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
-    run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--limit", 3, "--workers", 0, "--device", "cpu", "--steps", 1, 2,
-             "--eta", 1e38, "--cache", "/dev/null/cache", "--lpips_net", "vgg", "--out", tmp_path / "o")
+    run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--limit", 3, "--workers", 0, "--device", "cpu", "--steps", 1,
+             2, "--eta", 1e38, "--cache", "/dev/null/cache", "--lpips_net", "vgg", "--out", tmp_path / "o")
     def refuse(name):
         raise AssertionError(name)
     report = json.loads((tmp_path / "o" / "metrics.json").read_text(), parse_constant=refuse)
@@ -1536,7 +1537,8 @@ def test_long_pictures_cost_little(crop, monkeypatch):
     monkeypatch.setattr(Image.Image, "resize", spy)
     for shape in ((20_000, 2), (2, 20_000)):
         long = Image.new("RGB", shape)
-        assert data.prepare_eval(long, 256, crop).size == data.prepare_train(long, 256, 256, [0.5] * 3).size == (256, 256)
+        prepared = data.prepare_eval(long, 256, crop), data.prepare_train(long, 256, 256, [0.5] * 3)
+        assert [image.size for image in prepared] == [(256, 256)] * 2
     assert max(largest) <= 16 * 256**2
 
 
@@ -1873,7 +1875,8 @@ def test_names_of_validation_folders(tmp_path, name):
     assert train.classes == val.classes == ["a", "b", "c"]
     limited = data.make_dataset(str(tmp_path), 8, False, limit=2)
     assert data.parts_taken(train, limited) == (
-        f"training on 6 images of {tmp_path}/train (3 classes); validating on 2 of 3 images of {tmp_path}/{name} (3 classes)")
+        f"training on 6 images of {tmp_path}/train (3 classes); validating on 2 of 3 images of {tmp_path}/{name} "
+        "(3 classes)")
     folder_of(tmp_path / name / "d", 1, (8, 8))            # only there: a class all the same, after the others
     assert data.make_dataset(str(tmp_path), 8, False).labels.tolist() == [0, 2, 2, 3]
     if name != "test":
@@ -2867,8 +2870,8 @@ def test_every_tool_explains_itself_as_a_module(helps):
 
 
 def test_the_documents_commands_are_of_programs_and_flags_that_exist(helps):
-    """Of commands in code blocks and between backquotes, up to what follows ; # | or a backquote. A backslash at the end
-    of a line continues it."""
+    """Of commands in code blocks and between backquotes, up to what follows ; # | or a backquote. A backslash at the
+    end of a line continues it."""
     command = re.compile(r"(?:python|torchrun)(?: --[^ ]+)* (?:-m )?(\w+\.\w+)( [^;#`|]*)?")
     found = Counter()
     for document in DOCUMENTS:
@@ -3871,7 +3874,8 @@ def test_resuming_with_other_flags_lists_them(tmp_path, capsys):
 def test_a_run_that_loses_its_data_saves_first(tmp_path, monkeypatch, module):
     draw, flags = module.next_batch, [*SMALL, "--save_every", 100, "--eval_every", 0]
     if module is distill:
-        DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0}).save(tmp_path / "t.safetensors")
+        DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0}).save(
+            tmp_path / "t.safetensors")
         flags = ["--ckpt", tmp_path / "t.safetensors", "--teacher_steps", 2, "--batch_size", 4, "--eval_images", 4,
                  "--device", "cpu", "--dtype", "float32", "--workers", 0]
 

@@ -77,8 +77,8 @@ FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights"
               "keep", "dtype", "device", "compile", "eval_every", "eval_steps", "eval_images", "save_every",
               "log_every", "tensorboard", "allow_changes")
 # With --allow_changes. Not those that add or remove networks that train.
-CHANGEABLE_FLAGS = ("data", "size", "aug_scale", "enlarge", "limit", "batch_size", "seed", "w_lpips", "w_kl", "gan_start",
-                    "t_mean", "g_power", "teacher_steps", "t_shift", "eta", "mu")
+CHANGEABLE_FLAGS = ("data", "size", "aug_scale", "enlarge", "limit", "batch_size", "seed", "w_lpips", "w_kl",
+                    "gan_start", "t_mean", "g_power", "teacher_steps", "t_shift", "eta", "mu")
 
 
 # --linear: does the encoder start as the linear code (encoder.LappedCode), does the decoder start with its transpose?

@@ -22,7 +22,8 @@ from evaluate import print_table
 from losses import mean_and_error
 
 AVERAGED = "gain|psnr|ssim|hf|lpips_.{3,4}|dreamsim|rfid|fd_.*|minutes"     # columns of the table; not their errors
-UNREADABLE = (OSError, ArithmeticError, RecursionError, ValueError, LookupError, TypeError, AttributeError)  # what a damaged file may lead to
+# What a damaged file may lead to.
+UNREADABLE = (OSError, ArithmeticError, RecursionError, ValueError, LookupError, TypeError, AttributeError)
 LOSS_WINDOW = 10                                                            # lines of the log in a running mean
 
 

@@ -147,8 +147,8 @@ def finish_shard(model, dataset, k, what, args, device):
 
 
 def whole_shard(path, labels_path, what):
-    """Latents of a shard of an earlier call, or None, with a warning, where it is to be encoded again: unreadable, empty,
-    of another shape or size, with values that are not finite, or without a label for each image."""
+    """Latents of a shard of an earlier call, or None, with a warning, where it is to be encoded again: unreadable,
+    empty, of another shape or size, with values that are not finite, or without a label for each image."""
     try:
         z, labels = torch.from_numpy(np.load(path)), np.load(labels_path)
     except (OSError, ValueError, TypeError, EOFError):
@@ -194,8 +194,8 @@ def moments(sums):
 
 
 def store_in_model(model, args, statistics):
-    """Into the model's file; where that has no configuration, being a published one, or is an hf:// address: into one of
-    ours. -> path"""
+    """Into the model's file; where that has no configuration, being a published one, or is an hf:// address: into one
+    of ours. -> path"""
     _, metadata = read_weights(args.ckpt)
     is_ours = "config" in metadata and not args.ckpt.startswith("hf://")
     path = args.ckpt if is_ours else Path(args.out or ".", "model.safetensors")
