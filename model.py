@@ -52,7 +52,7 @@ GROUP_SIZE = 8  # channels of a group of the norms; XS as published, 32 groups o
 OUTPUT_GAIN = 0.3  # of the network's output: about the deviation of what the code leaves out
 INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about the image
 T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
-NOISE_LEFT = 0.01  # EqM: of what sampling starts from, after all default steps with c = linear: not seen in 8 bit
+NOISE_LEFT = 0.01  # EqM: of what sampling starts from, with c = linear before the last default step
 RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
 FORMAT = 4  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution,
 #             3 no UViT.revision beside a linear base, and other norms
@@ -733,7 +733,8 @@ class DCSSDAE(nn.Module):
             raise ValueError(f"unknown sampling method '{method}': expected gd or nesterov")
         if method == "gd" and "mu" in options:
             raise ValueError("gradient descent (gd) has no momentum: leave mu out, or take nesterov")
-        options.setdefault("eta", self.default_eta(steps))
+        if "eta" not in options:
+            options |= self.default_steps(steps)
         descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
         return descend(self.decoder, noise, condition, steps, lam=cfg["lam"], **options)
 
@@ -775,8 +776,19 @@ class DCSSDAE(nn.Module):
         mean, std = self.config["latents"]["mean"], self.config["latents"]["std"]
         return torch.tensor(mean).to(z)[:, None, None], torch.tensor(std).to(z)[:, None, None]           # (c, 1, 1)
 
+    def default_steps(self, steps):
+        """Step sizes of EqM sampling where none is given, as the sampler's options.
+
+        With c = linear a step of 1 / lam lands on the network's estimate: the last one does, or else what is left of
+        the noise would stay in the picture.
+        """
+        if steps == 1 or self.config["c"] != "linear":
+            return {"eta": self.default_eta(steps)}
+        eta = (1.0 - NOISE_LEFT ** (1.0 / (steps - 1))) / self.field_at_noise
+        return {"eta": eta, "last_eta": 1.0 / self.field_at_noise}
+
     def default_eta(self, steps):
-        """Step size of EqM sampling. One step: 1 / (lam c(0)), the one-step estimate from pure noise.
+        """Step size of EqM sampling with steps of one size. One step: 1 / (lam c(0)), the one-step estimate from pure noise.
 
         Several: with c = linear, a step of size eta removes the fraction eta lam of the noise that is left; 1 % is left
         after all. The others fall to zero faster, so that steps larger than 1 - a swing: the least noise after all.

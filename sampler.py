@@ -36,18 +36,19 @@ def euler(field, x, z, steps=1, t_shift=4.0):
     return x, torch.full((len(x),), steps, dtype=torch.long, device=x.device)
 
 
-def gradient_descent(field, x, z, steps=1, eta=1.0, lam=1.0, tol=0.0):
+def gradient_descent(field, x, z, steps=1, eta=1.0, lam=1.0, tol=0.0, last_eta=None):
     """x <- x - eta * f(x), at most `steps` times; Nesterov with no momentum.
 
-    eta   step size; with c = linear, eta = 1 / lam lands on the one-step estimate
-    lam   the field's scale in training; only the stopping rule uses it
-    tol   adaptive stop: a sample whose rms(f) / lam falls below tol takes that last step and leaves the batch
-          (0: never)
+    eta       step size; with c = linear, eta = 1 / lam lands on the one-step estimate
+    lam       the field's scale in training; only the stopping rule uses it
+    tol       adaptive stop: a sample whose rms(f) / lam falls below tol takes that last step and leaves the batch
+              (0: never)
+    last_eta  size of step number `steps`, where it is another
     """
-    return nesterov(field, x, z, steps, eta, 0.0, lam, tol)
+    return nesterov(field, x, z, steps, eta, 0.0, lam, tol, last_eta)
 
 
-def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0):
+def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=None):
     """y = x_k + mu (x_k - x_{k-1}); x_{k+1} = y - eta f(y). (Nesterov 1983, textbook form with constant momentum.)
 
     mu    momentum in [0, 1); other arguments as in gradient_descent
@@ -58,7 +59,9 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0):
     nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)
     alive = torch.arange(len(x), device=x.device)  # rows still moving: the others cost nothing any more
     previous = x
-    for _ in range(_at_least_one(steps)):
+    for k in range(_at_least_one(steps)):
+        if k == steps - 1 and last_eta is not None:
+            eta = last_eta
         y = x + mu * (x - previous)
         f = field(y, z)
         previous, x = x, y - eta * f
