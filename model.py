@@ -788,7 +788,7 @@ class DCSSDAE(nn.Module):
         return {"eta": eta, "last_eta": 1.0 / self.field_at_noise}
 
     def default_eta(self, steps):
-        """Step size of EqM sampling with steps of one size. One step: 1 / (lam c(0)), the one-step estimate from pure noise.
+        """Step size of EqM sampling with steps of one size. One step: 1 / (lam c(0)), the estimate from pure noise.
 
         Several: with c = linear, a step of size eta removes the fraction eta lam of the noise that is left; 1 % is left
         after all. The others fall to zero faster, so that steps larger than 1 - a swing: the least noise after all.
