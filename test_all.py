@@ -4054,7 +4054,7 @@ def test_restarts_do_not_overwrite_a_model(tmp_path, monkeypatch):
     assert train.open_run(args, 0, 1)[0] is None
 
 
-def test_keep_checkpoints_and_fall_back_to_each(tmp_path, capsys):
+def test_keep_checkpoints_and_fall_back_to_each(tmp_path, capsys, monkeypatch):
     for step in range(1, 7):
         save_checkpoint(tmp_path, {"step": step}, keep=4)
     names = ["latest.pt", "previous.pt", "previous2.pt", "previous3.pt"]
@@ -4066,6 +4066,23 @@ def test_keep_checkpoints_and_fall_back_to_each(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["latest.pt.damaged", "previous.pt.damaged", *names[2:]]
     save_checkpoint(tmp_path, {"step": 7}, keep=1)
     assert load_checkpoint(tmp_path)["step"] == 7
+
+    # A file that a save moves away meanwhile, or that the disk does not give, is not a damaged one.
+    def gone(path):
+        if path.endswith("latest.pt"):
+            raise FileNotFoundError(errno.ENOENT, "No such file", path)
+        return read(path)
+
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error", path)
+    read, there = train.map_checkpoint, sorted(os.listdir(tmp_path))
+    monkeypatch.setattr(train, "map_checkpoint", gone)
+    assert load_checkpoint(tmp_path)["step"] == 4
+    monkeypatch.setattr(train, "map_checkpoint", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_checkpoint(tmp_path)
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == there
     for name in ["latest.pt", *names[2:]]:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match="no readable checkpoint"):
@@ -4121,9 +4138,12 @@ def test_kill_at_random_moments_of_saving(tmp_path):
     for kills in range(1, int(os.environ.get("KILLS", "3")) + 1):
         process = FORKS.Process(target=saver, args=(str(tmp_path), step))
         process.start()
-        while not (tmp_path / "latest.pt").exists() or load_checkpoint(tmp_path)["step"] == step:
+        saved = step
+        while saved == step:
             assert process.is_alive(), "the saving process failed"
             time.sleep(0.01)
+            with contextlib.suppress(FileNotFoundError):  # before the first save, and between its two renames
+                saved = load_checkpoint(tmp_path)["step"]
         time.sleep(0.3 * rng.random())
         process.kill()
         process.join()

@@ -627,7 +627,11 @@ def load_checkpoint(out, rank=0):
     for path in checkpoint_files(out):
         try:
             state = map_checkpoint(path)
+        except FileNotFoundError:  # moved on, by a save that is going on: it is the next one
+            continue
         except (*BROKEN_FILE, zipfile.BadZipFile) as error:
+            if getattr(error, "errno", None):  # the disk fails: that says nothing about the file
+                raise
             damaged[path] = f"{path} ({type(error).__name__})"
             continue
         problem = checkpoint_problem(state)
