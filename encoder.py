@@ -1,7 +1,8 @@
 """Encoders: an image becomes a diagonal Gaussian over latents, 8x to 128x smaller per side.
 
 Three families, one naming rule NAME = FAMILY_f<downscale>c<latent channels>:
-  vq_*  the encoder of the latent-diffusion KL-VAE (Rombach et al. 2022, arXiv 2112.10752): vq_f8c4, vq_f16c16, ...
+  vq_*  the encoder of the latent-diffusion KL-VAE (Rombach et al. 2022, arXiv 2112.10752): vq_f8c4, vq_f16c16, ...;
+        by options also those of FLUX, FLUX.2 (Black Forest Labs) and VA-VAE (Yao et al. 2025, arXiv 2501.01423)
   dc_*  the deep-compression encoder of DC-AE (Chen et al. 2024, arXiv 2410.10733), residual blocks only: dc_f32c32, ...
   dcae_*  the published DC-AE encoders, with EfficientViT blocks: dcae_f32c32, dcae_f64c128, dcae_f128c512
         (in-1.0 and mix-1.0), and dcae_f32c32_sana (sana-1.0)
@@ -223,22 +224,46 @@ class VQAttention(nn.Module):
         return x + self.out(h)
 
 
-class VQEncoder(nn.Module):
-    """The KL-VAE encoder of latent diffusion. quant: the 1x1 convolution at the end, which FLUX's layout is without."""
+KL_F16_WIDTHS = (1, 1, 2, 2, 4)  # of the levels, times 128
+FOLD_EPS = 1e-4  # beside FLUX.2's variances
 
-    def __init__(self, downscale, z_dim, width=1.0, linear=False, quant=True):
+
+class VQEncoder(nn.Module):
+    """The KL-VAE encoder of latent diffusion.
+
+    quant   the 1x1 convolution at the end, which FLUX's layout is without
+    kl_f16  latent diffusion's network for f = 16, which VA-VAE and MAR have: narrower, with attention in the last level
+    fold    FLUX.2's latents: the network ends at f / 2 with c / 4 channels, of which 2 x 2 cells are folded into one,
+            and these are normalised by statistics that come with the weights
+    raises  ValueError for kl_f16 with another f, or fold with channels that are no multiple of 4
+    """
+
+    def __init__(self, downscale, z_dim, width=1.0, linear=False, quant=True, kl_f16=False, fold=False):
         super().__init__()
-        self.downscale, self.z_dim = downscale, z_dim
+        if kl_f16 and downscale != 16:
+            raise ValueError(f"kl_f16 is a network for f = 16, not {downscale}")
+        if fold and z_dim % 4:
+            raise ValueError(f"folded latents have a multiple of 4 channels, not {z_dim}")
+        self.downscale, self.z_dim, self.fold = downscale, z_dim, fold
         self.code = LappedCode(downscale, z_dim) if linear else None
         levels = int(math.log2(downscale)) + 1
-        widths = [_scaled(128 * min(2 ** i, 4), width, 1) for i in range(levels)]
+        if fold:
+            levels, z_dim = levels - 1, z_dim // 4
+            self.register_buffer("fold_mean", torch.zeros(self.z_dim))
+            self.register_buffer("fold_var", torch.ones(self.z_dim))
+        multiples = KL_F16_WIDTHS if kl_f16 else [min(2 ** i, 4) for i in range(levels)]
+        widths = [_scaled(128 * multiple, width, 1) for multiple in multiples]
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()  # a level: two residual blocks and, but for the last, a strided convolution
+        self.attend = nn.ModuleList()  # a level: attention after each of these blocks, or nothing
         for i, (cin, cout) in enumerate(zip([widths[0]] + widths, widths)):
             level = nn.ModuleList([VQResBlock(cin, cout), VQResBlock(cout, cout)])
-            if i < levels - 1:
+            is_last = i == levels - 1
+            if not is_last:
                 level.append(nn.Conv2d(cout, cout, 3, stride=2))
             self.down.append(level)
+            attends = kl_f16 and is_last
+            self.attend.append(nn.ModuleList([VQAttention(cout), VQAttention(cout)] if attends else []))
         top = widths[-1]
         self.mid = nn.Sequential(VQResBlock(top, top), VQAttention(top), VQResBlock(top, top))
         self.norm_out = group_norm(top)
@@ -250,12 +275,19 @@ class VQEncoder(nn.Module):
     def forward(self, x):
         """x (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over (B, z_dim, H/f, W/f)."""
         h = self.conv_in(x)
-        for level in self.down:
-            h = level[1](level[0](h))
+        for level, attention in zip(self.down, self.attend, strict=True):
+            for i in range(2):
+                h = level[i](h)
+                if len(attention):
+                    h = attention[i](h)
             if len(level) == 3:
                 h = level[2](F.pad(h, (0, 1, 0, 1)))  # the original pads right and bottom only
         h = self.conv_out(F.silu(self.norm_out(self.mid(h))))
         mean, logvar = self.quant(h).float().chunk(2, dim=1)
+        if self.fold:
+            variance = self.fold_var.float()[:, None, None] + FOLD_EPS
+            mean = (F.pixel_unshuffle(mean, 2) - self.fold_mean.float()[:, None, None]) / variance.sqrt()
+            logvar = F.pixel_unshuffle(logvar, 2) - variance.log()
         if self.code is not None:
             mean = mean + self.code.encode(x)
         return DiagonalGaussian(mean, logvar)
@@ -420,7 +452,7 @@ FAMILIES = {"vq": VQEncoder, "dc": DCEncoder, "dcae": partial(DCEncoder, kind="d
 
 
 # make_encoder's options, by family
-OPTIONS = {"vq": ("linear", "quant"), "dc": ("linear", "norm"), "dcae": (), "dcae_sana": ()}
+OPTIONS = {"vq": ("linear", "quant", "kl_f16", "fold"), "dc": ("linear", "norm"), "dcae": (), "dcae_sana": ()}
 LARGEST_Z_DIM = 65536                                        # channels of a latent; published ones end at 1024
 
 
@@ -440,6 +472,8 @@ def make_encoder(name, width=1.0, **options):
     options vq, dc: linear=True adds the linear code (LappedCode) to the mean, and starts the rest of it at zero
             dc: norm=False leaves out the RMS norms, as the published DC-SSDAE encoders do
             vq: quant=False leaves out the last 1x1 convolution (quant_conv), as FLUX's layout does
+            vq_f16: kl_f16=True is latent diffusion's network for f16, which VA-VAE and MAR have
+            vq: fold=True folds 2 x 2 cells of a network for f / 2, as FLUX.2 does
     returns nn.Module with .downscale (f) and .z_dim (c); forward(x) -> DiagonalGaussian
     raises  ValueError for a name outside this rule, a width that gives fractional channels, options of another family
     """

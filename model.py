@@ -898,8 +898,8 @@ class DCSSDAE(nn.Module):
         """Read weights into this model: from a file that `save` wrote, or in a published layout (see the README).
 
         part    "all", "encoder" or "decoder": what to read; the rest of the file is ignored
-        The file decides between variants: a dc encoder with or without norms, a decoder with SSDD's joint_input;
-        published decoders have no input_skip. A 15 x 15 bias table fits a larger window.
+        The file decides between variants: a dc encoder with or without norms, a vq one's options, a decoder with
+        SSDD's joint_input; published decoders have no input_skip. A 15 x 15 bias table fits a larger window.
         raises  FileNotFoundError, or ValueError that says what the file holds and what was expected
         """
         if part not in ("all", "encoder", "decoder"):
@@ -1031,7 +1031,7 @@ def config_for(config, state, part, saved):
     found, config = infer_config(state), dict(config)
     if part != "decoder":
         config["linear_encoder"] = saved.get("linear_encoder", False)
-        if config["enc"].startswith(("dc_", "vq_")):
+        if found.get("enc") == config["enc"]:
             config["enc_options"] = found.get("enc_options", config["enc_options"])
     if part != "encoder":
         config["joint_input"] = found.get("joint_input", config["joint_input"])
@@ -1043,7 +1043,11 @@ def config_for(config, state, part, saved):
 def fitted(config, state, path, part, saved):
     """What loading `part` of the tensors `state` takes: (configuration, state dict), compared by names and shapes with
     a model that has no memory yet. ValueError where they do not fit or are not finite."""
-    config, state = config_for(config, state, part, saved), dict(state)
+    state = dict(state)
+    unfolded = {key: value for key, value in state.items() if not key.startswith("encoder.fold_")}
+    if infer_config(unfolded).get("enc") == config["enc"]:  # FLUX.2's latents as its encoder gives them, before folding
+        state = unfolded
+    config = config_for(config, state, part, saved)
     for key, table in state.items():
         if key.endswith("bias_table") and len(table) < config["window"]:
             pad = (config["window"] - len(table)) // 2
@@ -1204,12 +1208,20 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"^encoder\.mid\.1\.group_norm\.", "encoder.mid.1.norm."),
     (r"^encoder\.mid\.1\.(to_)?([qkv])(uery|ey|alue)?\.", r"encoder.mid.1.\2."),
     (r"^encoder\.mid\.1\.(proj_out|proj_attn|to_out\.0)\.", "encoder.mid.1.out."),
-    (r"^encoder\.conv_norm_out\.", "encoder.norm_out."), (r"^(encoder\.out_proj|quant_conv)\.", "encoder.quant."),
+    (r"^encoder\.conv_norm_out\.", "encoder.norm_out."),
+    (r"^(encoder\.out_proj|quant_conv|encoder\.quant_conv)\.", "encoder.quant."),
+    (r"^encoder\.down\.(\d)\.attn\.([01])\.", r"encoder.attend.\1.\2."),
+    (r"^encoder\.down_blocks\.(\d)\.attentions\.([01])\.", r"encoder.attend.\1.\2."),
+    (r"^(encoder\.attend\.\d\.\d)\.group_norm\.", r"\1.norm."),
+    (r"^(encoder\.attend\.\d\.\d)\.to_([qkv])\.", r"\1.\2."),
+    (r"^(encoder\.attend\.\d\.\d)\.(proj_out|to_out\.0)\.", r"\1.out."),
+    (r"^bn\.running_(mean|var)$", r"encoder.fold_\1"),  # FLUX.2
 )]
 
 
 # Weights of linear layers that are 1x1 convolutions here: the encoders' attention.
-LINEAR_AS_CONVOLUTION = re.compile(r"encoder\.(mid\.1|stages\..*\.0)\.(q|k|v|out|to_[qkv]|proj)\.weight$")
+LINEAR_AS_CONVOLUTION = re.compile(
+    r"encoder\.(mid\.1|attend\.\d\.\d|stages\..*\.0)\.(q|k|v|out|to_[qkv]|proj)\.weight$")
 
 
 def our_names(state):
@@ -1243,9 +1255,13 @@ def infer_encoder(rows):
     out = rows.get("encoder.conv_out.weight")
     levels = {key.split(".")[2] for key in rows if key.startswith("encoder.down.")}
     if stem and out and levels:
-        f = 2 ** (len(levels) - 1)
+        f, c = 2 ** (len(levels) - 1), out // 2
         options = {} if "encoder.quant.weight" in rows else {"quant": False}
-        return {"enc": f"vq_f{f}c{out // 2}", "enc_width": stem / 128, "enc_options": options}
+        if any(key.startswith("encoder.attend.") for key in rows):
+            options["kl_f16"] = True
+        if "encoder.fold_mean" in rows:
+            f, c, options = 2 * f, 4 * c, options | {"fold": True}
+        return {"enc": f"vq_f{f}c{c}", "enc_width": stem / 128, "enc_options": options}
     stages = [int(number) for number in (key.split(".")[2] for key in rows if key.startswith("encoder.stages."))
               if number.isdecimal() and len(number) < 3]
     if not stages or not out:
@@ -1291,6 +1307,8 @@ def describe(config):
         norms = "" if options.get("norm", True) else ", without norms"
         if not options.get("quant", True):
             norms = ", without quant_conv"
+        for option, word in (("kl_f16", ", kl-f16"), ("fold", ", folded")):
+            norms += word if options.get(option) else ""
         words.append(f"an encoder {config['enc']} (width {config['enc_width']:g}{norms})")
     if "dec" in config:
         depth = "" if config["depth"] is None else f", {config['depth']} blocks"
@@ -1316,7 +1334,7 @@ def checked(own, state, path, part="all"):
     if bad:
         raise ValueError(f"{path} holds weights that are not finite in {len(bad)} tensors (first: {bad[0]}): the "
                          "training that wrote it has diverged, or the file is damaged; take an earlier one")
-    negative = [k for k, v in state.items() if k.endswith(".running_var") and (v < 0).any()]
+    negative = [k for k, v in state.items() if k.endswith((".running_var", ".fold_var")) and (v < 0).any()]
     if negative:
         raise ValueError(f"{path} holds negative variances ({negative[0]}): it is damaged")
     return state

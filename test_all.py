@@ -1129,6 +1129,22 @@ def test_the_documents_python_runs(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoders against diffusers' (random weights), in the published names of both
 
+def to_latent_diffusion(state, quant):
+    """diffusers' AutoencoderKL encoder -> the names of latent-diffusion, with `quant` for its last convolution."""
+    names = (("quant_conv", quant), ("down_blocks.", "down."), (".resnets.", ".block."),
+             (".downsamplers.0.", ".downsample."), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
+             ("mid_block.block.0", "mid.block_1"), ("mid_block.block.1", "mid.block_2"),
+             ("mid_block.attentions.0", "mid.attn_1"), (".attentions.", ".attn."),
+             ("group_norm", "norm"), ("to_out.0", "proj_out"), (".to_", "."))
+    out = {}
+    for key, value in state.items():
+        if key.startswith(("encoder.", "quant_conv.")):
+            for old, new in names:
+                key = key.replace(old, new)
+            out[key] = value[:, :, None, None] if ".attn" in key and value.ndim == 2 else value
+    return out
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "older diffusers", "latent-diffusion"])
 def test_vq_encoder_against_diffusers(tmp_path, layout):
     data.import_torchvision()
@@ -1141,18 +1157,7 @@ def test_vq_encoder_against_diffusers(tmp_path, layout):
         for old, new in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
             state = {k.replace(old, new): v for k, v in state.items()}
     elif layout == "latent-diffusion":  # and the published DC-SSDAE encoders
-        names = (("quant_conv", "encoder.out_proj"), ("down_blocks.", "down."), (".resnets.", ".block."),
-                 (".downsamplers.0.", ".downsample."), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
-                 ("mid_block.block.0", "mid.block_1"), ("mid_block.block.1", "mid.block_2"),
-                 ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
-                 ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
-                 ("mid_block.attentions.0.to_", "mid.attn_1."))
-        source, state = state, {}
-        for key, value in source.items():
-            if key.startswith(("encoder.", "quant_conv.")):
-                for old, new in names:
-                    key = key.replace(old, new)
-                state[key] = value[:, :, None, None] if ".attn_1." in key and value.ndim == 2 else value
+        state = to_latent_diffusion(state, "encoder.out_proj")
     torch.save(state, tmp_path / "vq.pt")
     ours = DCSSDAE("vq_f8c4", "XS", enc_width=0.25, depth=1)
     ours.load_published(tmp_path / "vq.pt", part="encoder")
@@ -1161,6 +1166,89 @@ def test_vq_encoder_against_diffusers(tmp_path, layout):
         posterior, expected = ours.encode(x), vae.encode(x).latent_dist
     assert relative_error(posterior.mean, expected.mean) < 1e-5
     assert relative_error(posterior.logvar, expected.logvar) < 1e-5
+
+
+def same_posterior(ours, theirs):
+    assert relative_error(ours.mean, theirs.mean) < 1e-5 and relative_error(ours.logvar, theirs.logvar) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "repository"])
+def test_flux_encoders_against_diffusers(tmp_path, layout):
+    """FLUX's, which has no quant_conv, and FLUX.2's: as its encoder gives them (f8) and as its transformer has them."""
+    data.import_torchvision()
+    diffusers = pytest.importorskip("diffusers")
+    shape = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+             "block_out_channels": (32, 64, 128, 128), "layers_per_block": 2}
+    flux = randomise(diffusers.AutoencoderKL(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False,
+                                             **shape)).eval()
+    flux2 = randomise(diffusers.AutoencoderKLFlux2(latent_channels=32, **shape)).eval()
+    files = {"flux": flux.state_dict(), "flux2": flux2.state_dict()}
+    if layout == "repository":
+        statistics = {key: value for key, value in files["flux2"].items() if key.startswith("bn.")}
+        assert len(statistics) == 3
+        files = {name: to_latent_diffusion(state, "encoder.quant_conv") for name, state in files.items()}
+        files["flux2"] |= statistics
+    for name, state in files.items():
+        save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / f"{name}.safetensors")
+    x = torch.rand(2, 3, 64, 96) * 2 - 1
+    for name, vae, enc in (("flux", flux, "vq_f8c16"), ("flux2", flux2, "vq_f8c32")):
+        ours = DCSSDAE(enc, "XS", enc_width=0.25, depth=1)
+        ours.load_published(tmp_path / f"{name}.safetensors", part="encoder")
+        with torch.no_grad():
+            same_posterior(ours.encode(x), vae.encode(x).latent_dist)
+
+    ours = DCSSDAE("vq_f16c128", "XS", enc_width=0.25, depth=1)
+    ours.load_published(tmp_path / "flux2.safetensors", part="encoder")
+    ours.save(tmp_path / "ours.safetensors")
+    before = {key: value.clone() for key, value in ours.encoder.named_buffers()}
+    with torch.no_grad():
+        posterior, z = ours.train().encode(x), flux2.encode(x).latent_dist.mode()  # (2, 32, 8, 12)
+        cells = z.view(2, 32, 4, 2, 6, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 128, 4, 6)  # as its pipeline does
+        expected = flux2.bn(cells)
+        assert relative_error(posterior.mode(), expected) < 1e-5
+        assert all(torch.equal(value, before[key]) for key, value in ours.encoder.named_buffers())
+        # A draw of the folded posterior is the folded draw: mean and deviation are scaled alike.
+        plain = DCSSDAE("vq_f8c32", "XS", enc_width=0.25, depth=1)
+        plain.load_published(tmp_path / "flux2.safetensors", part="encoder")
+        eps = torch.randn_like(z)
+        draw = flux2.bn(F.pixel_unshuffle(plain.encode(x).sample(eps), 2))
+        assert relative_error(posterior.sample(F.pixel_unshuffle(eps, 2)), draw) < 1e-5
+        assert torch.equal(DCSSDAE.load(tmp_path / "ours.safetensors").encode(x).mean, posterior.mean)
+    with pytest.raises(ValueError, match=r"vq_f16c128 \(width 0.25, folded\), expected was an encoder vq_f16c16"):
+        DCSSDAE("vq_f16c16", "XS", enc_width=0.25, depth=1).load_published(tmp_path / "flux2.safetensors", "encoder")
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "latent-diffusion"])
+def test_va_vae_encoder_against_diffusers(tmp_path, layout):
+    """latent-diffusion's kl-f16, which VA-VAE and MAR have: narrower levels, attention in the last one."""
+    data.import_torchvision()
+    diffusers = pytest.importorskip("diffusers")
+    vae = randomise(diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4, layers_per_block=2,
+        block_out_channels=(32, 32, 64, 64, 128), latent_channels=32)).eval()
+    state = vae.state_dict()
+    if layout == "latent-diffusion":  # with what else VA-VAE's file holds
+        state = to_latent_diffusion(state, "quant_conv") | {
+            "foundation_model.model.patch_embed.proj.weight": torch.zeros(1), "loss.logvar": torch.zeros(()),
+            "linear_proj.weight": torch.zeros(1), "decoder.conv_in.weight": torch.zeros(1)}
+    torch.save({"state_dict": state}, tmp_path / "vavae.pt")
+    ours = DCSSDAE("vq_f16c32", "XS", enc_width=0.25, depth=1)
+    ours.load_published(tmp_path / "vavae.pt", part="encoder")
+    assert ours.config["enc_options"] == {"kl_f16": True}
+    ours.save(tmp_path / "ours.safetensors")
+    x = torch.rand(2, 3, 64, 96) * 2 - 1
+    with torch.no_grad():
+        same_posterior(ours.encode(x), vae.encode(x).latent_dist)
+        assert torch.equal(DCSSDAE.load(tmp_path / "ours.safetensors").encode(x).mean, ours.encode(x).mean)
+    with pytest.raises(ValueError, match=r"vq_f16c32 \(width 0.25, kl-f16\), expected was an encoder vq_f8c4"):
+        DCSSDAE("vq_f8c4", "XS", enc_width=0.25, depth=1).load_published(tmp_path / "vavae.pt", "encoder")
+
+
+def test_options_that_no_vq_encoder_has():
+    for options, words in (({"kl_f16": True}, "for f = 16, not 8"), ({"fold": True}, "multiple of 4 channels, not 6")):
+        with pytest.raises(ValueError, match=words):
+            make_encoder("vq_f8c6", 0.25, **options)
 
 
 @pytest.mark.parametrize("name", ["dc_f8c4", "dc_f32c32", "dc_f64c128"])
