@@ -812,9 +812,67 @@ def default_workers():
     return min(8, share // 2)
 
 
+class Terminal:
+    """A text stream that ends no program: characters that it cannot encode are written as escapes, and once it is gone
+    (a closed pipe, a full disk) the rest is left out, with one warning in `other`."""
+
+    def __init__(self, stream, other=None):
+        self.stream, self.other = stream, other
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with self.kept():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with self.kept():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def kept(self):
+        try:
+            yield
+        except (OSError, ValueError) as error:               # ValueError: the stream is closed
+            # What is in its buffer would fail again at the end of the program: let the system swallow it.
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+            if self.other is not None:
+                print(f"warning: what follows is not shown: {error}", file=self.other)
+            self.stream, self.other = open(os.devnull, "w"), None
+
+
+def keep_terminals():
+    """Make Terminals of stdout and stderr. Where one is closed from the start, the first file that is opened would take
+    its number, and whatever a library prints would be written into that file."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    sys.stderr = Terminal(sys.stderr)
+    sys.stdout = Terminal(sys.stdout, sys.stderr)
+
+
+@contextlib.contextmanager
+def only_warns(what):
+    """What goes wrong inside, which only shows results, is a warning: `what` could not be written."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001             # Pillow and matplotlib raise many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"warning: could not write {what}: {reason}", file=sys.stderr, flush=True)
+
+
 def guarded(main):
     """Call main(); what the user can mend ends in one sentence and exit code 1, not in a traceback
     (TRACEBACK=1 shows it)."""
+    terminals = sys.stdout, sys.stderr
+    keep_terminals()
     try:
         main()
     except (ValueError, OSError) as error:
@@ -830,6 +888,8 @@ def guarded(main):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        sys.stdout.flush()                                   # here, where failing is no error
+        sys.stdout, sys.stderr = terminals
 
 
 def close_bars():
@@ -875,6 +935,17 @@ def shared_store():
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ValueError("no store")
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=LISTEN)
+
+
+def check_compiler(device):
+    """Compile a trivial function, as --compile will compile networks. ValueError where that fails, for want of a
+    compiler most often."""
+    try:
+        torch.compile(lambda x: 2 * x)(torch.ones(8, device=device))
+    except Exception as error:  # noqa: BLE001             # dynamo's and inductor's own types, triton's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"--compile does not work here ({reason}): install a C++ compiler such as g++ (CXX names "
+                         "another), or leave --compile out") from None
 
 
 INF, MANY = float("inf"), 10**12                             # MANY: more steps or images than anybody has
@@ -934,13 +1005,18 @@ def now(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files, written whole or not at all
 
+def temporary_name(path):
+    """-> a name beside `path`, this process's own. OSError as `whole` says."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is no ordinary file: give another name")
+    return f"{path}.{os.getpid()}.tmp"
+
+
 @contextlib.contextmanager
 def whole(path):
     """Gives a temporary name, this process's own, that takes the place of `path` in the end, or vanishes where an error
-    comes. OSError where `path` is a device or a pipe, which must not be replaced."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"{path} is no ordinary file: give another name")
-    temporary = f"{path}.{os.getpid()}.tmp"
+    comes. OSError where `path` is a folder, a device or a pipe, which must not be replaced."""
+    temporary = temporary_name(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -948,6 +1024,27 @@ def whole(path):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def ready_folder(folder, *names):
+    """Before the work: make the folder, and see that files of these names can be written into it. OSError, one
+    sentence."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for name in names:
+            ready_file(os.path.join(folder, name))
+    except OSError as error:
+        if not error.errno:
+            raise
+        raise OSError(f"nothing can be written into {folder} ({error.strerror}): choose another --out") from None
+
+
+def ready_file(path):
+    """Before the work: see that a file of this name can be written. OSError where its folder is missing or lets nothing
+    in, or where the name is that of a folder, a device or a pipe."""
+    temporary = temporary_name(path)
+    with open(temporary, "wb"), contextlib.suppress(FileNotFoundError):  # another run may clear up
+        os.remove(temporary)
 
 
 @functools.cache                                             # the lock ends with the file object: with this process
@@ -980,7 +1077,7 @@ def save_grid(path, images, pad=2):
 
 
 def write_whole(path, data):
-    """Text, or an array as .npy, into `path`: whole and on the disk, or not at all."""
+    """Text, or an array as .npy, into `path`: whole and on the disk, or not at all. OSError as `whole`."""
     with whole(path) as temporary, open(temporary, "wb") as file:
         if isinstance(data, str):
             file.write(data.encode())
@@ -1018,15 +1115,14 @@ def main():
     parser.add_argument("--rows", type=int, default=8, help="rows and columns of the grid")
     parser.add_argument("--out", default="grid.png", help="PNG to write")
     args = parser.parse_args()
-    try:
-        train, count = args.split == "train", max(1, args.rows) ** 2
-        dataset = make_dataset(args.data, args.size, train, args.aug_scale, args.seed, enlarge=args.enlarge)
-        x, _ = next(iter(make_loader(dataset, count, train, seed=args.seed)))
-        save_grid(args.out, x.split(max(1, args.rows)))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    check_numbers(args)
+    ready_file(args.out)
+    train, count = args.split == "train", max(1, args.rows) ** 2
+    dataset = make_dataset(args.data, args.size, train, args.aug_scale, args.seed, enlarge=args.enlarge)
+    x, _ = next(iter(make_loader(dataset, count, train, seed=args.seed)))
+    save_grid(args.out, x.split(max(1, args.rows)))
     print(f"{args.split}: {dataset.described()}, {len(x)} of them in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

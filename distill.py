@@ -182,6 +182,7 @@ def main():
     loader = make_loader(val, VALIDATION_BATCH * world, train=False, rank=rank, world=world)
     result = evaluate(ema, loader, device, steps=[1], seed=args.seed, dtype=dtype, rank=rank, world=world)
     if rank == 0:
+        write_results(result, args.out)  # before anything else can fail
         loader = make_loader(val, VALIDATION_BATCH, train=False)
         before, after = closeness(teacher, ema, loader, args.teacher_steps, options, device, dtype, args.seed)
         result["mse_to_teacher"] = {"teacher_steps": args.teacher_steps, "undistilled": before, "distilled": after}

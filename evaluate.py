@@ -32,9 +32,9 @@ from model import DCSSDAE, check_size, folder_beside
 from sampler import image_noise, seeded_generator
 
 from data import (LARGEST_KEPT, check_numbers, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
-                  make_loader, now, read_image, save_grid, setup, write_json)
+                  make_loader, now, only_warns, read_image, ready_folder, save_grid, setup, strict, write_json)
 from fid import (UNBIASED_FROM, Statistics, cache_files, check_metrics, distance_or_none, load_cached,  # isort: skip
-                 load_networks, metric_arguments, metric_of, save_cached)
+                 load_networks, metric_arguments, metric_of, or_nan, save_cached)
 from losses import (cell_ratio, cell_steps, hf_energy, hf_ratio, linear_code, mean_and_error, psnr,  # isort: skip
                     shrink_enlarge, ssim, to8bit)
 
@@ -98,9 +98,9 @@ def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=N
         for key, value in values.items():
             part["values"].setdefault(key, []).append(value.cpu().double())
         for (row, net), statistics in of_rows.items():
-            statistics.update(features[net](outputs[row]))
+            statistics.update(or_nan(features[net], outputs[row]))
         for net, statistics in missing.items():
-            statistics.update(features[net](x))
+            statistics.update(or_nan(features[net], x))
         for k in range(min(len(x), pictures - len(part["pictures"]))):
             part["pictures"][int(index[k])] = [y[k].cpu() for y in (x, *outputs.values())]
         bar.update(len(x))
@@ -164,7 +164,7 @@ def image_metrics(x, outputs, distances, f):
         values[name, "ssim"] = ssim(x, y)
         values[name, "hf"] = hf_energy(y)
         for metric, distance in distances.items():
-            values[name, metric] = distance(x, y).flatten()
+            values[name, metric] = or_nan(distance, x, y).flatten()
     return values
 
 
@@ -232,7 +232,7 @@ def table_columns(rows, images):
 
 def table_cell(row, key, form):
     """A number with its standard error, or "-" where there is none."""
-    if row.get(key) is None or row[key] != row[key]:  # NaN
+    if strict(row.get(key)) is None:
         return "-"
     text = form.format(row[key])
     if row.get(f"{key}_se"):
@@ -262,12 +262,13 @@ def print_table(result):
 
 
 def write_results(result, out):
-    """metrics.json (no pictures, no statistics) and reconstructions.png in the folder `out`, whole or not at all."""
+    """metrics.json (no pictures, no statistics) in the folder `out`, whole; reconstructions.png, or else a warning."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     numbers = {key: value for key, value in result.items() if key not in ("pictures", "originals")}
     write_json(out / "metrics.json", numbers)
-    save_grid(out / "reconstructions.png", result["pictures"])
+    with only_warns("reconstructions.png"):
+        save_grid(out / "reconstructions.png", result["pictures"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def reconstruct_images(model, args, options, device, out):
     in the end, with the files that are no images."""
     if len({Path(path).name for path in args.images}) < len(args.images):
         raise ValueError("--images holds two files of one name: so would their results")
-    out.mkdir(parents=True, exist_ok=True)
+    ready_folder(out, *(f"{Path(path).name}.reconstruction.png" for path in args.images))
     bad, steps = [], args.steps[0]
     for i, path in enumerate(args.images):
         try:
@@ -436,6 +437,8 @@ def main():
         if rank == 0:
             reconstruct_images(model, args, options, device, out)
         return
+    if rank == 0:
+        ready_folder(out, "metrics.json", "reconstructions.png")
     dataset = make_dataset(args.data, size, train=False, limit=args.limit, crop=args.crop, split=args.part)
     networks = load_networks(args, size, device, world)
     runs = {row_name(steps): (steps, options) for steps in args.steps}

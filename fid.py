@@ -328,14 +328,15 @@ class Statistics:
         return (self.scatter / freedom).cpu().numpy()
 
     def save(self, path):
-        """Write mu, sigma (what pytorch-fid reads) and n. Atomic: never a half-written file under this name."""
-        temporary = f"{path}.tmp{os.getpid()}"
+        """Write mu, sigma (what pytorch-fid reads) and n. Atomic: never a half-written file under this name. ValueError
+        where they are not finite, OSError as data.whole."""
+        if not (np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()):
+            raise ValueError(f"features that are not finite have no statistics to store in {path}")
         arrays = {"mu": self.mu, "sigma": self.sigma}
         if self.n is not None:
             arrays["n"] = self.n
-        with open(temporary, "wb") as file:
+        with data.whole(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
-        os.replace(temporary, path)
 
     @staticmethod
     def load(path):
@@ -385,10 +386,32 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def distance_or_none(a, b):
-    """Frechet distance of two Statistics, None where one is not finite: a row that diverged."""
-    if not (np.isfinite(a.sigma).all() and np.isfinite(b.sigma).all()):
+    """Frechet distance of two Statistics; None, with a warning, where there is none: of a row that diverged, say."""
+    try:
+        return distance_between(a, b)
+    except ValueError as error:                                        # LinAlgError is one, too
+        data.say(f"warning: a Frechet distance is left out: {error}")
         return None
-    return distance_between(a, b)
+
+
+@functools.cache
+def warn_once(line):
+    """In this process, whichever of several it is."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def or_nan(network, *images):
+    """What a metric's network finds in images (b, 3, H, W): (b,), or (b, dim) of features. NaN, with a warning, where
+    it fails: the other metrics of a long evaluation go on."""
+    try:
+        return network(*images)
+    except RuntimeError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        warn_once(f"warning: a metric is left out, {type(network).__name__} fails: {reason}")
+        shape = [len(images[0])]
+        if len(images) == 1:
+            shape.append(network.dim)
+        return torch.full(shape, float("nan"))
 
 
 def distance_between(a, b):
@@ -549,16 +572,16 @@ def cache_files(args, dataset, features):
         image, _ = first
         first = image.numpy().tobytes()
     key = (hashlib.sha256(dataset.images.tobytes()).hexdigest(), files, first, args.data, dataset.size, args.crop)
-    paths = {}
+    paths, folder = {}, Path(os.path.expanduser(args.cache))
     for metric, network in features.items():
         name = hashlib.sha256(repr((key, network.sha256)).encode()).hexdigest()[:20]
-        paths[metric] = Path(args.cache).expanduser() / f"fid-{name}.npz"
+        paths[metric] = folder / f"fid-{name}.npz"
     return paths
 
 
 def load_cached(paths, world):
     """{metric: Statistics} of the `paths` that all processes find: a home directory may not be shared."""
-    mine = {metric for metric, path in paths.items() if path.is_file()}
+    mine = {metric for metric, path in paths.items() if os.path.isfile(path)}
     everywhere = set.intersection(*gathered(mine, world))
     found = {}
     for metric in everywhere:
@@ -602,8 +625,10 @@ def check_arguments(args):
         raise FileNotFoundError(f"--save {args.save}: there is no folder {folder}, make it first")
     if os.path.isdir(args.save):
         raise ValueError(f"--save {args.save} is a folder: give the name of a file")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--save {args.save}: nothing can be written into {folder}")
+    try:
+        data.ready_file(args.save)
+    except OSError as error:
+        raise OSError(f"--save {args.save}: {error.strerror or error}") from None
 
 
 def main():
@@ -670,4 +695,4 @@ def print_protocol(name, sets, features, network):
 
 
 if __name__ == "__main__":
-    main()
+    data.guarded(main)

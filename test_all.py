@@ -879,8 +879,8 @@ def test_damaged_and_foreign_weight_files(tmp_path):
             return os.mkdir, (str(marker),)
     torch.save({"state_dict": Malicious()}, tmp_path / "evil.pt")
     torch.save({"w": torch.zeros(1)}, tmp_path / "other.pt")
-    for name, words in (("cut.safetensors", "not a readable"), ("junk.pt", "junk.pt"), ("evil.pt", "refused"),
-                        ("none.pt", "no weight file")):
+    for name, words in (("cut.safetensors", "not a readable"), ("junk.pt", "junk.pt"),
+                        ("evil.pt", "refused.*convert it once.*'state_dict'"), ("none.pt", "no weight file")):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             read_weights(tmp_path / name)
     assert not marker.exists()
@@ -971,14 +971,130 @@ def test_statistics_and_checkpoints_with_wrong_contents(tmp_path, capsys):
         assert load_checkpoint(folder)["step"] == 1 and "damaged" in capsys.readouterr().out
 
 
+def refuse(name):
+    """For json.loads: strict JSON has no such number."""
+    raise AssertionError(name)
+
+
+class FailingInception(nn.Module):
+    """A network that is found but fails in the pass."""
+    dim, sha256 = 4, "1" * 64
+
+    def __init__(self, weights=None):
+        super().__init__()
+
+    def forward(self, x):
+        raise RuntimeError("no kernel for this image")
+
+
 def test_results_survive_a_cache_and_a_row_that_fail(tmp_path, checkpoint, offline, monkeypatch, capsys):
     monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
     run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--limit", 3, "--workers", 0, "--device", "cpu", "--steps", 1,
              2, "--eta", 1e38, "--cache", "/dev/null/cache", "--lpips_net", "vgg", "--out", tmp_path / "o")
-    def refuse(name):
-        raise AssertionError(name)
+    shown = capsys.readouterr()
     report = json.loads((tmp_path / "o" / "metrics.json").read_text(), parse_constant=refuse)
-    assert report["rows"][0]["rfid"] is not None and "not kept in --cache" in capsys.readouterr().err
+    assert report["rows"][0]["rfid"] is not None and "not kept in --cache" in shown.err
+    row = report["rows"][3]
+    assert row["name"] == "2 steps" and row["psnr"] is row["rfid"] is row["ssim"] is None
+    line = next(line for line in shown.out.splitlines() if line.startswith("2 steps"))
+    assert set(line.split()[3:-1]) == {"-"} and float(line.split()[-1]) > 0  # NFE and time are there
+
+
+def test_results_survive_a_picture_a_metric_and_a_terminal_that_fail(tmp_path, checkpoint, offline, monkeypatch,
+                                                                     capsys):
+    """Metrics are on the disk before anything is shown, and what cannot be shown is a warning."""
+    def no_space(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(fid, "InceptionFeatures", FailingInception)
+    monkeypatch.setattr(evaluate, "save_grid", no_space)
+    monkeypatch.setattr(sys, "stdout", Gone())
+    written = []
+    monkeypatch.setattr(evaluate, "print_table", lambda result: written.extend(os.listdir(tmp_path / "o")))
+    run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--limit", 3, "--workers", 0, "--device", "cpu",
+             "--cache", tmp_path / "c", "--lpips_net", "vgg", "--out", tmp_path / "o")
+    errors = capsys.readouterr().err
+    report = json.loads((tmp_path / "o" / "metrics.json").read_text(), parse_constant=refuse)
+    assert all(row["rfid"] is None and row["psnr"] > 0 for row in report["rows"]) and written == ["metrics.json"]
+    for words in ("could not write reconstructions.png: [Errno 28] No space left", "what follows is not shown: ",
+                  "a metric is left out, FailingInception fails: no kernel", "not kept in --cache"):
+        assert words in errors
+    assert not list(tmp_path.glob("c/*")) and not list(tmp_path.glob("o/*.tmp"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="shells are POSIX's")
+@pytest.mark.parametrize("shell", ["{} | true", "{} >&- 2>&-"])
+def test_a_program_without_a_terminal_does_its_work(tmp_path, shell):
+    """A pipe that nobody reads, and nothing at all: to the very end, where buffers are emptied."""
+    program = f"{sys.executable} {HERE}/data.py --size 8 --rows 2 --out {tmp_path}/grid.png"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", shell.format(program)], capture_output=True, text=True,
+                          check=False, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"))
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert Image.open(tmp_path / "grid.png").size == (22, 22)
+
+
+def test_names_that_the_terminal_cannot_encode_are_escaped():
+    inner = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    print("a\u2192\udcff", file=data.Terminal(inner), flush=True)
+    assert inner.buffer.getvalue() == b"a\\u2192\\udcff\n"
+
+
+def test_targets_that_cannot_be_written_are_found_before_the_work(tmp_path, checkpoint, monkeypatch):
+    """A folder that cannot be made, and a folder in the place of a file: said before the data is looked for."""
+    (tmp_path / "file").write_text("")
+    common = ["--ckpt", checkpoint, "--device", "cpu", "--data", tmp_path / "nowhere"]
+    training = ["--device", "cpu", "--data", tmp_path / "nowhere", "--w_lpips", 0, "--w_repa", 0]
+    picture = tmp_path / "a.png"
+    programs = [  # module, arguments, a file that it would write
+        (evaluate, common, "metrics.json"), (evaluate, common, "reconstructions.png"),
+        (evaluate, [*common[:4], "--images", picture], "a.png.reconstruction.png"), (sweep, common, "sweep.csv"),
+        (field, common, "field.png"), (latents, common, "manifest.json"),
+        (train, ["--preset", "tiny", *training], "reconstructions.png"),
+        (distill, ["--ckpt", checkpoint, *training], "metrics.json")]
+    if importlib.util.find_spec("matplotlib"):
+        programs.append((compare, [tmp_path / "nowhere", "--plot"], "curves.png"))
+    for module, argv, name in programs:
+        def stop(out, module=module, argv=argv):
+            if module is train:
+                with pytest.raises((OSError, ValueError)) as stop:
+                    run_main(module, monkeypatch, *argv, "--out", out)
+                return str(stop.value)
+            return sentence(module, monkeypatch, *argv, "--out", out)
+
+        assert f"nothing can be written into {tmp_path}/file/out (Not a directory)" in stop(tmp_path / "file" / "out")
+        out = tmp_path / f"{module.__name__}_{name}"
+        (out / name).mkdir(parents=True)
+        assert f"{out}/{name} is no ordinary file" in stop(out)
+        assert {path.name for path in out.iterdir()} <= {name, ".lock"}
+    for out, words in ((tmp_path / "file" / "g.png", "Not a directory"), (tmp_path, "is no ordinary file"),
+                       ("/dev/null", "is no ordinary file")):
+        with pytest.raises(OSError, match=words):
+            run_main(data, monkeypatch, "--data", tmp_path / "nowhere", "--out", out)
+    assert "/dev/null is no ordinary file" in sentence(fid, monkeypatch, tmp_path, "--save", "/dev/null")
+    assert os.path.exists("/dev/null") and not os.path.isfile("/dev/null")
+
+
+def test_numbers_that_are_not_finite_are_empty_in_every_file(tmp_path, monkeypatch):
+    rows = [{"name": "a", "psnr": math.nan, "hf": math.inf}, {"name": "b", "psnr": 1.5, "hf": None}]
+    assert sweep.csv_text(rows) == "name,psnr,hf\na,,\nb,1.5,\n"
+    log = tmp_path / "log.jsonl"
+    train.append_log(log, None, 3, loss=math.nan, eval=[{"name": "a", "psnr": -math.inf}])
+    line = json.loads(log.read_text(), parse_constant=refuse)
+    assert line == {"step": 3, "loss": None, "eval": [{"name": "a", "psnr": None}]}
+    data.write_json(tmp_path / "m.json", {"a": [math.nan, 1], "b": {"c": math.inf}})
+    assert json.loads((tmp_path / "m.json").read_text(), parse_constant=refuse) == {"a": [None, 1], "b": {"c": None}}
+    # What reads them knows: a run that diverged has no gain, and a gap in its curve.
+    run = write_run(tmp_path / "run", 1.0, rate=20.0)
+    for path in (run / "metrics.json", run / "log.jsonl"):
+        path.write_text(path.read_text().replace('"psnr": 21.0', '"psnr": null').replace('"eqm": 12.0', '"eqm": null'))
+    read = compare.read_run(run)
+    (_, first), (_, last) = read["curves"][0]
+    assert read["rows"][-1]["gain"] is None and first == 5 and math.isnan(last)
+    assert math.isnan(read["curves"][1][0][1])
 
 
 def test_a_whole_published_file_needs_no_configuration(tmp_path):
@@ -2677,7 +2793,13 @@ def test_statistics_of_an_incomplete_pass_are_not_kept(tmp_path, checkpoint, off
     assert not cache.exists() and "1 images are missing" in capsys.readouterr().out
     photo(32, 32, 4).save(tmp_path / "deleted.png")
     run_main(evaluate, monkeypatch, *command)
-    assert len(os.listdir(cache)) == 1
+    (entry,) = cache.iterdir()
+    whole = fid.Statistics.load(entry)
+    entry.write_bytes(entry.read_bytes()[:-100])  # and damaged ones are replaced
+    capsys.readouterr()
+    run_main(evaluate, monkeypatch, *command)
+    again = fid.Statistics.load(entry)
+    assert "computed again" in capsys.readouterr().err and np.array_equal(again.sigma, whole.sigma)
 
 
 def test_evaluate_command_stops_with_one_sentence(tmp_path, checkpoint, offline, monkeypatch):
@@ -2742,6 +2864,17 @@ def test_distill_then_evaluate(trained, tmp_path):
     output = cli("evaluate.py", "--ckpt", tmp_path / "d" / "model.safetensors", "--data", "demo", "--limit", 4,
                  "--out", tmp_path / "e", "--device", "cpu")
     assert "PSNR" in output and "HF ratio" in output
+
+
+def test_distillation_writes_its_metrics_before_it_compares(tmp_path, checkpoint, monkeypatch):
+    def lost(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(distill, "closeness", lost)
+    assert "Input/output error" in sentence(
+        distill, monkeypatch, "--ckpt", checkpoint, "--steps", 1, "--batch_size", 2, "--teacher_steps", 1,
+        "--eval_images", 2, "--device", "cpu", "--dtype", "float32", "--workers", 0, "--w_lpips", 0, "--out", tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 2
 
 
 def test_distillation_brings_one_step_to_the_teacher(tmp_path):
@@ -3367,6 +3500,14 @@ def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
     assert m["model_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest() and m["shape"] == [4, 4, 4]
 
 
+def test_statistics_that_are_not_finite_stay_out_of_the_model(tmp_path, checkpoint):
+    model, before = DCSSDAE.load(checkpoint), Path(checkpoint).read_bytes()
+    args = types.SimpleNamespace(ckpt=str(checkpoint), data="demo", out=None)
+    with pytest.raises(ValueError, match="latents are not finite: the model's file stays as it is"):
+        latents.store_in_model(model, args, {"mean": [0.0, math.nan], "std": [1.0, 1.0]})
+    assert Path(checkpoint).read_bytes() == before
+
+
 def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, monkeypatch):
     common = ["--ckpt", checkpoint, "--limit", 5, "--workers", 0, "--device", "cpu", "--out"]
     run_main(latents, monkeypatch, *common, tmp_path / "z", "--sample", "--flip", "--shard", 3,
@@ -3554,6 +3695,21 @@ def test_compiles_without_graph_breaks_and_checkpointing_changes_nothing():
             unet(x, z, t)
         saved.append(sum(sizes))
     assert saved[1] < 0.5 * saved[0]
+
+
+def test_compile_without_a_compiler_is_one_sentence(tmp_path, monkeypatch):
+    """Before the data is looked for, and before anything is timed."""
+    output = cli("train.py", *TINY, "--compile", "--data", tmp_path / "nowhere", "--out", tmp_path / "r", ok=False,
+                 env={"CXX": "/nonexistent"})
+    assert "error: --compile does not work here (" in output and "/nonexistent" in output
+    assert not (tmp_path / "r").exists()
+
+    def broken(*args, **options):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert "does not work here (no compiler): install" in sentence(bench, monkeypatch, "decode", "--compile",
+                                                                   "--device", "cpu")
 
 
 def test_cost_and_memory_of_decoding_are_linear_in_pixels():
@@ -4028,6 +4184,12 @@ def test_two_runs_into_one_folder(tmp_path):
     assert train.open_run(args, 0, 1)[0] is None  # the same process, again
 
 
+def gaussian_statistics():
+    statistics = fid.Statistics(2)
+    statistics.update(torch.randn(5, 2))
+    return statistics
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions and pipes are POSIX's")
 def test_files_have_the_permissions_of_others_and_pipes_stay(tmp_path):
     model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1)
@@ -4045,7 +4207,12 @@ def test_files_have_the_permissions_of_others_and_pipes_stay(tmp_path):
                   functools.partial(data.save_grid, images=[torch.zeros(1, 3, 8, 8)])):
         with pytest.raises(OSError, match="pipe is no ordinary file"):
             write(pipe)
+    with pytest.raises(OSError, match="pipe is no ordinary file"):
+        gaussian_statistics().save(pipe)
     assert pipe.is_fifo() and not list(tmp_path.glob("*.tmp"))
+    with data.whole(tmp_path / "m.json") as temporary:  # of two processes each has its own
+        assert str(os.getpid()) in os.path.basename(temporary)
+        Path(temporary).write_text("{}")
 
 
 def test_an_address_of_the_hub_is_no_folder():

@@ -34,6 +34,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import (
+    check_compiler,
     check_numbers,
     default_workers,
     gathered,
@@ -41,8 +42,11 @@ from data import (
     lock_folder,
     make_dataset,
     make_loader,
+    only_warns,
     parts_taken,
+    ready_folder,
     setup,
+    strict,
     write_whole,
 )
 from encoder import parse_name
@@ -90,6 +94,8 @@ BETAS = (0.9, 0.99)  # AdamW's memory: about 10 steps of the gradient, 100 of it
 GAN_BETAS = (0.5, 0.9)  # the discriminator's, as VQGAN's: it chases a target that moves
 MOST_SKIPPED = 10  # steps in a row that are not finite: what goes wrong so often will not go away
 VALIDATION_BATCH = 64  # images at a time in each process
+WRITTEN = ("model.safetensors", "best.safetensors", "latest.pt", "previous.pt", "log.jsonl", "metrics.json",
+           "reconstructions.png")  # by a run into --out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -725,7 +731,7 @@ def open_run(args, rank, world):
             lock_folder(args.out)
         checkpoint, lines = find_run(args, log, rank)
         if rank == 0:
-            os.makedirs(args.out, exist_ok=True)
+            ready_folder(args.out, *WRITTEN)
             lock_folder(args.out)
     except (OSError, ValueError) as error:
         problem = str(error)
@@ -797,11 +803,17 @@ def open_board(args, start):
 
 
 def append_log(path, board, step, pictures=(), **values):
-    """A line of log.jsonl, and for TensorBoard the same numbers and the pictures of an evaluation."""
+    """A line of log.jsonl, with null for what is not finite, and the same for TensorBoard. OSError from the first."""
     with open(path, "a") as file:
-        file.write(json.dumps({"step": step, **values}) + "\n")
+        file.write(json.dumps(strict({"step": step, **values}), allow_nan=False) + "\n")
     if board is None:
         return
+    with only_warns("TensorBoard's files"):
+        show_on_board(board, step, pictures, values)
+
+
+def show_on_board(board, step, pictures, values):
+    """The numbers in `values`, also in its rows "eval", and pictures, rows of (n, 3, s, s), for TensorBoard."""
     numbers = dict(values)
     for row in values.get("eval", []):
         for key, value in row.items():
@@ -838,7 +850,7 @@ def makers_of_the_latent(encoder):
     """The encoder's last layers."""
     if hasattr(encoder, "stages"):
         return [encoder.stages[-1], encoder.conv_out]
-    return [encoder.down[-1], encoder.mid, encoder.norm_out, encoder.conv_out, encoder.quant]
+    return [encoder.down[-1], encoder.attend[-1], encoder.mid, encoder.norm_out, encoder.conv_out, encoder.quant]
 
 
 def readers_of_the_latent(decoder):
@@ -972,11 +984,11 @@ def validate(run, ema, val, dtype):
     result = evaluate(ema, loader, run.device, steps=run.args.eval_steps, seed=run.args.seed, dtype=dtype,
                       rank=run.rank, world=run.world)
     if run.rank == 0:
+        write_results(result, run.args.out)  # before anything else can fail
+        append_log(run.log_path, run.board, run.done, result["pictures"], eval=result["rows"])
         baseline, linear, first, *_ = result["rows"]
         tqdm.write(f"step {run.done}: PSNR {first['psnr']:.2f} dB in {first['name']}, "
                    f"linear code {linear['psnr']:.2f}, baseline {baseline['psnr']:.2f} on {result['images']} images")
-        write_results(result, run.args.out)
-        append_log(run.log_path, run.board, run.done, result["pictures"], eval=result["rows"])
         keep_best(run, ema, result)
     run.evaluating += time.time() - before
     return result
@@ -1032,6 +1044,8 @@ def main():
     prefer_speed(device)
     check_args(args)
     check_shared(args, world)
+    if args.compile:
+        check_compiler(device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)  # initial weights, the same on every rank
 

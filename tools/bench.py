@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import (
+    check_compiler,
     check_numbers,
     guarded,
     import_torchvision,
@@ -326,6 +327,8 @@ def main():
     rank, _, device = setup(args.device)
     if rank > 0:
         return
+    if args.compile:
+        check_compiler(device)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}, "

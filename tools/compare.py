@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import guarded
+from data import guarded, ready_folder, whole
 from evaluate import print_table
 from losses import mean_and_error
 
@@ -62,11 +63,11 @@ def seconds_of(training):
 
 
 def loss_curve(training):
-    """[(images seen, matching loss)]"""
+    """[(images seen, matching loss)]; NaN where a step was not finite."""
     curve = []
     for line in training:
         loss = line["eqm"] if "eqm" in line else line["fm"]
-        curve.append((line["images"], loss))
+        curve.append((line["images"], math.nan if loss is None else loss))
     return curve
 
 
@@ -77,7 +78,8 @@ def gain_curve(log, training):
     for line in log:
         for row in line.get("eval", ()):
             if row["steps"] == 1:
-                curve.append((line["step"] * batch, row["psnr"] - strongest_reference(line["eval"])["psnr"]))
+                gain = difference(row["psnr"], strongest_reference(line["eval"])["psnr"])
+                curve.append((line["step"] * batch, math.nan if gain is None else gain))
     return curve
 
 
@@ -87,9 +89,14 @@ def with_gain(rows, minutes):
     result = []
     for row in rows:
         if row["steps"] > 0:
-            row = row | {"gain": row["psnr"] - reference["psnr"], "minutes": minutes}
+            row = row | {"gain": difference(row["psnr"], reference["psnr"]), "minutes": minutes}
         result.append(row)
     return result
+
+
+def difference(a, b):
+    """a - b; None where one of them is, being not finite."""
+    return None if a is None or b is None else a - b
 
 
 def strongest_reference(rows):
@@ -169,8 +176,8 @@ def plot_curves(groups, out):
     left.set(xlabel="images seen", ylabel="loss (fm, eqm)", yscale="log")
     right.set(xlabel="images seen", ylabel="one step: PSNR gain over the linear code, dB", yscale="linear")
     right.legend()
-    Path(out).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(out, "curves.png"), dpi=150)
+    with whole(Path(out, "curves.png")) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     print(f"wrote curves.png to {out}")
 
 
@@ -184,6 +191,8 @@ def main():
         raise ValueError("--plot needs the matplotlib package: pip install matplotlib")
     if os.environ.get("RANK", "0") != "0":
         return
+    if args.plot:
+        ready_folder(args.out, "curves.png")
     groups = grouped(args.runs)
     print_comparison(groups)
     if args.plot:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import guarded, make_dataset, save_grid, setup
+from data import guarded, make_dataset, ready_folder, save_grid, setup
 from evaluate import load_model, shared_arguments
 from losses import EqM, fm_mix, fm_predict_x, psnr, to8bit
 from model import folder_beside
@@ -85,7 +85,6 @@ def show_field(model, dataset, i, seed, device, out):
         print(f"{level}: estimate {decibels(estimate[j], x[0]):.2f} dB, field rms {rms[j]:.4f}; "
               f"after {sampler} {decibels(path[j], x[0]):.2f} dB")
 
-    out.mkdir(parents=True, exist_ok=True)
     enlarge = math.ceil(SMALLEST_SIDE / min(x.shape[2:]))
     rows = [x_t, estimate, field / rms[0] / 2, path]
     save_grid(out / "field.png", [F.interpolate(row, scale_factor=enlarge) for row in rows])
@@ -100,9 +99,12 @@ def main():
     args = parser.parse_args()
     rank, _, device = setup(args.device)
     model, size = load_model(args, device)
+    out = Path(args.out or folder_beside(args.ckpt))
+    if rank == 0:
+        ready_folder(out, "field.png")
     dataset = make_dataset(args.data, size, train=False, limit=args.limit, crop=args.crop, split=args.part)
     if rank == 0:
-        show_field(model, dataset, args.image, args.seed, device, Path(args.out or folder_beside(args.ckpt)))
+        show_field(model, dataset, args.image, args.seed, device, out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from data import (
     lock_folder,
     make_dataset,
     make_loader,
+    ready_folder,
     setup,
+    write_json,
     write_whole,
 )
 from evaluate import load_model, loader_arguments, shared_arguments
@@ -79,7 +81,7 @@ def open_folder(folder, what, rank, world):
     if world > 1:
         dist.barrier()  # the others write only now
     if rank == 0 and is_new:
-        write_whole(manifest, json.dumps(what, indent=1))
+        write_json(manifest, what)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,12 +195,20 @@ def moments(sums):
     return {"mean": means, "std": stds, "mean_all": mean_all, "std_all": std_all, "values_per_channel": int(n[0])}
 
 
-def store_in_model(model, args, statistics):
-    """Into the model's file; where that has no configuration, being a published one, or is an hf:// address: into one
-    of ours. -> path"""
+def file_of_statistics(args):
+    """Where --z_stats stores the model with its statistics: the model's own file; where that has no configuration,
+    being a published one, or is an hf:// address: one of ours. -> path"""
     _, metadata = read_weights(args.ckpt)
     is_ours = "config" in metadata and not args.ckpt.startswith("hf://")
-    path = args.ckpt if is_ours else Path(args.out or ".", "model.safetensors")
+    return Path(args.ckpt) if is_ours else Path(args.out or ".", "model.safetensors")
+
+
+def store_in_model(model, args, statistics):
+    """-> path. ValueError where the latents are not finite, as a model's statistics must be."""
+    numbers = statistics["mean"] + statistics["std"]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("the latents are not finite: the model's file stays as it is")
+    path = file_of_statistics(args)
     model.config["latents"] = statistics | {"data": args.data}
     model.save(path)
     return path
@@ -211,7 +221,7 @@ def store_in_manifest(args, what, found, statistics):
         if count:
             shards.append({"latents": f"latents_{k:05d}.npy", "labels": f"labels_{k:05d}.npy", "count": count})
     path = Path(args.out, "manifest.json")
-    write_whole(path, json.dumps(what | {"shards": shards} | statistics, indent=1))
+    write_json(path, what | {"shards": shards} | statistics)
     return path
 
 
@@ -265,6 +275,9 @@ def main():
     args = parse_arguments()
     rank, world, device = setup(args.device)
     model, size = load_model(args, device)
+    if rank == 0:
+        target = file_of_statistics(args) if args.z_stats else Path(args.out, "manifest.json")
+        ready_folder(target.parent, target.name)
     dataset = make_dataset(args.data, size, train=False, limit=args.limit, crop=args.crop, split=args.part)
     store_latents(model, dataset, args, rank, world, device)
 

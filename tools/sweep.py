@@ -20,7 +20,11 @@ from data import (
     guarded,
     make_dataset,
     make_loader,
+    only_warns,
+    ready_folder,
     setup,
+    strict,
+    whole,
     write_whole,
 )
 from evaluate import evaluate, load_model, loader_arguments, report, shared_arguments
@@ -117,8 +121,8 @@ def run_name(sampler, steps, options):
 # Files
 
 def csv_text(rows):
-    """One line a row, one column for each key of any row, empty where a row has no value."""
-    keys = []
+    """One line a row, one column for each key of any row, empty where a row has no value or none that is finite."""
+    rows, keys = strict(rows), []
     for row in rows:
         keys += [key for key in row if key not in keys]
     lines = [",".join(keys)]
@@ -126,6 +130,10 @@ def csv_text(rows):
         values = [row.get(key) for key in keys]
         lines.append(",".join("" if value is None else str(value) for value in values))
     return "\n".join(lines) + "\n"
+
+
+def is_number(value):
+    return value is not None and math.isfinite(value)
 
 
 def plot_sweep(rows, path):
@@ -138,17 +146,20 @@ def plot_sweep(rows, path):
         sampler = row.get("method", "euler")
         name = f"adaptive {sampler}" if "tol" in row else sampler
         curves.setdefault(name, []).append(row)
-    labels = {key: label for key, label in PLOTTED.items() if references[0].get(key) is not None}
+    labels = {key: label for key, label in PLOTTED.items() if is_number(references[0].get(key))}
     figure = Figure(figsize=(4.5 * len(labels), 4), layout="constrained")
     axes = figure.subplots(1, len(labels), squeeze=False)[0]
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
         for name, curve in curves.items():
-            axis.plot([row["nfe"] for row in curve], [row[key] for row in curve], marker="o", label=name)
+            shown = [row for row in curve if is_number(row.get(key))]
+            axis.plot([row["nfe"] for row in shown], [row[key] for row in shown], marker="o", label=name)
         for row, style in zip(references, ("--", ":")):
-            axis.axhline(row[key], color="grey", linestyle=style, label=row["name"])
+            if is_number(row.get(key)):
+                axis.axhline(row[key], color="grey", linestyle=style, label=row["name"])
         axis.set(xlabel="network evaluations an image", ylabel=label, xscale="log")
     axes[-1].legend()
-    figure.savefig(path, dpi=150)
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,6 +203,8 @@ def main():
     rank, world, device = setup(args.device)
     model, size = load_model(args, device)
     out = Path(args.out or folder_beside(args.ckpt))
+    if rank == 0:
+        ready_folder(out, "metrics.json", "reconstructions.png", "sweep.csv", "sweep.png")
     dataset = make_dataset(args.data, size, train=False, crop=args.crop, split=args.part)
     networks = load_networks(args, size, device, world)
     calibration, others = split_images(dataset, args.calibrate, args.limit)
@@ -211,8 +224,9 @@ def main():
     write_whole(out / "sweep.csv", csv_text(result["rows"]))
     written = "sweep.csv"
     if args.plot:
-        plot_sweep(result["rows"], out / "sweep.png")
-        written += " and sweep.png"
+        with only_warns("sweep.png"):
+            plot_sweep(result["rows"], out / "sweep.png")
+            written += " and sweep.png"
     print(f"wrote {written} to {out}")
 
 
