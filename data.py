@@ -1076,6 +1076,12 @@ def save_grid(path, images, pad=2):
         Image.fromarray(grid).save(temporary, format="PNG")
 
 
+def save_figure(path, figure):
+    """Write a matplotlib figure as PNG: whole, or not at all."""
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
 def write_whole(path, data):
     """Text, or an array as .npy, into `path`: whole and on the disk, or not at all. OSError as `whole`."""
     with whole(path) as temporary, open(temporary, "wb") as file:

@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import guarded, ready_folder, whole
+from data import guarded, ready_folder, save_figure
 from evaluate import print_table
 from losses import mean_and_error
 
@@ -63,11 +62,12 @@ def seconds_of(training):
 
 
 def loss_curve(training):
-    """[(images seen, matching loss)]; NaN where a step was not finite."""
+    """[(images seen, matching loss)], without steps that were not finite."""
     curve = []
     for line in training:
         loss = line["eqm"] if "eqm" in line else line["fm"]
-        curve.append((line["images"], math.nan if loss is None else loss))
+        if loss is not None:
+            curve.append((line["images"], loss))
     return curve
 
 
@@ -79,7 +79,8 @@ def gain_curve(log, training):
         for row in line.get("eval", ()):
             if row["steps"] == 1:
                 gain = difference(row["psnr"], strongest_reference(line["eval"])["psnr"])
-                curve.append((line["step"] * batch, math.nan if gain is None else gain))
+                if gain is not None:
+                    curve.append((line["step"] * batch, gain))
     return curve
 
 
@@ -176,8 +177,7 @@ def plot_curves(groups, out):
     left.set(xlabel="images seen", ylabel="loss (fm, eqm)", yscale="log")
     right.set(xlabel="images seen", ylabel="one step: PSNR gain over the linear code, dB", yscale="linear")
     right.legend()
-    with whole(Path(out, "curves.png")) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(Path(out, "curves.png"), figure)
     print(f"wrote curves.png to {out}")
 
 

@@ -22,9 +22,9 @@ from data import (
     make_loader,
     only_warns,
     ready_folder,
+    save_figure,
     setup,
     strict,
-    whole,
     write_whole,
 )
 from evaluate import evaluate, load_model, loader_arguments, report, shared_arguments
@@ -158,8 +158,7 @@ def plot_sweep(rows, path):
                 axis.axhline(row[key], color="grey", linestyle=style, label=row["name"])
         axis.set(xlabel="network evaluations an image", ylabel=label, xscale="log")
     axes[-1].legend()
-    with whole(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(path, figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
