@@ -1026,6 +1026,22 @@ def test_results_survive_a_picture_a_metric_and_a_terminal_that_fail(tmp_path, c
     assert not list(tmp_path.glob("c/*")) and not list(tmp_path.glob("o/*.tmp"))
 
 
+def test_a_network_that_fails_gives_nan_and_is_named_once(capsys):
+    def broken(*images):
+        raise RuntimeError("out of luck\nand more")
+
+    broken.dim = 5
+    x = torch.zeros(2, 3, 8, 8)
+    for _ in range(2):
+        assert fid.or_nan(broken, x, x).isnan().all() and fid.or_nan(broken, x, x).shape == (2,)
+        assert fid.or_nan(broken, x).isnan().all() and fid.or_nan(broken, x).shape == (2, 5)
+    assert capsys.readouterr().err == "warning: a metric is left out, function fails: out of luck\n"
+    statistics = fid.Statistics(5)
+    statistics.update(fid.or_nan(broken, x))
+    assert fid.distance_or_none(statistics, statistics) is None
+    assert fid.or_nan(lambda x, y: (x - y).sum((1, 2, 3)), x, x).tolist() == [0, 0]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="shells are POSIX's")
 @pytest.mark.parametrize("shell", ["{} | true", "{} >&- 2>&-"])
 def test_a_program_without_a_terminal_does_its_work(tmp_path, shell):

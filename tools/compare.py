@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -66,7 +67,7 @@ def loss_curve(training):
     curve = []
     for line in training:
         loss = line["eqm"] if "eqm" in line else line["fm"]
-        if loss is not None:
+        if loss is not None and math.isfinite(loss):  # older logs hold NaN
             curve.append((line["images"], loss))
     return curve
 
@@ -79,7 +80,7 @@ def gain_curve(log, training):
         for row in line.get("eval", ()):
             if row["steps"] == 1:
                 gain = difference(row["psnr"], strongest_reference(line["eval"])["psnr"])
-                if gain is not None:
+                if gain is not None and math.isfinite(gain):
                     curve.append((line["step"] * batch, gain))
     return curve
 
