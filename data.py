@@ -1043,7 +1043,9 @@ def ready_file(path):
     """Before the work: see that a file of this name can be written. OSError where its folder is missing or lets nothing
     in, or where the name is that of a folder, a device or a pipe."""
     temporary = temporary_name(path)
-    with open(temporary, "wb"), contextlib.suppress(FileNotFoundError):  # another run may clear up
+    with open(temporary, "wb"):
+        pass
+    with contextlib.suppress(FileNotFoundError):             # another run may have cleared up
         os.remove(temporary)
 
 
