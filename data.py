@@ -907,7 +907,9 @@ def check_numbers(args):
 
 
 def lies_within(number, low, high, interval):
-    """-> bool. NaN lies nowhere."""
+    """-> bool. NaN lies nowhere, nor does what is no number."""
+    if not isinstance(number, (int, float)):
+        return False
     is_above = number >= low if interval[0] == "[" else number > low
     is_below = number <= high if interval[1] == "]" else number < high
     return is_above and is_below

@@ -48,6 +48,8 @@ DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pr
 UNBIASED_FROM = 10_000                                       # images; fewer bias a Frechet distance upwards visibly
 INCEPTION_SHA256 = "6726825d"                                # the beginning of it, as torch.hub checks downloads
 RANK_EPS = 64 * np.finfo(np.float64).eps                     # of the largest eigenvalue: the rest is rounding noise
+SYMMETRY_EPS = 1e-4                                          # of the largest covariance: float32's rounding and no more
+NEGATIVE_EPS = 1e-3                                          # as negative eigenvalues of the largest: not rounding
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network: Szegedy et al. 2015, arXiv 1512.00567, figures 5 to 7, with the parameter names of the weight file.
@@ -353,6 +355,10 @@ class Statistics:
         numeric = mu.dtype.kind == sigma.dtype.kind == "f"
         if not numeric or not np.isfinite(mu).all() or not np.isfinite(sigma).all() or (n is not None and n < 2):
             raise ValueError(f"{path} does not hold FID statistics: finite floats mu and sigma of at least 2 images")
+        rounding = SYMMETRY_EPS * np.abs(sigma).max(initial=0)
+        if (np.abs(sigma - sigma.T) > rounding).any() or (np.diag(sigma) < -rounding).any():
+            raise ValueError(f"{path} does not hold FID statistics: sigma is no covariance, which is symmetric, with "
+                             "variances on its diagonal")
         out = Statistics(0)
         out.n, out.mean = n, torch.from_numpy(mu.astype(np.float64))
         out.scatter = torch.from_numpy(sigma.astype(np.float64)) * (1 if n is None else n - 1)
@@ -375,12 +381,16 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     roots = []
     for s in (s1, s2):
         w, v = np.linalg.eigh(s)                                       # ascending
+        if len(w) and w[0] < -NEGATIVE_EPS * max(w[-1], 0):
+            raise ValueError(f"statistics whose covariance has negative eigenvalues, down to {w[0]:.3g}")
         keep = w > RANK_EPS * max(w[-1], 0)
         roots.append(v[:, keep] * np.sqrt(w[keep]))                    # (D, rank), root @ root.T = s
     cross = 0.0
     if roots[0].size and roots[1].size:
         cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
+    if not np.isfinite(distance):
+        raise ValueError("statistics too large for a distance")
     return max(0.0, float(distance))
 
 
@@ -388,7 +398,10 @@ def distance_or_none(a, b):
     """Frechet distance of two Statistics, None where one is not finite: a row that diverged."""
     if not (np.isfinite(a.sigma).all() and np.isfinite(b.sigma).all()):
         return None
-    return distance_between(a, b)
+    try:
+        return distance_between(a, b)
+    except ValueError:  # too large
+        return None
 
 
 def distance_between(a, b):

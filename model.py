@@ -1080,6 +1080,13 @@ def check_size(size, model):
                          f"take {max(1, size // unit) * unit} or {(size // unit + 1) * unit}")
 
 
+def check_folder(path):
+    """ValueError for an --out that is no folder of this machine."""
+    if str(path).startswith("hf:"):
+        raise ValueError(f"--out {path} is an address of the Hugging Face Hub, where nothing can be written: give a "
+                         "folder, and upload its model.safetensors afterwards")
+
+
 def folder_beside(path):
     """Where the results about a weight file go by default: its folder; the current one for an hf:// address."""
     return "." if str(path).startswith("hf://") else os.path.dirname(path) or "."

@@ -26,7 +26,10 @@ def euler(field, x, z, steps=1, t_shift=4.0):
 
     steps    number of evaluations, >= 1
     t_shift  > 1 makes the steps near the data finer (SSDD, arXiv 2510.04961); one step does not depend on it
+    ValueError unless t_shift is positive and finite
     """
+    if not 0 < t_shift < math.inf:
+        raise ValueError(f"the sampler needs t_shift > 0, got t_shift={t_shift}")
     # t_k = (1 - k / steps) ^ t_shift
     times = torch.linspace(1.0, 0.0, _at_least_one(steps) + 1, dtype=torch.float64).pow(t_shift).tolist()
     for t, t_next in itertools.pairwise(times):

@@ -141,6 +141,13 @@ def step_lines(folder):
     return [line for line in lines_of(folder / "log.jsonl") if "loss" in line]
 
 
+def small_state(step, **more):
+    """The least that a checkpoint holds, of a model with a single tensor."""
+    weights = {"w": torch.ones(2)}
+    return {"step": step, "args": {}, "model": weights, "ema": weights,
+            "optimizer": {"state": {}, "param_groups": [{"params": [0]}]}, **more}
+
+
 TINY = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--workers", 0, "--batch_size", 4,
         "--eval_images", 4, "--log_every", 1, "--enc_width", 0.0625, "--depth", 1]
 
@@ -961,13 +968,12 @@ def test_statistics_and_checkpoints_with_wrong_contents(tmp_path, capsys):
         np.savez(tmp_path / "s.npz", **(good | change))
         with pytest.raises(ValueError, match="does not hold FID statistics"):
             fid.Statistics.load(tmp_path / "s.npz")
-    w = {"w": torch.ones(2)}
-    state = {"step": 1, "args": {}, "model": w, "ema": w, "optimizer": {}}
-    for change in ({"ema": None}, {"ema": {"w": torch.ones(3)}}, {"model": {"w": torch.full((2,), math.nan)}}):
+    for change in ({"ema": None}, {"ema": {"w": torch.ones(3)}}, {"model": {"w": torch.full((2,), math.nan)}},
+                   {"model": None}, {"optimizer": {}}, {"skipped": -1}, {"args": {"enc": [[]]}}):
         folder = tmp_path / str(len(os.listdir(tmp_path)))
         folder.mkdir()
-        torch.save(state, folder / "previous.pt")
-        torch.save(state | {"step": 2} | change, folder / "latest.pt")
+        torch.save(small_state(1), folder / "previous.pt")
+        torch.save(small_state(2) | change, folder / "latest.pt")
         assert load_checkpoint(folder)["step"] == 1 and "damaged" in capsys.readouterr().out
 
 
@@ -2830,15 +2836,15 @@ def test_bad_files_and_folders(tmp_path, trained):
 
 
 def test_a_full_disk_or_damaged_checkpoint_loses_nothing(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, {"step": 1})
-    save_checkpoint(tmp_path, {"step": 2})
+    save_checkpoint(tmp_path, small_state(1))
+    save_checkpoint(tmp_path, small_state(2))
 
     def full(state, file):
         file.write(b"half a checkpoint")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="earlier checkpoint is intact"):
-        save_checkpoint(tmp_path, {"step": 3})
+        save_checkpoint(tmp_path, small_state(3))
     assert load_checkpoint(tmp_path)["step"] == 2 and sorted(os.listdir(tmp_path)) == ["latest.pt", "previous.pt"]
     (tmp_path / "latest.pt").write_bytes(b"damaged")
     assert load_checkpoint(tmp_path)["step"] == 1
@@ -3821,8 +3827,8 @@ def test_checkpointing_works_on_a_loaded_model(tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_mapped_and_its_checksums_count(tmp_path):
     """Maps of the file, not copies; a flipped bit in the midst of the weights is still seen."""
-    save_checkpoint(tmp_path, {"step": 1, "weights": torch.ones(100_000)})
-    save_checkpoint(tmp_path, {"step": 2, "weights": torch.ones(100_000)})
+    save_checkpoint(tmp_path, small_state(1, weights=torch.ones(100_000)))
+    save_checkpoint(tmp_path, small_state(2, weights=torch.ones(100_000)))
     if os.path.exists("/proc/self/maps"):
         state = load_checkpoint(tmp_path)
         assert "latest.pt" in Path("/proc/self/maps").read_text() and state["weights"].sum() == 100_000
@@ -4056,7 +4062,7 @@ def test_restarts_do_not_overwrite_a_model(tmp_path, monkeypatch):
 
 def test_keep_checkpoints_and_fall_back_to_each(tmp_path, capsys, monkeypatch):
     for step in range(1, 7):
-        save_checkpoint(tmp_path, {"step": step}, keep=4)
+        save_checkpoint(tmp_path, small_state(step), keep=4)
     names = ["latest.pt", "previous.pt", "previous2.pt", "previous3.pt"]
     assert sorted(os.listdir(tmp_path)) == names
     assert [torch.load(tmp_path / name)["step"] for name in names] == [6, 5, 4, 3]
@@ -4064,7 +4070,7 @@ def test_keep_checkpoints_and_fall_back_to_each(tmp_path, capsys, monkeypatch):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:300])
     assert load_checkpoint(tmp_path)["step"] == 4 and "latest.pt" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["latest.pt.damaged", "previous.pt.damaged", *names[2:]]
-    save_checkpoint(tmp_path, {"step": 7}, keep=1)
+    save_checkpoint(tmp_path, small_state(7), keep=1)
     assert load_checkpoint(tmp_path)["step"] == 7
 
     # A file that a save moves away meanwhile, or that the disk does not give, is not a damaged one.
@@ -4093,15 +4099,15 @@ def test_keep_checkpoints_and_fall_back_to_each(tmp_path, capsys, monkeypatch):
 def test_a_full_disk_in_either_file_leaves_the_old_ones(tmp_path):
     """A limit on the size of files stands for the full disk: the system's error, in the midst of writing."""
     ema = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1)
-    save_checkpoint(tmp_path, {"step": 1}, ema=ema)
+    save_checkpoint(tmp_path, small_state(1), ema=ema)
     old = (tmp_path / "model.safetensors").read_bytes()
     import resource
 
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         for state in (
-            {"step": 2},
-            {"step": 2, "weights": torch.zeros(300_000)},
+            small_state(2),
+            small_state(2, weights=torch.zeros(300_000)),
         ):  # the limit meets the model, the checkpoint
             resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
             with pytest.raises(OSError, match=r"File too large.*earlier checkpoint is intact"):
@@ -4129,7 +4135,7 @@ def saver(out, step):
     while True:
         step += 1
         model.config["notes"]["step"] = step
-        save_checkpoint(out, {"step": step, "weights": torch.full((500_000,), float(step))}, keep=3, ema=model)
+        save_checkpoint(out, small_state(step, weights=torch.full((500_000,), float(step))), keep=3, ema=model)
 
 
 def test_kill_at_random_moments_of_saving(tmp_path):

@@ -28,6 +28,7 @@ SMALLEST_SIDE = 96                                           # pixels of the pic
 def estimates(model, x, e, z, t):
     """The image at noise times t (6,), the field there and the one-step estimate: (6, 3, H, W) each."""
     cfg = model.config
+    x, e = x.expand(LEVELS, -1, -1, -1), e.expand(LEVELS, -1, -1, -1)
     x_t = fm_mix(x, e, t)                                    # (1 - t) x + t e, which is EqM's x_g with g = 1 - t
     z = z.expand(LEVELS, -1, -1, -1)                         # (6, c, h, w)
     if cfg["loss"] == "fm":
