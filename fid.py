@@ -291,7 +291,10 @@ class Statistics:
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def update(self, features):
-        """features: (B, dim), any float type and device."""
+        """features: (B, dim), any float type and device. ValueError for others."""
+        if features.ndim != 2 or features.shape[1] != len(self.mean) or not features.is_floating_point():
+            raise ValueError(f"features are floating-point (B, {len(self.mean)}), got {features.dtype} "
+                             f"{tuple(features.shape)}")
         f = features.detach().to(self.mean.device).double()
         if len(f) == 0:
             return
@@ -388,7 +391,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     cross = 0.0
     if roots[0].size and roots[1].size:
         cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
-    distance = ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
+    with np.errstate(over="ignore", invalid="ignore"):                 # said below
+        distance = ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
     if not np.isfinite(distance):
         raise ValueError("statistics too large for a distance")
     return max(0.0, float(distance))

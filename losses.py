@@ -164,6 +164,9 @@ class PatchGAN(nn.Module):
                 nn.init.normal_(m.weight, 0.0, GAN_DEVIATION)
 
     def forward(self, x):
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 24 or not x.is_floating_point():
+            raise ValueError("the discriminator takes floating-point images (B, 3, H, W) with sides of at least 24, "
+                             f"got {x.dtype} {tuple(x.shape)}")
         return self.layers(x.clamp(-1, 1)).float()
 
 
@@ -180,9 +183,9 @@ class WeightsUnavailable(FileNotFoundError):
     """A pretrained network's weights are neither given, nor cached, nor downloadable."""
 
 
-LPIPS_NETS = {  # torchvision model, its weight file, ends of the five slices of .features
-    "vgg": ("vgg16", "vgg16-397923af.pth", (4, 9, 16, 23, 30)),
-    "alex": ("alexnet", "alexnet-owt-7be5be79.pth", (2, 5, 8, 10, 12)),
+LPIPS_NETS = {  # torchvision model, its weight file, ends of the five slices of .features, smallest side of images
+    "vgg": ("vgg16", "vgg16-397923af.pth", (4, 9, 16, 23, 30), 16),
+    "alex": ("alexnet", "alexnet-owt-7be5be79.pth", (2, 5, 8, 10, 12), 32),
 }
 
 
@@ -202,7 +205,9 @@ class LPIPSLoss(nn.Module):
 
     def __init__(self, net="vgg", weights=None):
         super().__init__()
-        name, filename, ends = LPIPS_NETS[net]
+        if net not in LPIPS_NETS:
+            raise ValueError(f"unknown network '{net}': expected {' or '.join(LPIPS_NETS)}")
+        name, filename, ends, self.smallest = LPIPS_NETS[net]
         spec = importlib.util.find_spec("lpips")
         if spec is None:
             raise WeightsUnavailable("LPIPS needs the lpips package for its channel weights: pip install lpips, "
@@ -232,8 +237,11 @@ class LPIPSLoss(nn.Module):
 
     def forward(self, x, y):
         """x, y (B, 3, H, W) in [-1, 1] -> distances (B,). Sides of at least 16 (vgg) or 32 (alex) keep every layer's
-        map non-empty."""
+        map non-empty. ValueError for other images."""
         check_same_shape(x, y)
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < self.smallest:
+            raise ValueError(f"LPIPS compares images (B, 3, H, W) with sides of at least {self.smallest}, got "
+                             f"{tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False):
             h = (torch.cat([x, y]).float() - self.shift) / self.scale
             distance = 0

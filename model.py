@@ -856,7 +856,7 @@ class DCSSDAE(nn.Module):
 
     def save(self, path):
         """Write weights and configuration to one .safetensors file, through a temporary name: never half a file under
-        `path`. OSError, SafetensorError: it cannot be written, or is a device or a pipe."""
+        `path`. OSError: it cannot be written, or is a device or a pipe."""
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(f"{path} is no ordinary file: give another name")
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
@@ -865,6 +865,8 @@ class DCSSDAE(nn.Module):
             save_file(state, temporary, metadata={"format": str(FORMAT), "config": json.dumps(self.config)})
             os.chmod(temporary, 0o666 & ~umask())  # safetensors makes files that only their owner reads
             os.replace(temporary, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from None
         finally:
             if os.path.exists(temporary):
                 os.remove(temporary)

@@ -80,9 +80,12 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=N
     return out.index_copy(0, alive, x), nfe
 
 
+MOST_STEPS = 10**6  # of a sampler
+
+
 def _at_least_one(steps):
-    if int(steps) != steps or steps < 1:
-        raise ValueError(f"the number of steps must be a whole number of at least 1, got {steps}")
+    if not 1 <= steps <= MOST_STEPS or int(steps) != steps:
+        raise ValueError(f"the number of steps must be a whole number from 1 to {MOST_STEPS}, got {steps}")
     return int(steps)
 
 

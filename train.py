@@ -423,7 +423,11 @@ def lr_factor(step, args):
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
     """Parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) * model; faster in
-    the first steps, a copy before step 0."""
+    the first steps, a copy before step 0. ValueError for models of other shapes, and a decay that is not in [0, 1]."""
+    if not 0 <= decay <= 1:
+        raise ValueError(f"the decay of an average lies in [0, 1], got {decay}")
+    if shapes_of(ema.state_dict()) != shapes_of(model.state_dict()):
+        raise ValueError("an average has the same weights as its model, of the same shapes")
     decay = min(decay, (1 + step) / (10 + step)) if step >= 0 else 0.0
     for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
         if a.is_floating_point():
