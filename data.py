@@ -881,7 +881,7 @@ INF, MANY = float("inf"), 10**12                             # MANY: more steps 
 # What numeric flags may be, in all programs: (lowest, highest, interval), ( and ) for an end that is itself left out.
 RANGES = {
     "size": (1, 65536, "[]"), "limit": (1, MANY, "[]"), "workers": (0, 1000, "[]"), "seed": (0, 2**63, "[)"),
-    "aug_scale": (1, 100, "[]"), "batch_size": (1, MANY, "[]"), "micro_batch": (1, MANY, "[]"),
+    "aug_scale": (1, 100, "[]"), "batch_size": (1, 10**6, "[]"), "micro_batch": (1, MANY, "[]"),
     "steps": (1, MANY, "[]"), "lr": (0, INF, "()"), "warmup": (0, MANY, "[]"), "decay": (0, 1, "[]"),
     "weight_decay": (0, INF, "[)"), "grad_clip": (0, INF, "[)"), "ema": (0, 1, "[)"), "ema_start": (0, MANY, "[]"),
     "enc_width": (0, 100, "(]"), "depth": (0, 1000, "[]"), "window": (1, 1000, "[]"),
@@ -891,7 +891,7 @@ RANGES = {
     "keep": (1, 1000, "[]"), "eval_every": (0, MANY, "[]"), "eval_steps": (1, MANY, "[]"),
     "eval_images": (1, MANY, "[]"), "save_every": (1, MANY, "[]"), "log_every": (1, MANY, "[]"),
     "teacher_steps": (1, MANY, "[]"), "t_shift": (0, INF, "()"), "eta": (0, INF, "()"), "mu": (0, 1, "[)"),
-    "tol": (0, INF, "[)"), "calibrate": (1, MANY, "[]"), "shard": (1, MANY, "[]"),
+    "tol": (0, INF, "[)"), "calibrate": (1, MANY, "[]"), "shard": (1, MANY, "[]"), "rows": (1, 1000, "[]"),
 }
 
 
@@ -1021,10 +1021,11 @@ def main():
     parser.add_argument("--out", default="grid.png", help="PNG to write")
     args = parser.parse_args()
     try:
-        train, count = args.split == "train", max(1, args.rows) ** 2
+        check_numbers(args)
+        train, count = args.split == "train", args.rows ** 2
         dataset = make_dataset(args.data, args.size, train, args.aug_scale, args.seed, enlarge=args.enlarge)
         x, _ = next(iter(make_loader(dataset, count, train, seed=args.seed)))
-        save_grid(args.out, x.split(max(1, args.rows)))
+        save_grid(args.out, x.split(args.rows))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"{args.split}: {dataset.described()}, {len(x)} of them in {args.out}")

@@ -25,8 +25,6 @@ import functools
 import hashlib
 import os
 import sys
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +38,7 @@ from torch import nn
 import data
 from data import best_device, gathered
 from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPSLoss, dreamsim_distance
-from model import BROKEN_FILE, local_file
+from model import BROKEN_ARCHIVE, BROKEN_FILE, local_file
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -351,7 +349,7 @@ class Statistics:
                 n = int(file["n"]) if "n" in file else None
         except FileNotFoundError:
             raise
-        except (*BROKEN_FILE, MemoryError, zipfile.BadZipFile, zlib.error):
+        except (*BROKEN_ARCHIVE, MemoryError):
             raise ValueError(f"{path} does not hold FID statistics (arrays mu and sigma)") from None
         if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
             raise ValueError(f"{path} does not hold FID statistics: mu is {mu.shape}, sigma {sigma.shape}")
@@ -605,10 +603,7 @@ def save_cached(paths, result):
 
 def check_arguments(args):
     """Complaints before any work: ValueError, FileNotFoundError, NotADirectoryError."""
-    for name in ("batch_size", "size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}: use 1 or more")
+    data.check_numbers(args)
     for source in (args.a, args.b):
         if source and not os.path.exists(source):
             raise FileNotFoundError(f"there is no {source}")

@@ -15,8 +15,6 @@ g: 0 noise, 1 data; t, g (B,).
 import importlib.util
 import math
 import os
-import pickle
-import struct
 from pathlib import Path
 
 import torch
@@ -25,6 +23,7 @@ from torch import nn
 
 from data import import_torchvision
 from encoder import LappedCode
+from model import BROKEN_FILE
 
 
 def check_same_shape(*tensors):
@@ -351,8 +350,7 @@ def _pretrained(filename, weights, what, flag, off):
         raise WeightsUnavailable(f"{what} needs the network weights {filename}, "
                                  f"which are not at {path} and could not be downloaded: "
                                  f"give them with {flag} or {off}") from None
-    except (RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, struct.error,
-            pickle.UnpicklingError) as error:
+    except BROKEN_FILE as error:
         raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): "
                          f"fetch it again or give another with {flag}") from None
 

@@ -18,6 +18,9 @@ import os
 import pickle
 import re
 import struct
+import tokenize
+import zipfile
+import zlib
 from typing import NamedTuple
 
 import torch
@@ -44,6 +47,8 @@ SIZES = {
 # What reading a damaged file raises, in one library or another.
 BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, struct.error,
                pickle.UnpicklingError, SafetensorError)
+# ... and what zip archives (torch's files, .npz) and numpy's arrays, which begin with a line of Python, raise besides.
+BROKEN_ARCHIVE = (*BROKEN_FILE, zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError)
 # A network that adds to a linear base learns from a residual that is small and mostly unpredictable at first. Adam
 # makes full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less
 # of it is to fall silent. So, beside a linear base, and beside UViT.addition:
@@ -447,7 +452,7 @@ class UViT(nn.Module):
         widths = level_widths(size)
         c, top = widths[0], widths[-1]
         temb = 4 * c if time_cond else None
-        self.channels, self.time_cond, self.skip = c, time_cond, skip
+        self.channels, self.z_dim, self.time_cond, self.skip = c, z_dim, time_cond, skip
         group_size = GROUP_SIZE if base else None
         self.checkpointing = False  # True: training keeps only the residual blocks' inputs, and computes the rest twice
         if time_cond:
@@ -557,6 +562,7 @@ class UViT(nn.Module):
         aligns."""
         if (t is None) == self.time_cond:
             raise ValueError("this decoder needs t" if self.time_cond else "this decoder has no time: leave t out")
+        self.check_inputs(x, z, t)
         H, W = x.shape[-2:]
         condition = z if isinstance(z, Condition) else self.condition(z, H, W)
         temb = None
@@ -587,6 +593,18 @@ class UViT(nn.Module):
                 h = upsample(h, level[3])
         out = self.conv_out(self.norm_out(h))                                                           # (B, 3, H, W)
         return self.field(out, x, condition.base, t), tokens.flatten(2).mT
+
+    def check_inputs(self, x, z, t):
+        """ValueError for arguments of forward that are not floating-point, or of other shapes."""
+        if not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
+            raise ValueError(f"noisy images are floating-point (B, 3, H, W), got {x.dtype} {tuple(x.shape)}")
+        if isinstance(z, torch.Tensor):
+            is_latent = z.is_floating_point() and z.ndim == 4 and z.shape[:2] == (len(x), self.z_dim)
+            if not is_latent or 0 in z.shape[2:]:
+                raise ValueError(f"latents of these images are floating-point ({len(x)}, {self.z_dim}, h, w), "
+                                 f"got {z.dtype} {tuple(z.shape)}")
+        if t is not None and (not t.is_floating_point() or t.shape != x.shape[:1]):
+            raise ValueError(f"times of these images are floating-point ({len(x)},), got {t.dtype} {tuple(t.shape)}")
 
     def input_layer(self, x, condition):
         """The input convolutions of the noisy image, with what they make of latent and base: (B, C, H, W)."""

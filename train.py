@@ -48,7 +48,17 @@ from data import (
 )
 from encoder import parse_name
 from evaluate import REFERENCES, evaluate, print_table, write_results
-from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, check_config, check_folder, check_size, local_file
+from model import (
+    BROKEN_ARCHIVE,
+    BROKEN_FILE,
+    DCSSDAE,
+    SIZES,
+    AdaGN,
+    check_config,
+    check_folder,
+    check_size,
+    local_file,
+)
 from sampler import seeded_generator
 
 from losses import (EqM, LPIPSLoss, PatchGAN, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix,  # isort: skip
@@ -183,7 +193,7 @@ def flags_of_run(out):
         try:
             state = map_checkpoint(path)
             problem = checkpoint_problem(state)
-        except (*BROKEN_FILE, zipfile.BadZipFile):
+        except BROKEN_ARCHIVE:
             continue
         if problem is None:
             return {name: state["args"][name] for name in MODEL_FLAGS if name in state["args"]}
@@ -661,7 +671,7 @@ def load_checkpoint(out, rank=0):
             problem = checkpoint_problem(state)
         except FileNotFoundError:  # moved on, by a save that is going on: it is the next one
             continue
-        except (*BROKEN_FILE, zipfile.BadZipFile) as error:
+        except BROKEN_ARCHIVE as error:
             if getattr(error, "errno", None):  # the disk fails: that says nothing about the file
                 raise
             damaged[path] = f"{path} ({type(error).__name__})"
@@ -805,7 +815,7 @@ def same_flag(a, b):
 
 def map_checkpoint(path):
     """-> the checkpoint's dict, with maps of the file for tensors: all processes of a machine share one copy in memory.
-    BadZipFile, or an error of BROKEN_FILE."""
+    An error of BROKEN_ARCHIVE."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()  # checksums, which maps go without
     if damaged:

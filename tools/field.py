@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import guarded, make_dataset, save_grid, setup
+from data import check_numbers, guarded, make_dataset, save_grid, setup
 from evaluate import load_model, shared_arguments
 from losses import EqM, fm_mix, fm_predict_x, psnr, to8bit
 from model import folder_beside
@@ -99,6 +99,7 @@ def main():
     parser.add_argument("--image", type=int, default=0, metavar="I", help="number in the data [%(default)s]")
     parser.add_argument("--out", metavar="DIR", help="folder of field.png; default: the checkpoint's")
     args = parser.parse_args()
+    check_numbers(args)
     rank, _, device = setup(args.device)
     model, size = load_model(args, device)
     dataset = make_dataset(args.data, size, train=False, limit=args.limit, crop=args.crop, split=args.part)
