@@ -166,7 +166,7 @@ class PatchGAN(nn.Module):
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 24 or not x.is_floating_point():
             raise ValueError("the discriminator takes floating-point images (B, 3, H, W) with sides of at least 24, "
                              f"got {x.dtype} {tuple(x.shape)}")
-        return self.layers(x.clamp(-1, 1)).float()
+        return self.layers(x.clamp(-1, 1).to(self.layers[0].weight.dtype)).float()
 
 
 def hinge_loss(real, fake):

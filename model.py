@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sampler
-from encoder import LappedCode, make_encoder, parse_name, start_at_zero
+from encoder import LARGEST_WIDTH, LappedCode, make_encoder, parse_name, start_at_zero
 
 # Decoder sizes, as SSDD names them. Parameters in millions at z_dim 4, window 17: with time (FM) and without (EqM).
 SIZES = {
@@ -596,7 +596,7 @@ class UViT(nn.Module):
 
     def check_inputs(self, x, z, t):
         """ValueError for arguments of forward that are not floating-point, or of other shapes."""
-        if not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
+        if not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
             raise ValueError(f"noisy images are floating-point (B, 3, H, W), got {x.dtype} {tuple(x.shape)}")
         if isinstance(z, torch.Tensor):
             is_latent = z.is_floating_point() and z.ndim == 4 and z.shape[:2] == (len(x), self.z_dim)
@@ -712,7 +712,7 @@ class DCSSDAE(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"images are floating-point numbers in [-1, 1], got {x.dtype}: "
                              "x / 127.5 - 1 makes them of 8-bit levels")
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f or 0 in x.shape[2:]:
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f or 0 in x.shape:
             raise ValueError(f"{self.config['enc']} encodes (B, 3, H, W) images with sides that are multiples of {f}, "
                              f"got {tuple(x.shape)}")
         return self.encoder(x.to(next(self.encoder.parameters()).dtype))
@@ -737,7 +737,7 @@ class DCSSDAE(nn.Module):
                              f"{tuple(noise.shape)}")
         if noise is None:
             noise = torch.randn(shape, generator=generator, device=generator.device if generator else z.device)
-        noise = noise.to(z.device)  # float32, whatever z is: the sum of steps
+        noise = noise.to(z.device, torch.promote_types(noise.dtype, torch.float32))  # whatever z is: the sum of steps
         condition = self.decoder.condition(z, *noise.shape[-2:])
         allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "mu", "tol"}
         if set(options) - allowed:
@@ -758,7 +758,7 @@ class DCSSDAE(nn.Module):
 
     def reconstruct(self, x, steps=1, noise=None, generator=None, **options):
         """x (B, 3, H, W) of any size -> its reconstruction, same size: padded by reflection, in the end cropped."""
-        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
+        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
             raise ValueError(f"images are (B, 3, H, W) with sides of at least 1, got {tuple(x.shape)}")
         H, W = x.shape[-2:]
         z = self.encode(pad_to_multiple(x, max(8, self.downscale))).mode()
@@ -783,7 +783,7 @@ class DCSSDAE(nn.Module):
     def _check_latents(self, z):
         """ValueError unless z is floating-point (B, c, h, w)."""
         c = self.encoder.z_dim
-        if not z.is_floating_point() or z.ndim != 4 or z.shape[1] != c or 0 in z.shape[2:]:
+        if not z.is_floating_point() or z.ndim != 4 or z.shape[1] != c or 0 in z.shape:
             raise ValueError(f"latents of this model are floating-point (B, {c}, h, w), got {z.dtype} {tuple(z.shape)}")
 
     def _latent_moments(self, z):
@@ -978,7 +978,7 @@ CONFIG = {  # argument of DCSSDAE: (test, what is expected)
     "enc": (lambda value: isinstance(value, str), "an encoder's name"),
     "dec": (is_one_of(*SIZES), f"one of {', '.join(SIZES)}"),
     "loss": (is_one_of("fm", "eqm"), "fm or eqm"),
-    "enc_width": (is_number(0, 64), "a number above 0, at most 64"),
+    "enc_width": (is_number(0, LARGEST_WIDTH), f"a number above 0, at most {LARGEST_WIDTH}"),
     "enc_options": (lambda value: isinstance(value, dict), "a dict of the encoder's options"),
     "depth": (lambda value: value is None or IS_DEPTH(value), "None or a whole number from 0 to 1000"),
     "window": (is_odd, "odd, from 1 to 1025"),

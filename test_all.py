@@ -4807,7 +4807,7 @@ def fuzz_python(rng, box):
         "descent": lambda: descent(lambda y, z: y, x, z, number)[0].shape == x.shape,
         "euler": lambda: sampler.euler(lambda y, z, t: y, x, z, 2, number)[0].shape == x.shape,
         "config": lambda: DCSSDAE(**config).config["enc"] == config.get("enc", "dc_f32c32"),
-        "encoder": lambda: make_encoder(rng.choice(["dc_f8c4", "vq_f8c0", "x", 5, "dc_f8c9999"]), number).z_dim > 0,
+        "encoder": lambda: make_encoder(rng.choice(["dc_f8c4", "vq_f8c0", "x", 5, "dc_f8c999999"]), number).z_dim > 0,
         "dataset": lambda: len(data.make_dataset(*folder, limit=rng.choice([1, None, number]))) > 0,
         "loader": lambda: len(next(iter(data.make_loader(box.dataset, number, rng.random() < 0.5)))[0]) > 0,
         "frechet": lambda: fid.frechet_distance(s.numpy(), square.numpy(), s.numpy(), square.numpy()) >= 0,
