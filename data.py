@@ -627,11 +627,11 @@ def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="cen
     prepare_eval. Labels: cifar10's, or the rank of a file's topmost folder among those of both parts, or -1.
     ValueError (bad number, no images, unclear parts), FileNotFoundError, NotADirectoryError, OSError (download), one
     sentence each."""
-    if int(size) != size or size <= 0:
+    if not 0 < size < INF or int(size) != size:
         raise ValueError(f"size is {size}: use a positive whole number of pixels")
-    if not aug_scale >= 1:
+    if not 1 <= aug_scale < INF:
         raise ValueError(f"aug_scale is {aug_scale}: use 1 or more, a smaller image cannot hold the crop")
-    if seed < 0 or (limit is not None and limit <= 0):
+    if not is_whole(seed, 0) or (limit is not None and not is_whole(limit, 1)):
         raise ValueError(f"seed is {seed} and limit is {limit}: use seed >= 0 and limit >= 1 or none")
     if crop not in ("center", "adm"):
         raise ValueError(f"crop is {crop!r}: use center or adm")
@@ -654,6 +654,11 @@ def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="cen
                            classes, enlarge)
     n = len(dataset)
     return dataset if limit is None or limit >= n else dataset.subset(np.arange(limit) * n // limit)
+
+
+def is_whole(value, least):
+    """-> bool: is this a whole number of at least `least`?"""
+    return isinstance(value, (int, np.integer)) and value >= least
 
 
 def parts_taken(train, val):
@@ -952,17 +957,17 @@ INF, MANY = float("inf"), 10**12                             # MANY: more steps 
 # What numeric flags may be, in all programs: (lowest, highest, interval), ( and ) for an end that is itself left out.
 RANGES = {
     "size": (1, 65536, "[]"), "limit": (1, MANY, "[]"), "workers": (0, 1000, "[]"), "seed": (0, 2**63, "[)"),
-    "aug_scale": (1, 100, "[]"), "batch_size": (1, MANY, "[]"), "micro_batch": (1, MANY, "[]"),
+    "aug_scale": (1, 100, "[]"), "batch_size": (1, 10**6, "[]"), "micro_batch": (1, MANY, "[]"),
     "steps": (1, MANY, "[]"), "lr": (0, INF, "()"), "warmup": (0, MANY, "[]"), "decay": (0, 1, "[]"),
     "weight_decay": (0, INF, "[)"), "grad_clip": (0, INF, "[)"), "ema": (0, 1, "[)"), "ema_start": (0, MANY, "[]"),
-    "enc_width": (0, 100, "(]"), "depth": (0, 1000, "[]"), "window": (1, 1000, "[]"),
+    "enc_width": (0, 64, "(]"), "depth": (0, 1000, "[]"), "window": (1, 1000, "[]"),
     "a": (0, 1, "()"), "b": (0, INF, "()"), "lam": (0, INF, "()"), "t_mean": (-INF, INF, "()"),
     "g_power": (0, INF, "()"), "w_kl": (0, INF, "[)"), "w_gan": (0, INF, "[)"), "w_lpips": (0, INF, "[)"),
     "w_repa": (0, INF, "[)"), "gan_start": (0, MANY, "[]"),
     "keep": (1, 1000, "[]"), "eval_every": (0, MANY, "[]"), "eval_steps": (1, MANY, "[]"),
     "eval_images": (1, MANY, "[]"), "save_every": (1, MANY, "[]"), "log_every": (1, MANY, "[]"),
     "teacher_steps": (1, MANY, "[]"), "t_shift": (0, INF, "()"), "eta": (0, INF, "()"), "mu": (0, 1, "[)"),
-    "tol": (0, INF, "[)"), "calibrate": (1, MANY, "[]"), "shard": (1, MANY, "[]"),
+    "tol": (0, INF, "[)"), "calibrate": (1, MANY, "[]"), "shard": (1, MANY, "[]"), "rows": (1, 1000, "[]"),
 }
 
 
@@ -978,7 +983,9 @@ def check_numbers(args):
 
 
 def lies_within(number, low, high, interval):
-    """-> bool. NaN lies nowhere."""
+    """-> bool. NaN lies nowhere, nor does what is no number."""
+    if not isinstance(number, (int, float)):
+        return False
     is_above = number >= low if interval[0] == "[" else number > low
     is_below = number <= high if interval[1] == "]" else number < high
     return is_above and is_below
@@ -1125,10 +1132,10 @@ def main():
     args = parser.parse_args()
     check_numbers(args)
     ready_file(args.out)
-    train, count = args.split == "train", max(1, args.rows) ** 2
+    train, count = args.split == "train", args.rows ** 2
     dataset = make_dataset(args.data, args.size, train, args.aug_scale, args.seed, enlarge=args.enlarge)
     x, _ = next(iter(make_loader(dataset, count, train, seed=args.seed)))
-    save_grid(args.out, x.split(max(1, args.rows)))
+    save_grid(args.out, x.split(args.rows))
     print(f"{args.split}: {dataset.described()}, {len(x)} of them in {args.out}")
 
 

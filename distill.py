@@ -9,6 +9,8 @@ data, plus LPIPS(x_T, x^) and REPA. Works for flow matching (t = 1) and equilibr
 model.safetensors, reconstructions.png, metrics.json, log.jsonl.
 """
 import copy
+import hashlib
+import json
 import math
 import os
 
@@ -69,6 +71,16 @@ class OneStep(nn.Module):
         return terms
 
 
+def fingerprint(model):
+    """SHA-256 of what a model computes: weights and configuration, without statistics of its latents and notes."""
+    config = {name: value for name, value in model.config.items() if name not in ("latents", "notes")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def closeness(teacher, student, loader, teacher_steps, options, device, dtype, seed):
     """Mean squared distance to the teacher's many-step output, from the same noise: (teacher's single step, student's
@@ -107,6 +119,8 @@ def main():
     for name in ("t_shift", "eta", "mu"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
+
+    args.teacher = fingerprint(teacher)  # what --resume compares
 
     # Data, student, objective, optimiser
     checkpoint, log_path, _ = open_run(args, rank, world)

@@ -453,6 +453,7 @@ FAMILIES = {"vq": VQEncoder, "dc": DCEncoder, "dcae": partial(DCEncoder, kind="d
 
 # make_encoder's options, by family
 OPTIONS = {"vq": ("linear", "quant", "kl_f16", "fold"), "dc": ("linear", "norm"), "dcae": (), "dcae_sana": ()}
+LARGEST_WIDTH = 64                                           # times the published widths
 LARGEST_Z_DIM = 65536                                        # channels of a latent; published ones end at 1024
 
 
@@ -478,6 +479,8 @@ def make_encoder(name, width=1.0, **options):
     raises  ValueError for a name outside this rule, a width that gives fractional channels, options of another family
     """
     family, downscale, z_dim = parse_name(name)
+    if not 0 < width <= LARGEST_WIDTH:
+        raise ValueError(f"encoder width {width}: give a number above 0, at most {LARGEST_WIDTH}")
     for option, value in options.items():
         if option not in OPTIONS[family] or not isinstance(value, bool):
             allowed = " and ".join(OPTIONS[family]) or "no options"

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import DCSSDAE, check_size, folder_beside
+from model import DCSSDAE, check_folder, check_size, folder_beside
 from sampler import image_noise, seeded_generator
 
 from data import (LARGEST_KEPT, check_numbers, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
@@ -331,7 +331,9 @@ def loader_arguments(parser):
 
 
 def load_model(args, device):
-    """The model of --ckpt in --dtype on `device`, and the image size: --size, the training's, or 256: (model, int)."""
+    """The model of --ckpt in --dtype on `device`, and the image size: --size, the training's, or 256: (model, int).
+    ValueError, OSError: no such model, a size that does not fit it, an --out that is no folder."""
+    check_folder(args.out)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: no TF32 in decoder and LPIPS
     model = DCSSDAE.load(args.ckpt, device=device).to(memory_format=torch.channels_last)
     if args.dtype == "bf16":

@@ -25,8 +25,6 @@ import functools
 import hashlib
 import os
 import sys
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +38,7 @@ from torch import nn
 import data
 from data import best_device, gathered
 from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPSLoss, dreamsim_distance
-from model import BROKEN_FILE, local_file
+from model import BROKEN_ARCHIVE, BROKEN_FILE, local_file
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -48,6 +46,8 @@ DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pr
 UNBIASED_FROM = 10_000                                       # images; fewer bias a Frechet distance upwards visibly
 INCEPTION_SHA256 = "6726825d"                                # the beginning of it, as torch.hub checks downloads
 RANK_EPS = 64 * np.finfo(np.float64).eps                     # of the largest eigenvalue: the rest is rounding noise
+SYMMETRY_EPS = 1e-4                                          # of the largest covariance: float32's rounding and no more
+NEGATIVE_EPS = 1e-3                                          # as negative eigenvalues of the largest: not rounding
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network: Szegedy et al. 2015, arXiv 1512.00567, figures 5 to 7, with the parameter names of the weight file.
@@ -289,7 +289,10 @@ class Statistics:
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def update(self, features):
-        """features: (B, dim), any float type and device."""
+        """features: (B, dim), any float type and device. ValueError for others."""
+        if features.ndim != 2 or features.shape[1] != len(self.mean) or not features.is_floating_point():
+            raise ValueError(f"features are floating-point (B, {len(self.mean)}), got {features.dtype} "
+                             f"{tuple(features.shape)}")
         f = features.detach().to(self.mean.device).double()
         if len(f) == 0:
             return
@@ -347,13 +350,17 @@ class Statistics:
                 n = int(file["n"]) if "n" in file else None
         except FileNotFoundError:
             raise
-        except (*BROKEN_FILE, MemoryError, zipfile.BadZipFile, zlib.error):
+        except (*BROKEN_ARCHIVE, MemoryError):
             raise ValueError(f"{path} does not hold FID statistics (arrays mu and sigma)") from None
         if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
             raise ValueError(f"{path} does not hold FID statistics: mu is {mu.shape}, sigma {sigma.shape}")
         numeric = mu.dtype.kind == sigma.dtype.kind == "f"
         if not numeric or not np.isfinite(mu).all() or not np.isfinite(sigma).all() or (n is not None and n < 2):
             raise ValueError(f"{path} does not hold FID statistics: finite floats mu and sigma of at least 2 images")
+        rounding = SYMMETRY_EPS * np.abs(sigma).max(initial=0)
+        if (np.abs(sigma - sigma.T) > rounding).any() or (np.diag(sigma) < -rounding).any():
+            raise ValueError(f"{path} does not hold FID statistics: sigma is no covariance, which is symmetric, with "
+                             "variances on its diagonal")
         out = Statistics(0)
         out.n, out.mean = n, torch.from_numpy(mu.astype(np.float64))
         out.scatter = torch.from_numpy(sigma.astype(np.float64)) * (1 if n is None else n - 1)
@@ -376,12 +383,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     roots = []
     for s in (s1, s2):
         w, v = np.linalg.eigh(s)                                       # ascending
+        if len(w) and w[0] < -NEGATIVE_EPS * max(w[-1], 0):
+            raise ValueError(f"statistics whose covariance has negative eigenvalues, down to {w[0]:.3g}")
         keep = w > RANK_EPS * max(w[-1], 0)
         roots.append(v[:, keep] * np.sqrt(w[keep]))                    # (D, rank), root @ root.T = s
     cross = 0.0
     if roots[0].size and roots[1].size:
         cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
-    distance = ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
+    with np.errstate(over="ignore", invalid="ignore"):                 # said below
+        distance = ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
+    if not np.isfinite(distance):
+        raise ValueError("statistics too large for a distance")
     return max(0.0, float(distance))
 
 
@@ -611,10 +623,7 @@ def save_cached(paths, result):
 
 def check_arguments(args):
     """Complaints before any work: ValueError, FileNotFoundError, NotADirectoryError."""
-    for name in ("batch_size", "size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}: use 1 or more")
+    data.check_numbers(args)
     for source in (args.a, args.b):
         if source and not os.path.exists(source):
             raise FileNotFoundError(f"there is no {source}")

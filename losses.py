@@ -15,8 +15,6 @@ g: 0 noise, 1 data; t, g (B,).
 import importlib.util
 import math
 import os
-import pickle
-import struct
 from pathlib import Path
 
 import torch
@@ -25,6 +23,7 @@ from torch import nn
 
 from data import import_torchvision
 from encoder import LappedCode
+from model import BROKEN_FILE
 
 
 def check_same_shape(*tensors):
@@ -32,6 +31,18 @@ def check_same_shape(*tensors):
     shapes = [tuple(tensor.shape) for tensor in tensors]
     if len(set(shapes)) > 1:
         raise ValueError(f"output, images and noise have one shape (B, 3, H, W), got {' '.join(map(str, shapes))}")
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        raise ValueError("output, images and noise are floating-point numbers, "
+                         f"got {' '.join(str(tensor.dtype) for tensor in tensors)}")
+
+
+def check_levels(s, *tensors):
+    """ValueError unless the tensors have one shape (B, 3, H, W) and s, FM's t or EqM's g, is (B,)."""
+    check_same_shape(*tensors)
+    x = tensors[0]
+    if x.ndim != 4 or s.shape != x.shape[:1] or not s.is_floating_point():
+        raise ValueError(f"levels (t or g) of images (B, 3, H, W) are floating-point (B,), got {s.dtype} "
+                         f"{tuple(s.shape)} for {tuple(x.shape)}")
 
 
 def per_image(s):
@@ -43,12 +54,14 @@ def per_image(s):
 # Flow matching. The velocity v = x - e points from the noise to the data; x_t = (1-t) x + t e.
 
 def fm_mix(x, e, t):
-    """x_t: the image at noise level t."""
+    """x_t: the image at noise level t (B,). ValueError for other shapes."""
+    check_levels(t, x, e)
     return (1 - per_image(t)) * x + per_image(t) * e
 
 
 def fm_predict_x(x_t, v, t):
-    """One-step estimate x^ = x_t + t v; exact where v = x - e."""
+    """One-step estimate x^ = x_t + t v; exact where v = x - e. ValueError for other shapes."""
+    check_levels(t, x_t, v)
     return x_t + per_image(t) * v
 
 
@@ -76,12 +89,13 @@ class EqM:
     def __init__(self, c="linear", a=0.8, b=1.4, lam=1.0):
         if c not in ("linear", "trunc", "piecewise"):
             raise ValueError(f"unknown c '{c}': expected linear, trunc or piecewise")
-        if not (0 < a < 1 and b > 0 and lam > 0):
+        if not (0 < a < 1 and 0 < b < math.inf and 0 < lam < math.inf):
             raise ValueError(f"EqM needs 0 < a < 1, b > 0 and lam > 0, got a={a}, b={b}, lam={lam}")
         self.kind, self.a, self.b, self.lam = c, a, b, lam
 
     def mix(self, x, e, g):
-        """x_g: the image at level g."""
+        """x_g: the image at level g (B,). ValueError for other shapes."""
+        check_levels(g, x, e)
         return per_image(g) * x + (1 - per_image(g)) * e
 
     def _head(self, g):  # c(g) for g <= a
@@ -96,12 +110,14 @@ class EqM:
         return torch.where(g <= self.a, self._head(g), (1 - g) / (1 - self.a))
 
     def target(self, x, e, g):
-        """lam c(g) (e - x), shape of x."""
+        """lam c(g) (e - x), shape of x. ValueError for other shapes."""
+        check_levels(g, x, e)
         return self.lam * per_image(self.c(g)) * (e - x)
 
     def predict_x(self, x_g, f, g):
         """One-step estimate x^ = x_g - f (1-g) / (lam c(g)); exact for a perfect field, also at g = 1, where (1-g)/c is
-        not 0/0 but its limit."""
+        not 0/0 but its limit. ValueError for other shapes."""
+        check_levels(g, x_g, f)
         if self.kind == "linear":
             ratio = torch.ones_like(g)
         else:
@@ -112,9 +128,7 @@ class EqM:
 def eqm_loss(f, x, e, g, eqm):
     """mean (f - lam c(g) (e - x))^2, a scalar. f: the network's output at eqm.mix(x, e, g). ValueError for different
     shapes."""
-    check_same_shape(f, x, e)
-    if g.shape != x.shape[:1]:
-        raise ValueError(f"levels g of {len(x)} images have the shape ({len(x)},), got {tuple(g.shape)}")
+    check_levels(g, f, x, e)
     return F.mse_loss(f.float(), eqm.target(x, e, g).float())
 
 
@@ -149,7 +163,10 @@ class PatchGAN(nn.Module):
                 nn.init.normal_(m.weight, 0.0, GAN_DEVIATION)
 
     def forward(self, x):
-        return self.layers(x.clamp(-1, 1)).float()
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 24 or not x.is_floating_point():
+            raise ValueError("the discriminator takes floating-point images (B, 3, H, W) with sides of at least 24, "
+                             f"got {x.dtype} {tuple(x.shape)}")
+        return self.layers(x.clamp(-1, 1).to(self.layers[0].weight.dtype)).float()
 
 
 def hinge_loss(real, fake):
@@ -165,9 +182,9 @@ class WeightsUnavailable(FileNotFoundError):
     """A pretrained network's weights are neither given, nor cached, nor downloadable."""
 
 
-LPIPS_NETS = {  # torchvision model, its weight file, ends of the five slices of .features
-    "vgg": ("vgg16", "vgg16-397923af.pth", (4, 9, 16, 23, 30)),
-    "alex": ("alexnet", "alexnet-owt-7be5be79.pth", (2, 5, 8, 10, 12)),
+LPIPS_NETS = {  # torchvision model, its weight file, ends of the five slices of .features, smallest side of images
+    "vgg": ("vgg16", "vgg16-397923af.pth", (4, 9, 16, 23, 30), 16),
+    "alex": ("alexnet", "alexnet-owt-7be5be79.pth", (2, 5, 8, 10, 12), 32),
 }
 
 
@@ -187,7 +204,9 @@ class LPIPSLoss(nn.Module):
 
     def __init__(self, net="vgg", weights=None):
         super().__init__()
-        name, filename, ends = LPIPS_NETS[net]
+        if net not in LPIPS_NETS:
+            raise ValueError(f"unknown network '{net}': expected {' or '.join(LPIPS_NETS)}")
+        name, filename, ends, self.smallest = LPIPS_NETS[net]
         spec = importlib.util.find_spec("lpips")
         if spec is None:
             raise WeightsUnavailable("LPIPS needs the lpips package for its channel weights: pip install lpips, "
@@ -201,6 +220,7 @@ class LPIPSLoss(nn.Module):
         try:
             convolutions = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
             features.load_state_dict(convolutions, assign=True)
+            features.float()
         except RuntimeError:
             raise ValueError(f"{weights or filename} does not hold torchvision's {name} weights, "
                              "which LPIPS needs") from None
@@ -216,8 +236,11 @@ class LPIPSLoss(nn.Module):
 
     def forward(self, x, y):
         """x, y (B, 3, H, W) in [-1, 1] -> distances (B,). Sides of at least 16 (vgg) or 32 (alex) keep every layer's
-        map non-empty."""
+        map non-empty. ValueError for other images."""
         check_same_shape(x, y)
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < self.smallest:
+            raise ValueError(f"LPIPS compares images (B, 3, H, W) with sides of at least {self.smallest}, got "
+                             f"{tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False):
             h = (torch.cat([x, y]).float() - self.shift) / self.scale
             distance = 0
@@ -230,6 +253,11 @@ class LPIPSLoss(nn.Module):
                 weighted = (nx - ny).square() * getattr(self, f"lin{k}")         # (B, C, h, w)
                 distance = distance + weighted.sum(dim=1).mean(dim=(1, 2))
             return distance
+
+
+def repa_projection(width, target_width=768):
+    """REPA's MLP, from the decoder's tokens to DINOv2 ViT-B's."""
+    return nn.Sequential(nn.Linear(width, target_width), nn.SiLU(), nn.Linear(target_width, target_width))
 
 
 class REPALoss(nn.Module):
@@ -264,7 +292,9 @@ class REPALoss(nn.Module):
                 f"({os.environ.get('HF_HOME', '~/.cache/huggingface')}) and could not be downloaded: "
                 "give them with --repa_weights FILE or turn the loss off with --w_repa 0") from None
         self.dino = dino.eval().requires_grad_(False)
-        self.mlp = nn.Sequential(nn.Linear(width, dino.embed_dim), nn.SiLU(), nn.Linear(dino.embed_dim, dino.embed_dim))
+        if not all(value.isfinite().all() for value in dino.state_dict().values()):
+            raise ValueError(f"{weights or name} holds weights that are not finite: it is damaged")
+        self.mlp = repa_projection(width, dino.embed_dim)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
 
@@ -315,14 +345,24 @@ def _pretrained(filename, weights, what, flag, off):
         if weights is None and not os.path.isfile(cached):
             return torch.hub.load_state_dict_from_url(f"https://download.pytorch.org/models/{filename}",
                                                       map_location="cpu", check_hash=True, weights_only=True)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return finite_table(torch.load(path, map_location="cpu", weights_only=True))
     except OSError:  # no such file, no network (urllib's errors are OSErrors)
         raise WeightsUnavailable(f"{what} needs the network weights {filename}, "
                                  f"which are not at {path} and could not be downloaded: "
                                  f"give them with {flag} or {off}") from None
-    except (RuntimeError, ValueError, LookupError, EOFError, struct.error, pickle.UnpicklingError) as error:
+    except BROKEN_FILE as error:
         raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): "
                          f"fetch it again or give another with {flag}") from None
+
+
+def finite_table(state):
+    """What a weight file holds, if that is {name: tensor} of finite numbers; ValueError."""
+    if not isinstance(state, dict):
+        raise ValueError("no table of tensors")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not value.isfinite().all():
+            raise ValueError("weights that are not finite tensors")
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,9 @@ import os
 import pickle
 import re
 import struct
+import tokenize
+import zipfile
+import zlib
 from typing import NamedTuple
 
 import torch
@@ -28,7 +31,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sampler
-from encoder import LappedCode, make_encoder, parse_name, start_at_zero
+from encoder import LARGEST_WIDTH, LappedCode, make_encoder, parse_name, start_at_zero
 
 # Decoder sizes, as SSDD names them. Parameters in millions at z_dim 4, window 17: with time (FM) and without (EqM).
 SIZES = {
@@ -44,6 +47,8 @@ SIZES = {
 # What reading a damaged file raises, in one library or another.
 BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, struct.error,
                pickle.UnpicklingError, SafetensorError)
+# ... and what zip archives (torch's files, .npz) and numpy's arrays, which begin with a line of Python, raise besides.
+BROKEN_ARCHIVE = (*BROKEN_FILE, zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError)
 # A network that adds to a linear base learns from a residual that is small and mostly unpredictable at first. Adam
 # makes full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less
 # of it is to fall silent. So, beside a linear base, and beside UViT.addition:
@@ -447,7 +452,7 @@ class UViT(nn.Module):
         widths = level_widths(size)
         c, top = widths[0], widths[-1]
         temb = 4 * c if time_cond else None
-        self.channels, self.time_cond, self.skip = c, time_cond, skip
+        self.channels, self.z_dim, self.time_cond, self.skip = c, z_dim, time_cond, skip
         group_size = GROUP_SIZE if base else None
         self.checkpointing = False  # True: training keeps only the residual blocks' inputs, and computes the rest twice
         if time_cond:
@@ -557,6 +562,7 @@ class UViT(nn.Module):
         aligns."""
         if (t is None) == self.time_cond:
             raise ValueError("this decoder needs t" if self.time_cond else "this decoder has no time: leave t out")
+        self.check_inputs(x, z, t)
         H, W = x.shape[-2:]
         condition = z if isinstance(z, Condition) else self.condition(z, H, W)
         temb = None
@@ -587,6 +593,18 @@ class UViT(nn.Module):
                 h = upsample(h, level[3])
         out = self.conv_out(self.norm_out(h))                                                           # (B, 3, H, W)
         return self.field(out, x, condition.base, t), tokens.flatten(2).mT
+
+    def check_inputs(self, x, z, t):
+        """ValueError for arguments of forward that are not floating-point, or of other shapes."""
+        if not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
+            raise ValueError(f"noisy images are floating-point (B, 3, H, W), got {x.dtype} {tuple(x.shape)}")
+        if isinstance(z, torch.Tensor):
+            is_latent = z.is_floating_point() and z.ndim == 4 and z.shape[:2] == (len(x), self.z_dim)
+            if not is_latent or 0 in z.shape[2:]:
+                raise ValueError(f"latents of these images are floating-point ({len(x)}, {self.z_dim}, h, w), "
+                                 f"got {z.dtype} {tuple(z.shape)}")
+        if t is not None and (not t.is_floating_point() or t.shape != x.shape[:1]):
+            raise ValueError(f"times of these images are floating-point ({len(x)},), got {t.dtype} {tuple(t.shape)}")
 
     def input_layer(self, x, condition):
         """The input convolutions of the noisy image, with what they make of latent and base: (B, C, H, W)."""
@@ -694,7 +712,7 @@ class DCSSDAE(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"images are floating-point numbers in [-1, 1], got {x.dtype}: "
                              "x / 127.5 - 1 makes them of 8-bit levels")
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f or 0 in x.shape[2:]:
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f or 0 in x.shape:
             raise ValueError(f"{self.config['enc']} encodes (B, 3, H, W) images with sides that are multiples of {f}, "
                              f"got {tuple(x.shape)}")
         return self.encoder(x.to(next(self.encoder.parameters()).dtype))
@@ -719,7 +737,7 @@ class DCSSDAE(nn.Module):
                              f"{tuple(noise.shape)}")
         if noise is None:
             noise = torch.randn(shape, generator=generator, device=generator.device if generator else z.device)
-        noise = noise.to(z.device)  # float32, whatever z is: the sum of steps
+        noise = noise.to(z.device, torch.promote_types(noise.dtype, torch.float32))  # whatever z is: the sum of steps
         condition = self.decoder.condition(z, *noise.shape[-2:])
         allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "mu", "tol"}
         if set(options) - allowed:
@@ -740,7 +758,7 @@ class DCSSDAE(nn.Module):
 
     def reconstruct(self, x, steps=1, noise=None, generator=None, **options):
         """x (B, 3, H, W) of any size -> its reconstruction, same size: padded by reflection, in the end cropped."""
-        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
+        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
             raise ValueError(f"images are (B, 3, H, W) with sides of at least 1, got {tuple(x.shape)}")
         H, W = x.shape[-2:]
         z = self.encode(pad_to_multiple(x, max(8, self.downscale))).mode()
@@ -765,7 +783,7 @@ class DCSSDAE(nn.Module):
     def _check_latents(self, z):
         """ValueError unless z is floating-point (B, c, h, w)."""
         c = self.encoder.z_dim
-        if not z.is_floating_point() or z.ndim != 4 or z.shape[1] != c or 0 in z.shape[2:]:
+        if not z.is_floating_point() or z.ndim != 4 or z.shape[1] != c or 0 in z.shape:
             raise ValueError(f"latents of this model are floating-point (B, {c}, h, w), got {z.dtype} {tuple(z.shape)}")
 
     def _latent_moments(self, z):
@@ -856,7 +874,7 @@ class DCSSDAE(nn.Module):
 
     def save(self, path):
         """Write weights and configuration to one .safetensors file, through a temporary name: never half a file under
-        `path`. OSError, SafetensorError: it cannot be written, or is a device or a pipe."""
+        `path`. OSError: it cannot be written, or is a device or a pipe."""
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(f"{path} is no ordinary file: give another name")
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
@@ -865,6 +883,8 @@ class DCSSDAE(nn.Module):
             save_file(state, temporary, metadata={"format": str(FORMAT), "config": json.dumps(self.config)})
             os.chmod(temporary, 0o666 & ~umask())  # safetensors makes files that only their owner reads
             os.replace(temporary, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from None
         finally:
             if os.path.exists(temporary):
                 os.remove(temporary)
@@ -958,7 +978,7 @@ CONFIG = {  # argument of DCSSDAE: (test, what is expected)
     "enc": (lambda value: isinstance(value, str), "an encoder's name"),
     "dec": (is_one_of(*SIZES), f"one of {', '.join(SIZES)}"),
     "loss": (is_one_of("fm", "eqm"), "fm or eqm"),
-    "enc_width": (is_number(0, 64), "a number above 0, at most 64"),
+    "enc_width": (is_number(0, LARGEST_WIDTH), f"a number above 0, at most {LARGEST_WIDTH}"),
     "enc_options": (lambda value: isinstance(value, dict), "a dict of the encoder's options"),
     "depth": (lambda value: value is None or IS_DEPTH(value), "None or a whole number from 0 to 1000"),
     "window": (is_odd, "odd, from 1 to 1025"),
@@ -1082,6 +1102,13 @@ def check_size(size, model):
         raise ValueError(f"--size {size} is not a multiple of {unit}, "
                          f"which {model.config['enc']} and the decoder need: "
                          f"take {max(1, size // unit) * unit} or {(size // unit + 1) * unit}")
+
+
+def check_folder(path):
+    """ValueError for an --out that is no folder of this machine."""
+    if str(path).startswith("hf:"):
+        raise ValueError(f"--out {path} is an address of the Hugging Face Hub, where nothing can be written: give a "
+                         "folder, and upload its model.safetensors afterwards")
 
 
 def folder_beside(path):

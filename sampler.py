@@ -26,9 +26,13 @@ def euler(field, x, z, steps=1, t_shift=4.0):
 
     steps    number of evaluations, >= 1
     t_shift  > 1 makes the steps near the data finer (SSDD, arXiv 2510.04961); one step does not depend on it
+    ValueError unless t_shift is positive and finite
     """
+    if not 0 < t_shift < math.inf:
+        raise ValueError(f"the sampler needs t_shift > 0, got t_shift={t_shift}")
+    _check_start(x)
     # t_k = (1 - k / steps) ^ t_shift
-    times = torch.linspace(1.0, 0.0, _at_least_one(steps) + 1, dtype=torch.float64).pow(t_shift).tolist()
+    times = torch.linspace(1.0, 0.0, _at_least_one(steps) + 1, dtype=torch.float64).pow(float(t_shift)).tolist()
     for t, t_next in itertools.pairwise(times):
         v = field(x, z, torch.full((len(x),), t, device=x.device))
         # x_{k+1} = x_k + (t_k - t_{k+1}) v
@@ -55,6 +59,10 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=N
     """
     if not (0 < eta < math.inf and 0 <= mu < 1 and tol >= 0):
         raise ValueError(f"the sampler needs eta > 0, 0 <= mu < 1 and tol >= 0, got eta={eta}, mu={mu}, tol={tol}")
+    if not 0 < lam < math.inf or (last_eta is not None and not 0 < last_eta < math.inf):
+        raise ValueError(f"the sampler needs lam > 0 and last_eta > 0, got lam={lam}, last_eta={last_eta}")
+    _check_start(x)
+    eta, mu = float(eta), float(mu)  # whole numbers may be too large for tensors
     out = x.clone()
     nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)
     alive = torch.arange(len(x), device=x.device)  # rows still moving: the others cost nothing any more
@@ -77,10 +85,18 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=N
     return out.index_copy(0, alive, x), nfe
 
 
+MOST_STEPS = 10**6  # of a sampler
+
+
 def _at_least_one(steps):
-    if int(steps) != steps or steps < 1:
-        raise ValueError(f"the number of steps must be a whole number of at least 1, got {steps}")
+    if not 1 <= steps <= MOST_STEPS or int(steps) != steps:
+        raise ValueError(f"the number of steps must be a whole number from 1 to {MOST_STEPS}, got {steps}")
     return int(steps)
+
+
+def _check_start(x):
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(f"sampling starts from floating-point noise (B, 3, H, W), got {x.dtype} {tuple(x.shape)}")
 
 
 def seeded_generator(device, *key):

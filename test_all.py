@@ -6,8 +6,10 @@ command line.
 Tests that compare with another library are skipped where it is not installed. Networks whose weights would have to be
 downloaded (VGG-16, DINOv2, Inception) stand here with random weights, given as files.
 """
+import argparse
 import builtins
 import contextlib
+import copy
 import csv
 import errno
 import functools
@@ -19,14 +21,17 @@ import json
 import math
 import multiprocessing.connection
 import os
+import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
+import traceback
 import types
 import zlib
 from collections import Counter
@@ -37,6 +42,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,6 +58,7 @@ import train
 from encoder import DiagonalGaussian, LappedCode, lapped_basis, make_encoder, parse_name
 from losses import EqM, PatchGAN, hinge_loss
 from model import (
+    BROKEN_FILE,
     DCSSDAE,
     OUTPUT_GAIN,
     RIDGE,
@@ -66,6 +73,7 @@ from model import (
     our_names,
     pad_to_multiple,
     read_weights,
+    short,
     spread,
     upsample,
 )
@@ -141,6 +149,14 @@ def step_lines(folder):
     return [line for line in lines_of(folder / "log.jsonl") if "loss" in line]
 
 
+def small_state(step, **more):
+    """The least that a checkpoint holds, of a model with a single tensor."""
+    weights = {"w": torch.ones(2)}
+    return {"step": step, "args": {}, "model": weights, "ema": weights,
+            "optimizer": {"state": {}, "param_groups": [{"params": [0]}]}, **more}
+
+
+SMALLEST_SIZE = 32, (1, 1, 1, 1), 1  # of a decoder, in the place of XS where any will do
 TINY = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--workers", 0, "--batch_size", 4,
         "--eval_images", 4, "--log_every", 1, "--enc_width", 0.0625, "--depth", 1]
 
@@ -947,6 +963,22 @@ def test_losses_do_not_broadcast():
             call()
 
 
+def test_levels_and_sampler_options_are_checked():
+    x, t = torch.zeros(2, 3, 8, 8), torch.zeros(2)
+    eqm = EqM("trunc")
+    for call in (losses.fm_mix, losses.fm_predict_x, None):
+        for first, second, level in ((x, x[:1], t), (x, x, t[:1]), (x, x, t[0]), (x[0], x[0], t), (x, x, t.long())):
+            for function in [call] if call else [lambda a, b, s: eqm.mix(a, b, s), lambda a, b, s: eqm.target(a, b, s),
+                                                 lambda a, b, s: eqm.predict_x(a, b, s)]:
+                with pytest.raises(ValueError, match="shape|floating-point"):
+                    function(first, second, level)
+    with pytest.raises(ValueError, match="floating-point"):
+        losses.fm_loss(x.byte(), x.byte(), x.byte())
+    for t_shift in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="t_shift"):
+            sampler.euler(lambda x, z, t: x, x, None, 2, t_shift)
+
+
 def test_size_0_and_a_damaged_manifest_are_refused(tmp_path, checkpoint, monkeypatch):
     common = ["--ckpt", checkpoint, "--device", "cpu"]
     assert "--size 0" in sentence(distill, monkeypatch, *common, "--size", 0, "--out", tmp_path / "d")
@@ -961,13 +993,12 @@ def test_statistics_and_checkpoints_with_wrong_contents(tmp_path, capsys):
         np.savez(tmp_path / "s.npz", **(good | change))
         with pytest.raises(ValueError, match="does not hold FID statistics"):
             fid.Statistics.load(tmp_path / "s.npz")
-    w = {"w": torch.ones(2)}
-    state = {"step": 1, "args": {}, "model": w, "ema": w, "optimizer": {}}
-    for change in ({"ema": None}, {"ema": {"w": torch.ones(3)}}, {"model": {"w": torch.full((2,), math.nan)}}):
+    for change in ({"ema": None}, {"ema": {"w": torch.ones(3)}}, {"model": {"w": torch.full((2,), math.nan)}},
+                   {"model": None}, {"optimizer": {}}, {"skipped": -1}, {"args": {"enc": [[]]}}):
         folder = tmp_path / str(len(os.listdir(tmp_path)))
         folder.mkdir()
-        torch.save(state, folder / "previous.pt")
-        torch.save(state | {"step": 2} | change, folder / "latest.pt")
+        torch.save(small_state(1), folder / "previous.pt")
+        torch.save(small_state(2) | change, folder / "latest.pt")
         assert load_checkpoint(folder)["step"] == 1 and "damaged" in capsys.readouterr().out
 
 
@@ -2339,6 +2370,24 @@ def test_missing_networks_are_reported_in_one_sentence(tmp_path, offline):
         losses.REPALoss(96, weights=tmp_path / "missing.pth")
 
 
+def test_damaged_networks_of_the_losses_are_refused(tmp_path, monkeypatch):
+    features = data.import_torchvision().models.alexnet(weights=None).features.state_dict()
+    state, first = {f"features.{name}": value for name, value in features.items()}, "features.0.weight"
+    broken = state[first] * math.nan
+    for change in (state | {first: broken}, [1, 2], state | {first: "text"}, state | {5: state[first]}):
+        torch.save(change, tmp_path / "alex.pth")
+        with pytest.raises(ValueError, match="alex.pth"):
+            losses.LPIPSLoss("alex", tmp_path / "alex.pth")
+    torch.save({key: value.double() for key, value in state.items()}, tmp_path / "alex.pth")
+    x = torch.zeros(1, 3, 32, 32)
+    assert losses.LPIPSLoss("alex", tmp_path / "alex.pth")(x, x) == 0
+    broken = nn.Linear(2, 2)
+    broken.bias.data[0] = math.nan
+    monkeypatch.setattr(pytest.importorskip("timm"), "create_model", lambda *args, **kwargs: broken)
+    with pytest.raises(ValueError, match="alex.pth holds weights that are not finite"):
+        losses.REPALoss(96, tmp_path / "alex.pth")
+
+
 def test_repa_with_random_dinov2(dino_file):
     repa = losses.REPALoss(96, weights=dino_file)
     x, tokens = torch.rand(2, 3, 32, 64) * 2 - 1, torch.randn(2, 4 * 8, 96, requires_grad=True)
@@ -2500,6 +2549,24 @@ def test_statistics_files_are_interchangeable(tmp_path):
     peer = pytest.importorskip("pytorch_fid.fid_score")
     m, c = peer.compute_statistics_of_path(str(tmp_path / "a.npz"), None, 1, 16, "cpu")
     assert np.array_equal(m, s.mu) and np.array_equal(c, s.sigma)
+
+
+def test_statistics_that_are_none(tmp_path):
+    rng = np.random.default_rng(0)
+    skew, negative = np.eye(3), np.eye(3)
+    skew[0, 1], negative[2, 2] = 0.5, -1.0
+    for sigma in (skew, negative):
+        np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=sigma)
+        with pytest.raises(ValueError, match="no covariance"):
+            fid.Statistics.load(tmp_path / "s.npz")
+    features = rng.standard_normal((5, 3)).astype(np.float32)
+    np.savez(tmp_path / "s.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False).astype(np.float32))
+    assert fid.Statistics.load(tmp_path / "s.npz").n is None
+    indefinite = np.array([[1.0, 2.0], [2.0, 1.0]])
+    with pytest.raises(ValueError, match="negative eigenvalues"):
+        fid.frechet_distance(np.zeros(2), indefinite, np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="too large"):
+        fid.frechet_distance(np.full(2, 1e300), np.eye(2), np.zeros(2), np.eye(2))
 
 
 def demo_batch(n=3, size=48):
@@ -2709,7 +2776,7 @@ def test_fid_command(tmp_path, inception_file, monkeypatch, capsys):
     assert "no.npz" in sentence(fid, monkeypatch, tmp_path / "no.npz", saved)
     assert cli("fid.py", tmp_path / "no.npz", saved, ok=False).startswith("error: ")
     none = ["--inception", tmp_path / "none.pth"]  # what is said before it is looked for is said before any work
-    assert "--batch_size is 0" in sentence(fid, monkeypatch, a, b, *none, "--batch_size", 0)
+    assert "--batch_size 0" in sentence(fid, monkeypatch, a, b, *none, "--batch_size", 0)
     assert "--size is -1" in sentence(fid, monkeypatch, a, b, *none, "--size", -1)
     missing = tmp_path / "missing" / "a.npz"
     assert f"there is no folder {missing.parent}" in sentence(fid, monkeypatch, a, *none, "--save", missing)
@@ -3014,7 +3081,7 @@ def test_numbers_out_of_range_are_refused_by_every_program(monkeypatch, checkpoi
         for program, first in ((train, []), (distill, ["--ckpt", "f"])):
             if name not in vars(program.get_args(first)):
                 continue
-            whole = abs(high) in (1000, 65536, data.MANY, 2**63)
+            whole = abs(high) in (1000, 65536, 10**6, data.MANY, 2**63)
             for bad in [str(low - 1)] if whole else ["nan", "inf", str(low - 1) if low > -math.inf else "-inf"]:
                 with pytest.raises(ValueError, match=rf"--{name} \S+ is out of range: give a number in"):
                     program.get_args([*first, f"--{name}={bad}"])
@@ -3065,15 +3132,15 @@ def test_bad_files_and_folders(tmp_path, trained):
 
 
 def test_a_full_disk_or_damaged_checkpoint_loses_nothing(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, {"step": 1})
-    save_checkpoint(tmp_path, {"step": 2})
+    save_checkpoint(tmp_path, small_state(1))
+    save_checkpoint(tmp_path, small_state(2))
 
     def full(state, file):
         file.write(b"half a checkpoint")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="earlier checkpoint is intact"):
-        save_checkpoint(tmp_path, {"step": 3})
+        save_checkpoint(tmp_path, small_state(3))
     assert load_checkpoint(tmp_path)["step"] == 2 and sorted(os.listdir(tmp_path)) == ["latest.pt", "previous.pt"]
     (tmp_path / "latest.pt").write_bytes(b"damaged")
     assert load_checkpoint(tmp_path)["step"] == 1
@@ -3763,8 +3830,8 @@ FORKS.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 def child(module, argv, env, output, sabotage):
-    """A command in a child process. sabotage: {step: name of a signal, or "nan"} for this rank, when that step draws
-    its noise."""
+    """A command in a child process. sabotage: {step: name of a signal, "nan" or "lost"} for this rank, when that step
+    draws its noise, or its images."""
     os.environ.update(env, CUDA_VISIBLE_DEVICES="")
     if "FLOAT64" in env:  # rounding out of the way
         torch.set_default_dtype(torch.float64)
@@ -3787,7 +3854,16 @@ def child(module, argv, env, output, sabotage):
             time.sleep(0.1)
         return (e * float("nan") if sabotage.get(step) == "nan" else e), eps, s
 
+    next_batch = train.next_batch
+
+    def losing(run, batches):
+        def lost():
+            raise OSError(errno.ESTALE, "Stale file handle")
+            yield
+        return next_batch(run, lost() if sabotage.get(run.done) == "lost" else batches)
+
     train.draw = distill.draw = drawing
+    train.next_batch = distill.next_batch = losing
     try:
         data.guarded({"train": train, "distill": distill}[module].main)
     finally:
@@ -4079,8 +4155,8 @@ def test_checkpointing_works_on_a_loaded_model(tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_mapped_and_its_checksums_count(tmp_path):
     """Maps of the file, not copies; a flipped bit in the midst of the weights is still seen."""
-    save_checkpoint(tmp_path, {"step": 1, "weights": torch.ones(100_000)})
-    save_checkpoint(tmp_path, {"step": 2, "weights": torch.ones(100_000)})
+    save_checkpoint(tmp_path, small_state(1, weights=torch.ones(100_000)))
+    save_checkpoint(tmp_path, small_state(2, weights=torch.ones(100_000)))
     if os.path.exists("/proc/self/maps"):
         state = load_checkpoint(tmp_path)
         assert "latest.pt" in Path("/proc/self/maps").read_text() and state["weights"].sum() == 100_000
@@ -4151,6 +4227,14 @@ def test_a_run_that_loses_its_data_saves_first(tmp_path, monkeypatch, module):
     with pytest.raises((OSError, SystemExit), match="Stale"):
         run_main(module, monkeypatch, *flags, "--steps", 5, "--out", tmp_path / "r")
     assert load_checkpoint(tmp_path / "r")["step"] == 2 and (tmp_path / "r" / "model.safetensors").exists()
+
+
+def test_data_that_one_process_loses_ends_all(tmp_path):
+    """Both save what they have done, and say it once."""
+    codes, output = run(tmp_path / "o", *SMALL, "--save_every", 100, "--eval_every", 0, "--steps", 5, "--out",
+                        tmp_path / "r", world=2, ok=(1,), sabotage={1: {2: "lost"}})
+    assert codes == [1, 1] and output.count("error: ") == 1 and "Stale file handle" in output
+    assert load_checkpoint(tmp_path / "r")["step"] == 2 and "Traceback" not in (tmp_path / "o" / "output1").read_text()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and locks are POSIX's")
@@ -4235,6 +4319,18 @@ def test_an_address_of_the_hub_is_no_folder():
     assert folder_beside("runs/a/m.safetensors") == "runs/a"
 
 
+def test_addresses_are_no_folders_to_write_into(monkeypatch, checkpoint):
+    for module, flags in ((train, []), (distill, ["--ckpt", checkpoint]), (evaluate, ["--ckpt", checkpoint]),
+                          (latents, ["--ckpt", checkpoint]), (field, ["--ckpt", checkpoint])):
+        address = ["--device", "cpu", "--out", "hf://owner/repo"]
+        if module is train:
+            with pytest.raises(ValueError, match="hf://owner/repo is an address"):
+                run_main(module, monkeypatch, *flags, *address)
+        else:
+            assert "hf://owner/repo is an address" in sentence(module, monkeypatch, *flags, *address)
+    assert not os.path.exists("hf:")
+
+
 def test_srun_without_torchrun_is_refused(monkeypatch):
     for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
@@ -4314,6 +4410,26 @@ def test_resuming_depends_on_content_not_on_paths(tmp_path, monkeypatch):
     assert train.first_model(args, checkpoint).config == checkpoint["config"]  # nor any --enc_ckpt file
 
 
+def test_distillation_resumes_with_the_same_teacher_wherever_it_lies(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
+    here, there, other = (tmp_path / name / "t.safetensors" for name in ("here", "there", "other"))
+    for path in (here, there, other):
+        path.parent.mkdir()
+    teacher = DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0})
+    teacher.save(here)
+    flags = ["--teacher_steps", 1, "--batch_size", 2, "--eval_images", 2, "--device", "cpu", "--dtype", "float32",
+             "--workers", 0, "--out", tmp_path / "r"]
+    run_main(distill, monkeypatch, "--ckpt", here, *flags, "--steps", 1)
+    teacher.config["latents"] = {"mean": [0.0] * 4, "std": [1.0] * 4}  # as tools.latents leaves it
+    teacher.save(there)
+    here.unlink()
+    run_main(distill, monkeypatch, "--ckpt", there, *flags, "--steps", 2, "--resume")
+    assert load_checkpoint(tmp_path / "r")["step"] == 2
+    randomise(teacher).save(other)
+    message = sentence(distill, monkeypatch, "--ckpt", other, *flags, "--steps", 3, "--resume")
+    assert "of another model than --ckpt" in message and str(other) in message
+
+
 def test_restarts_do_not_overwrite_a_model(tmp_path, monkeypatch):
     """A restart goes on from a checkpoint, or starts again where there is nothing; somebody's model stays."""
     args = train.get_args(["--out", str(tmp_path)])
@@ -4328,7 +4444,7 @@ def test_restarts_do_not_overwrite_a_model(tmp_path, monkeypatch):
 
 def test_keep_checkpoints_and_fall_back_to_each(tmp_path, capsys, monkeypatch):
     for step in range(1, 7):
-        save_checkpoint(tmp_path, {"step": step}, keep=4)
+        save_checkpoint(tmp_path, small_state(step), keep=4)
     names = ["latest.pt", "previous.pt", "previous2.pt", "previous3.pt"]
     assert sorted(os.listdir(tmp_path)) == names
     assert [torch.load(tmp_path / name)["step"] for name in names] == [6, 5, 4, 3]
@@ -4336,7 +4452,7 @@ def test_keep_checkpoints_and_fall_back_to_each(tmp_path, capsys, monkeypatch):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:300])
     assert load_checkpoint(tmp_path)["step"] == 4 and "latest.pt" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["latest.pt.damaged", "previous.pt.damaged", *names[2:]]
-    save_checkpoint(tmp_path, {"step": 7}, keep=1)
+    save_checkpoint(tmp_path, small_state(7), keep=1)
     assert load_checkpoint(tmp_path)["step"] == 7
 
     # A file that a save moves away meanwhile, or that the disk does not give, is not a damaged one.
@@ -4361,19 +4477,68 @@ def test_keep_checkpoints_and_fall_back_to_each(tmp_path, capsys, monkeypatch):
         load_checkpoint(tmp_path)
 
 
+def damaged_states(state):
+    """{what: a checkpoint that is wrong in this way}, from a good one of train.py with a GAN."""
+    def other_moment(**change):
+        moments = state["optimizer"]["state"]
+        first = {**moments[0], **change}
+        return {"optimizer": {**state["optimizer"], "state": {**moments, 0: first}}}
+
+    weights = state["optimizer"]["state"][0]
+    gan = dict(state["gan"])
+    name = next(iter(gan))
+    return {
+        "moment of another shape": other_moment(exp_avg=torch.zeros(7), exp_avg_sq=torch.zeros(7)),
+        "moment that is not finite": other_moment(exp_avg=weights["exp_avg"] * math.nan),
+        "moment without its square": other_moment(exp_avg_sq=None),
+        "negative square": other_moment(exp_avg_sq=weights["exp_avg_sq"] - 1),
+        "no groups": {"optimizer": {**state["optimizer"], "param_groups": []}},
+        "other numbers": {"optimizer": {**state["optimizer"], "param_groups": [{"params": [5]}]}},
+        "gan of another shape": {"gan": gan | {name: gan[name][:1]}},
+        "gan without a tensor": {"gan": {key: value for key, value in gan.items() if key != name}},
+        "gan's optimizer": {"gan_optimizer": state["optimizer"]},
+        "repa": {"repa": {"0.weight": torch.zeros(3)}},
+        "another configuration": {"config": state["config"] | {"enc": "dc_f8c8"}},
+        "an unknown argument": {"config": state["config"] | {"wings": 2}},
+        "other flags": {"args": state["args"] | {"dec": "S"}},
+    }
+
+
+def test_each_part_of_a_checkpoint_is_checked_and_the_one_before_it_tried(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
+    monkeypatch.setattr(train, "PatchGAN", lambda: PatchGAN(16))
+    out = tmp_path / "r"
+    flags = [*SMALL, "--size", 24, "--w_gan", 0.1, "--eval_every", 0, "--save_every", 1, "--out", out]
+    run_main(train, monkeypatch, *flags, "--steps", 2)
+    state = torch.load(out / "latest.pt", weights_only=True)
+    assert train.checkpoint_problem(state) is None
+    for what, change in damaged_states(state).items():
+        assert train.checkpoint_problem(state | change), what
+    torch.save(state | change, out / "latest.pt")
+    # The whole command goes on from the one before, and with this call's weight decay.
+    run_main(train, monkeypatch, *flags, "--steps", 2, "--weight_decay", 0.5, "--resume")
+    assert f"{out}/latest.pt (--dec of another model" in capsys.readouterr().out
+    assert load_checkpoint(out)["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    # What no checkpoint can tell of itself: another run's parts.
+    parts = {"model": nn.Linear(2, 2), "repa": None, "optimizer": None}
+    for checkpoint in ({"model": {"weight": torch.ones(3)}}, {"model": parts["model"].state_dict(), "repa": {}}):
+        with pytest.raises(ValueError, match="--resume continues a run"):
+            train.restore(parts, {"step": 1, **checkpoint})
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX's")
 def test_a_full_disk_in_either_file_leaves_the_old_ones(tmp_path):
     """A limit on the size of files stands for the full disk: the system's error, in the midst of writing."""
     ema = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1)
-    save_checkpoint(tmp_path, {"step": 1}, ema=ema)
+    save_checkpoint(tmp_path, small_state(1), ema=ema)
     old = (tmp_path / "model.safetensors").read_bytes()
     import resource
 
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         for state in (
-            {"step": 2},
-            {"step": 2, "weights": torch.zeros(300_000)},
+            small_state(2),
+            small_state(2, weights=torch.zeros(300_000)),
         ):  # the limit meets the model, the checkpoint
             resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
             with pytest.raises(OSError, match=r"File too large.*earlier checkpoint is intact"):
@@ -4401,7 +4566,7 @@ def saver(out, step):
     while True:
         step += 1
         model.config["notes"]["step"] = step
-        save_checkpoint(out, {"step": step, "weights": torch.full((500_000,), float(step))}, keep=3, ema=model)
+        save_checkpoint(out, small_state(step, weights=torch.full((500_000,), float(step))), keep=3, ema=model)
 
 
 def test_kill_at_random_moments_of_saving(tmp_path):
@@ -4563,6 +4728,25 @@ def test_compare_runs(tmp_path, monkeypatch):
         (tmp_path / "bad" / name).unlink()
 
 
+def test_compare_refuses_values_of_other_kinds(tmp_path, monkeypatch):
+    good = json.loads((write_run(tmp_path / "r", 1.0, rate=10.0) / "metrics.json").read_text())
+    row = good["rows"][1]
+    for change in ({"ssim": "0.5"}, {"psnr": [1]}, {"hf": True}, {"psnr": math.inf}, {"name": 3}, {"steps": 1.5},
+                   {"psnr": 10**400}):
+        (tmp_path / "r" / "metrics.json").write_text(json.dumps(good | {"rows": [good["rows"][0], row | change]}))
+        assert "cannot read" in sentence(compare, monkeypatch, tmp_path / "r")
+    for images in ("7", 7.5, None, -1):
+        (tmp_path / "r" / "metrics.json").write_text(json.dumps(good | {"images": images}))
+        assert "cannot read" in sentence(compare, monkeypatch, tmp_path / "r")
+    (tmp_path / "r" / "metrics.json").write_text(json.dumps(good))
+    for change in ({"images_per_s": "1"}, {"images": 1.5}, {"eqm": "x"}, {"eqm": 10**400}, {"step": 0}):
+        line = {"step": 50, "images": 500, "eqm": 0.5, "images_per_s": 3.0} | change
+        (tmp_path / "r" / "log.jsonl").write_text(json.dumps(line) + "\n")
+        assert "log.jsonl" in sentence(compare, monkeypatch, tmp_path / "r")
+    (tmp_path / "r" / "log.jsonl").write_text('{"step": 1, "images": 4, "eqm": NaN, "images_per_s": 3.0}\n')
+    assert compare.read_run(tmp_path / "r")["curves"] == ([], [])
+
+
 def test_curves_of_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     runs = [write_run(tmp_path / "eqm_s0", 1.0, rate=20.0), write_run(tmp_path / "fm", 0.5)]
@@ -4614,3 +4798,389 @@ def test_field_picture(tmp_path, monkeypatch, loss):
         assert "no readable image" in sentence(field, monkeypatch, *common, "--image", n)
     with pytest.raises(SystemExit, match="2"):  # it chooses the sampler's options itself
         run_main(field, monkeypatch, *common, "--mu", 0.3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fuzzing: whatever command line, file or argument comes, it works or it ends in one sentence
+#
+#     FUZZ=10000 python -m pytest test_all.py -k fuzz -s       # the cases 0 ... 9999; FUZZ_FIRST=N begins at another
+#     FUZZ_CASE=1234 python -m pytest test_all.py -k fuzz -s   # this case alone: a case depends on its number alone
+
+FUZZ_CASES = 200
+FUZZ_SECONDS, FUZZ_BYTES = 120, 3 * 2**30  # of a case: how long it may take, how much memory beside what there is
+REFUSALS = (ValueError, TypeError, OSError)  # in Python, each with a message
+ODD_WORDS = ["", "x", "nan", "inf", "-inf", "-1", "0", "-0", "1.5", "1e400", "1e-30", "1e30", "0x10", "１", "٣", "None",
+             str(10**30), "true", "hf:", "hf://o/r", "\udcff", "a" * 300]
+ODD_VALUES = [None, True, -1, 0, 1, 2, 1.5, -0.5, math.nan, math.inf, -math.inf, 10**30, "", "x", "vq_f8c4", [], {},
+              [None], [[1, 2], [3]], {"x": 1}, b"x", (1, 2)]
+# What makes an accepted command line slow or large: of these flags only small numbers, and such that are refused.
+COSTLY = {"size", "batch_size", "steps", "eval_steps", "teacher_steps", "limit", "workers", "depth", "window", "rows",
+          "calibrate", "eval_images"}
+LEFT_OUT = {"help", "compile", "tensorboard", "dreamsim", "dinov2", "enc"}  # slow, or with networks of their own
+FUZZ_PROGRAMS = {  # module: flags of a command that ends soon
+    train: [*TINY, "--size", 8, "--batch_size", 2, "--steps", 1, "--eval_images", 1, "--eval_steps", 1],
+    distill: ["--ckpt", "model.safetensors", "--w_lpips", 0, "--size", 8, "--batch_size", 2, "--steps", 1,
+              "--teacher_steps", 1, "--eval_images", 1, "--workers", 0, "--dtype", "float32"],
+    evaluate: ["--ckpt", "model.safetensors", "--limit", 1, "--size", 8, "--workers", 0, "--features", "--cache", "",
+               "--lpips_net", "vgg"],
+    fid: ["--batch_size", 2, "--features", "features.pt", "--size", 8],
+    data: ["--size", 8, "--rows", 1],
+    bench: ["--size", 8, "--dec", "XS"],
+    compare: [],
+    field: ["--ckpt", "model.safetensors", "--size", 8],
+    latents: ["--ckpt", "model.safetensors", "--size", 8, "--limit", 2, "--workers", 0, "--out", "latents"],
+    sweep: ["--ckpt", "model.safetensors", "--size", 8, "--limit", 1, "--calibrate", 1, "--workers", 0, "--features",
+            "--lpips_net", "vgg", "--steps", 1],
+}
+
+
+FUZZ_RUN = ["--w_gan", 0.1, "--size", 24, "--save_every", 1, "--eval_every", 0, "--out", "run"]
+
+
+class Payload:
+    """Makes a folder where a pickle is executed."""
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def actions_of(module, monkeypatch):
+    """argparse's description of a program's flags."""
+    def stop(parser, *args, **kwargs):
+        raise InterruptedError(parser)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["x"])
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+        try:
+            module.main()
+        except InterruptedError as found:
+            return [action for action in found.args[0]._actions if action.dest not in LEFT_OUT]
+        except SystemExit:  # fid.py and data.py turn errors into one
+            raise AssertionError(module) from None
+
+
+def odd_word(rng, action):
+    """A word for a flag: one that it takes, or any other."""
+    if rng.random() < 0.1:
+        word = rng.choice(ODD_WORDS)
+    elif action.choices:
+        word = str(rng.choice([*action.choices]))
+    elif action.type in (int, float):
+        small = [0, 1, 2, 3, 8, 16] if action.type is int else [0, 0.5, 1, 1.5, 2]
+        word = str(rng.choice(small)) if rng.random() < 0.5 else rng.choice(ODD_WORDS)
+        if action.type is int and action.dest not in COSTLY and rng.random() < 0.1:
+            word = str(rng.choice([2**31, 2**63 - 1, 2**63, 10**12]))
+    else:
+        word = rng.choice([*sorted(os.listdir(".")), "new", "demo", "images/0.png", "nowhere/x", "/dev/null", "."])
+    return word
+
+
+def fuzz_command(rng, box):
+    """A program with random flags after those that keep it short."""
+    module = rng.choice(list(FUZZ_PROGRAMS))
+    argv = list(FUZZ_PROGRAMS[module])
+    if module is fid:
+        argv += [rng.choice(["images", "s.npz", "nowhere"]), rng.choice(["images", "s.npz", "r"])]
+    if module is compare:
+        argv += rng.sample(["r", "r_s1", "images", "nowhere"], rng.randint(1, 2))
+    if module is bench and rng.random() < 0.9:
+        argv += rng.choice([["nothing"], ["--size", "0"], ["--size", "x"]])  # to time anything takes long
+    for action in rng.choices(box.actions[module], k=rng.randint(1, 3)):
+        flag = rng.choice(action.option_strings or [None])
+        count = {0: 0, "+": rng.randint(0, 3), "*": rng.randint(0, 2)}.get(action.nargs, 1)
+        words = [odd_word(rng, action) for _ in range(count)]
+        argv += ([flag] if flag else []) + words
+    call_main(module, argv)
+
+
+def call_main(module, argv):
+    """A command in this process. AssertionError unless it works, or ends in one sentence or with argparse's."""
+    sys.argv = [module.__name__, *map(str, argv)]
+    print("  ", " ".join(map(repr, sys.argv)))
+    try:
+        module.main() if module in (fid, data) else data.guarded(module.main)
+    except SystemExit as stop:
+        is_sentence = isinstance(stop.code, str) and stop.code.startswith("error: ") and "\n" not in stop.code
+        assert is_sentence or stop.code in (0, 2), f"ends with {stop.code!r}"
+    except Exception as error:  # noqa: BLE001 whatever it is, users would see a traceback
+        raise AssertionError(f"ends in a traceback: {error!r}") from error
+
+
+def odd_tensor(rng, shape, dtype=torch.float32):
+    """Mostly of this shape and type; sometimes of another, or with values that are not finite."""
+    if rng.random() < 0.25:
+        shape = rng.choice([(), (0,), (3,), shape[:-1], (*shape, 1), (0, *shape[1:]), (*shape[:-1], 0), (2, 3, 7, 9),
+                            (1,) * 5, (1, *shape[1:]), (shape[0], 1, *shape[2:])])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(rng.getrandbits(32)))
+    if x.numel() and rng.random() < 0.2:
+        x.view(-1)[0] = rng.choice([math.nan, math.inf, -1e38])
+    if rng.random() < 0.15:
+        dtype = rng.choice([torch.uint8, torch.int64, torch.bool, torch.float64, torch.float16, torch.bfloat16,
+                            torch.complex64])
+    return x.nan_to_num(0, 1, -1).to(dtype) if not dtype.is_floating_point else x.to(dtype)
+
+
+def damaged(rng, value):
+    """The same tree of dicts, lists and tensors, but for one part of it."""
+    is_tree = isinstance(value, (dict, list)) and len(value) > 0
+    if is_tree and rng.random() < 0.95:
+        changed = value.copy()
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        what = rng.random()
+        if what < 0.1:
+            del changed[key]
+        elif what < 0.2 and isinstance(value, dict):
+            changed[rng.choice(["x", 5, f"{key}2"])] = changed[key]
+        else:
+            changed[key] = damaged(rng, value[key])
+        return changed
+    if isinstance(value, torch.Tensor) and rng.random() < 0.8:
+        return odd_tensor(rng, value.shape or (1,), value.dtype) if rng.random() < 0.5 else value * math.nan
+    return rng.choice([*ODD_VALUES, Payload()])
+
+
+def damage_file(rng, path):
+    """Change a file's bytes, or what they mean; of some kinds of file only the former."""
+    content = bytearray(path.read_bytes())
+    path.unlink(), path.write_bytes(content)  # it was a link to the good one
+    how = rng.random()
+    if how < 0.2 and content:
+        for _ in range(rng.choice([1, 1, 5, 50])):
+            content[rng.randrange(min(len(content), rng.choice([64, 1000, len(content)])))] ^= 1 << rng.randrange(8)
+    elif how < 0.35:
+        content = content[:rng.randrange(len(content) + 1)]
+    elif how < 0.4:
+        content = rng.choice([b"", b"{}", b"[]", b"null", b"\0" * 100, b"[" * 100_000, pickle.dumps(Payload())])
+    else:
+        with contextlib.suppress(*BROKEN_FILE):  # it cannot be written
+            rewrite(rng, path)
+        return
+    path.write_bytes(content)
+
+
+def rewrite(rng, path):
+    """Damage what a file means."""
+    if path.suffix in (".pt", ".pth"):
+        torch.save(damaged(rng, torch.load(path, weights_only=True)), path)
+    elif path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 it is no dict
+        config = json.loads(meta["config"])
+        if rng.random() < 0.5:
+            tensors = damaged(rng, tensors)
+        else:
+            config = damaged(rng, config)
+        number = rng.choice(["4", "4", "4", "3", "9", "x"])
+        save_file(tensors, path, {"format": number, "config": json.dumps(config)})
+    elif path.suffix in (".json", ".jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else None
+        tree = damaged(rng, lines or json.loads(path.read_text()))
+        path.write_text("".join(json.dumps(line) + "\n" for line in tree) if lines else json.dumps(tree))
+    elif path.suffix in (".npz", ".npy"):
+        found = np.load(path)
+        arrays = dict(found) if path.suffix == ".npz" else {"only": found}
+        arrays = damaged(rng, {name: torch.from_numpy(array) for name, array in arrays.items()})
+        arrays = {name: np.array(value, object) if isinstance(value, Payload) else np.array(value)
+                  for name, value in arrays.items()}
+        np.savez(path, **arrays) if path.suffix == ".npz" else np.save(path, arrays["only"])
+    else:
+        path.write_bytes(path.read_bytes()[:-5])
+
+
+def fuzz_file(rng, box):
+    """One damaged file, and a program or a function that reads it."""
+    kind = rng.choice(list(FUZZ_FILES))
+    if kind in ("alex", "inception"):
+        shutil.copy(box.alex, "alex.pth")
+    paths = sorted(path for path in Path(".").glob(FUZZ_FILES[kind]) if path.is_file())
+    for path in rng.sample(paths, min(len(paths), rng.choice([1, 1, 2]))):
+        damage_file(rng, path)
+        print("  ", kind, path)
+    if kind == "model":
+        read_model(rng)
+    elif kind == "checkpoint":
+        read_checkpoint(rng)
+    elif kind == "features":
+        network = fid.FileFeatures("features.pt", 8)
+        assert network(torch.zeros(1, 3, 8, 8)).shape == (1, network.dim)
+    elif kind == "alex":
+        assert all(p.isfinite().all() for p in losses.LPIPSLoss("alex", "alex.pth").parameters())
+    elif kind == "inception":
+        assert fid.InceptionFeatures("alex.pth") is None  # which it never is
+    elif kind == "image" and rng.random() < 0.5:
+        call_main(data, ["--data", "images", "--size", 8, "--rows", 2])
+    elif kind == "image":
+        for path in paths:
+            with contextlib.suppress(data.Unreadable):
+                assert data.read_image(path, retry=False).mode == "RGB"
+    else:
+        module, *argv = {"latents": (latents, *FUZZ_PROGRAMS[latents]), "run": (compare, "r", "r_s1"),
+                         "statistics": (fid, "s.npz", "s2.npz")}[kind]
+        call_main(module, argv)
+
+
+FUZZ_FILES = {"model": "model.safetensors", "checkpoint": "run/*.pt", "latents": "latents/*", "run": "r/*",
+              "statistics": "s.npz", "features": "features.pt", "alex": "alex.pth", "inception": "alex.pth",
+              "image": "images/*"}
+
+
+def read_model(rng):
+    if rng.random() < 0.15:
+        module = rng.choice([evaluate, field, latents])
+        return call_main(module, FUZZ_PROGRAMS[module])
+    if rng.random() < 0.5:
+        model = DCSSDAE.load("model.safetensors")
+        x = torch.zeros(1, 3, model.downscale, model.downscale)
+        assert model.decode(model.encode(x).mode()).shape == x.shape
+    else:
+        model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1)
+        model.load_published("model.safetensors", rng.choice(["all", "encoder", "decoder"]))
+    assert all(value.isfinite().all() for value in model.state_dict().values()), "accepted weights that are not finite"
+
+
+def read_checkpoint(rng):
+    if rng.random() < 0.15:
+        call_main(train, [*FUZZ_PROGRAMS[train], *FUZZ_RUN, "--steps", 3, "--resume"])
+        return
+    state = load_checkpoint("run")
+    assert state["step"] in (1, 2) and train.DCSSDAE(**state["config"])
+    assert all(value.isfinite().all() for name in ("model", "ema") for value in state[name].values())
+
+
+def fuzz_python(rng, box):
+    """A call of the Python interface with odd arguments."""
+    model, eqm = rng.choice(box.models), EqM(rng.choice(["linear", "trunc", "piecewise"]))
+    x, e, s = (odd_tensor(rng, shape) for shape in ((2, 3, 16, 16), (2, 3, 16, 16), (2,)))
+    z, number = odd_tensor(rng, (2, 4, 2, 2)), rng.choice([*ODD_VALUES, 3, 10**9])
+    names = rng.sample(["eta", "mu", "tol", "t_shift", "method"], rng.randint(0, 2))
+    options = {name: rng.choice(ODD_VALUES) for name in names}
+    descent = rng.choice([sampler.gradient_descent, sampler.nesterov])
+    config = damaged(rng, dict(model.config))
+    square = odd_tensor(rng, (3, 3), torch.float64)
+    large, larger = odd_tensor(rng, (2, 3, 32, 32)), odd_tensor(rng, (2, 3, 32, 32))
+    folder = [rng.choice(["demo", "images", "r", number]), *rng.choices([8, 8, 8, *ODD_VALUES], k=4)]
+    calls = {
+        "encode": lambda: model.encode(x).mean.shape == (len(x), 4, x.shape[2] // 8, x.shape[3] // 8),
+        "decode": lambda: model.decode(z, steps=number, **options).shape[1] == 3,
+        "noise": lambda: model.decode(z, noise=e).shape == e.shape,
+        "reconstruct": lambda: model.reconstruct(x).shape == x.shape,
+        "normalize": lambda: model.denormalize(model.normalize(z)).shape == z.shape,
+        "decoder": lambda: model.decoder(x, z, *[s] * rng.randint(0, 1)).shape == x.shape,
+        "fm": lambda: losses.fm_loss(losses.fm_mix(x, e, s), x, e).ndim == 0,
+        "fm_predict_x": lambda: losses.fm_predict_x(x, e, s).shape == x.shape,
+        "eqm": lambda: losses.eqm_loss(eqm.mix(x, e, s), x, e, s, eqm).ndim == 0,
+        "eqm_predict_x": lambda: eqm.predict_x(x, e, s).shape == eqm.target(x, e, s).shape,
+        "EqM": lambda: EqM(*rng.choices(ODD_VALUES, k=4)).lam > 0,
+        "lpips": lambda: box.lpips(large, larger).shape == large.shape[:1],
+        "gan": lambda: PatchGAN(32)(large).shape[1] == 1,
+        "ema": lambda: train.update_ema(copy.deepcopy(model), rng.choice(box.models), number, 5) is None,
+        "descent": lambda: descent(lambda y, z: y, x, z, number)[0].shape == x.shape,
+        "euler": lambda: sampler.euler(lambda y, z, t: y, x, z, 2, number)[0].shape == x.shape,
+        "config": lambda: DCSSDAE(**config).config["enc"] == config.get("enc", "dc_f32c32"),
+        "encoder": lambda: make_encoder(rng.choice(["dc_f8c4", "vq_f8c0", "x", 5, "dc_f8c999999"]), number).z_dim > 0,
+        "dataset": lambda: len(data.make_dataset(*folder, limit=rng.choice([1, None, number]))) > 0,
+        "loader": lambda: len(next(iter(data.make_loader(box.dataset, number, rng.random() < 0.5)))[0]) > 0,
+        "frechet": lambda: fid.frechet_distance(s.numpy(), square.numpy(), s.numpy(), square.numpy()) >= 0,
+        "statistics": lambda: fid.Statistics(3).update(rng.choice([square, x, s])) is None,
+        "save": lambda: model.save(rng.choice(["m", "images", "nowhere/m", "/dev/null", "a" * 300])) is None}
+    name = rng.choice(list(calls))
+    shapes = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (x, e, s, z)]
+    print("  ", name, *shapes, short(number), options)
+    assert calls[name](), "another result than documented"
+
+
+def fuzz_folder(folder):
+    """Good files of every kind that is read."""
+    (folder / "run").mkdir()
+    for k, model in enumerate(fuzz_models()):
+        model.save(folder / ["model.safetensors", "fm.safetensors"][k])
+    with contextlib.chdir(folder):
+        call_main(train, [*FUZZ_PROGRAMS[train], *FUZZ_RUN, "--steps", 2])
+        call_main(latents, FUZZ_PROGRAMS[latents])
+    write_run(folder / "r", 1.0, rate=10.0), write_run(folder / "r_s1", 2.0)
+    for name in ("s.npz", "s2.npz"):
+        statistics = fid.Statistics(4)
+        statistics.update(torch.randn(9, 4))
+        statistics.save(folder / name)
+    script(folder / "features.pt")
+    folder_of(folder / "images", 2)
+    for k, ext in enumerate(("jpg", "tif", "webp", "bmp", "pgm")):
+        photo(20, 12, k).save(folder / "images" / f"p.{ext}")
+
+
+def fuzz_models():
+    statistics = {"mean": [0.5] * 4, "std": [2.0] * 4}
+    return [DCSSDAE("dc_f8c4", "XS", loss, 0.0625, depth=1, notes={"size": 8, "w_lpips": 0}, latents=statistics,
+                    input_skip=True, linear_encoder=True, linear_decoder=4).eval() for loss in ("eqm", "fm")]
+
+
+def out_of_time(number, frame):
+    raise AssertionError(f"a case took longer than {FUZZ_SECONDS} s")
+
+
+def fuzz_one(number, box, folder):
+    """Case `number` in a folder of its own. -> None, or what went wrong."""
+    rng = random.Random(f"fuzz {number}")
+    torch.manual_seed(number)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(box.good, folder, copy_function=os.link)
+    data.lock_folder.cache_clear()
+    output, problem = io.StringIO(), None
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(FUZZ_SECONDS)
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            rng.choices([fuzz_command, fuzz_file, fuzz_python], [2, 4, 4])[0](rng, box)
+    except REFUSALS as error:
+        if not str(error) or isinstance(error, InterruptedError):
+            problem = traceback.format_exc(limit=-3)
+    except BaseException:  # noqa: BLE001 all others are what is looked for
+        problem = traceback.format_exc(limit=-3)
+    finally:
+        signal.alarm(0)
+        torch.set_grad_enabled(True)
+    if (folder / "executed").exists():
+        problem = "a pickle was executed"
+    return problem and f"case {number} (FUZZ_CASE={number}):\n{output.getvalue()[-1500:]}\n{problem}"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX's")
+@pytest.mark.filterwarnings("ignore")
+def test_fuzz(tmp_path, monkeypatch, offline):
+    import resource
+    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
+    monkeypatch.setattr(train, "PatchGAN", lambda: PatchGAN(16))
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(sys, "argv", [])
+    (tmp_path / "good").mkdir()
+    fuzz_folder(tmp_path / "good")
+    box = types.SimpleNamespace(good=tmp_path / "good", alex=tmp_path / "alex.pth", models=fuzz_models(),
+                                dataset=data.make_dataset("demo", 8, True),
+                                actions={module: actions_of(module, monkeypatch) for module in FUZZ_PROGRAMS})
+    features = data.import_torchvision().models.alexnet(weights=None).features.state_dict()
+    torch.save({f"features.{name}": value for name, value in features.items()}, box.alex)
+    box.lpips = losses.LPIPSLoss("alex", box.alex)
+    first, count = int(os.environ.get("FUZZ_FIRST", 0)), int(os.environ.get("FUZZ", FUZZ_CASES))
+    numbers = range(first, first + count)
+    if "FUZZ_CASE" in os.environ:
+        numbers = [int(os.environ["FUZZ_CASE"])]
+    handlers = {s: signal.getsignal(s) for s in [*train.stop_signals(), signal.SIGALRM]}
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + FUZZ_BYTES, limits[1]))
+    problems, before = [], {path: path.stat().st_mtime_ns for path in box.good.rglob("*")}
+    try:
+        for number in numbers:
+            problem = fuzz_one(number, box, tmp_path / "case")
+            if problem:
+                print(problem, flush=True)
+                problems.append(problem)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    assert before == {path: path.stat().st_mtime_ns for path in box.good.rglob("*")}, "written in place"
+    assert not problems, f"{len(problems)} of {len(numbers)} cases: " + "\n\n".join(problems[:20])

@@ -34,6 +34,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import (
+    MANY,
     check_compiler,
     check_numbers,
     default_workers,
@@ -51,11 +52,21 @@ from data import (
 )
 from encoder import parse_name
 from evaluate import REFERENCES, evaluate, print_table, write_results
-from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, check_size, local_file
+from model import (
+    BROKEN_ARCHIVE,
+    BROKEN_FILE,
+    DCSSDAE,
+    SIZES,
+    AdaGN,
+    check_config,
+    check_folder,
+    check_size,
+    local_file,
+)
 from sampler import seeded_generator
 
 from losses import (EqM, LPIPSLoss, PatchGAN, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix,  # isort: skip
-                    fm_predict_x, hinge_loss, kl_loss)
+                    fm_predict_x, hinge_loss, kl_loss, repa_projection)
 
 # Two cores without GPU or network. Measured results stand in the README's quick start.
 TEACHING = {"enc_width": 0.125, "dec": "XS", "depth": 2, "warmup": 50, "decay": 0.5, "lr": 1e-3, "ema": 0.99,
@@ -92,6 +103,7 @@ FITTED_COEFFICIENTS = 8  # for each latent channel, of a decoder fitted to a giv
 FIT_CELLS, FIT_LEAST, FIT_MOST, FIT_BATCH = 16, 256, 2048, 16  # of that fit: cells for each channel, images
 BETAS = (0.9, 0.99)  # AdamW's memory: about 10 steps of the gradient, 100 of its square
 GAN_BETAS = (0.5, 0.9)  # the discriminator's, as VQGAN's: it chases a target that moves
+FLAG_TYPES = (str, int, float)  # of values on a command line
 MOST_SKIPPED = 10  # steps in a row that are not finite: what goes wrong so often will not go away
 VALIDATION_BATCH = 64  # images at a time in each process
 WRITTEN = ("model.safetensors", "best.safetensors", "latest.pt", "previous.pt", "log.jsonl", "metrics.json",
@@ -185,10 +197,12 @@ def flags_of_run(out):
     """As model_flags, from the newest checkpoint of a run that can be read; {} where none can."""
     for path in checkpoint_files(out):
         try:
-            then = map_checkpoint(path)["args"]
-            return {name: then[name] for name in MODEL_FLAGS if name in then}
-        except (*BROKEN_FILE, zipfile.BadZipFile):
+            state = map_checkpoint(path)
+            problem = checkpoint_problem(state)
+        except BROKEN_ARCHIVE:
             continue
+        if problem is None:
+            return {name: state["args"][name] for name in MODEL_FLAGS if name in state["args"]}
     return {}
 
 
@@ -268,6 +282,7 @@ def check_args(args):
 
 def check_shared(args, world):
     """Complaints about the flags of shared_arguments."""
+    check_folder(args.out)
     if args.batch_size % world:
         raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {world} processes")
 
@@ -424,7 +439,11 @@ def lr_factor(step, args):
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
     """Parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) * model; faster in
-    the first steps, a copy before step 0."""
+    the first steps, a copy before step 0. ValueError for models of other shapes, and a decay that is not in [0, 1]."""
+    if not 0 <= decay <= 1:
+        raise ValueError(f"the decay of an average lies in [0, 1], got {decay}")
+    if shapes_of(ema.state_dict()) != shapes_of(model.state_dict()):
+        raise ValueError("an average has the same weights as its model, of the same shapes")
     decay = min(decay, (1 + step) / (10 + step)) if step >= 0 else 0.0
     for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
         if a.is_floating_point():
@@ -465,16 +484,30 @@ class Run:
 
 
 def restore(parts, checkpoint):
-    """Read a checkpoint, or None for a new run, into the parts. -> (steps done, steps skipped)"""
+    """Read a checkpoint, or None for a new run, into the parts. -> (steps done, steps skipped). ValueError where they
+    are other parts, or of another model."""
     if checkpoint is None:
         return 0, 0
     for name, part in parts.items():
+        state = checkpoint.get(name)
+        if (part is None) != (state is None):
+            then, now = ("with", "without") if part is None else ("without", "with")
+            raise ValueError(f"--resume continues a run {then} the part '{name}', and this one is {now} it: use the "
+                             "flags of the first call, and give it the same networks")
         if part is None:
             continue
-        state = checkpoint[name]
         if isinstance(part, torch.optim.Optimizer):
-            state = copy.deepcopy(state)  # it keeps the tensors that it is given, here maps of the file
-        part.load_state_dict(state)
+            # It keeps the tensors that it is given, here maps of the file. Rates and decays are this call's flags.
+            own = part.state_dict()["param_groups"]
+            if [group["params"] for group in own] != [group["params"] for group in state["param_groups"]]:
+                raise ValueError(f"--resume continues a run whose part '{name}' trains other weights: use the flags of "
+                                 "the first call")
+            state = {"state": copy.deepcopy(state["state"]), "param_groups": own}
+        try:
+            part.load_state_dict(state)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"--resume continues a run whose part '{name}' is of another model "
+                             f"({' '.join(str(error).split())[:200]}): use the flags of the first call") from None
     return checkpoint["step"], checkpoint.get("skipped", 0)
 
 
@@ -536,13 +569,21 @@ def is_finite(module):
 
 
 def next_batch(run, batches):
-    """The loader's (x, index). Where the data is lost, save first: OSError."""
+    """The loader's (x, index). Where the data of any process is lost, all save first and end: OSError or ValueError."""
+    batch, problem = None, None
     try:
-        return next(batches)
-    except OSError:
-        if run.done > run.saved and run.skipped_in_a_row == 0:
-            save_run(run)
-        raise
+        batch = next(batches)
+    except (OSError, ValueError) as error:
+        problem = error
+    # A process without a batch would leave the others waiting for its gradients.
+    if summed(torch.tensor([float(problem is not None)]), run.device, run.world) == 0:
+        return batch
+    if run.done > run.saved and run.skipped_in_a_row == 0:
+        save_run(run)
+    for message in gathered(problem and str(problem), run.world):
+        if message:
+            raise problem or OSError(message)
+    return None
 
 
 def log_step(run, totals, norm):
@@ -633,14 +674,14 @@ def load_checkpoint(out, rank=0):
     for path in checkpoint_files(out):
         try:
             state = map_checkpoint(path)
+            problem = checkpoint_problem(state)
         except FileNotFoundError:  # moved on, by a save that is going on: it is the next one
             continue
-        except (*BROKEN_FILE, zipfile.BadZipFile) as error:
+        except BROKEN_ARCHIVE as error:
             if getattr(error, "errno", None):  # the disk fails: that says nothing about the file
                 raise
             damaged[path] = f"{path} ({type(error).__name__})"
             continue
-        problem = checkpoint_problem(state)
         if problem:
             damaged[path] = f"{path} ({problem})"
             continue
@@ -656,28 +697,131 @@ def load_checkpoint(out, rank=0):
 
 
 def checkpoint_problem(state):
-    """What is wrong with the contents of a checkpoint, in a few words; None where nothing is."""
-    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+    """What is wrong with the contents of a checkpoint, in a few words; None where nothing is. Everything is compared
+    with the checkpoint's own configuration, and where it has none, being of an earlier version, with its model."""
+    if not isinstance(state, dict) or not is_count(state.get("step")):
         return "no step"
-    if "model" not in state:
+    if not is_count(state.get("skipped", 0)):
+        return "no number of skipped steps"
+    if not isinstance(state.get("content", ""), str):
+        return "no description of the images"
+    for name in ("model", "ema", "optimizer", "args"):
+        if not isinstance(state.get(name), dict):
+            return f"no {name}"
+    for name in ("model", "ema", "repa", "gan"):
+        problem = table_problem(state.get(name))
+        if problem:
+            return f"{name}: {problem}"
+    try:
+        expected = expected_shapes(state)
+    except ValueError as error:
+        return f"config: {error}"
+    for name, shapes in expected.items():
+        if state.get(name) is not None and shapes_of(state[name]) != shapes:
+            return f"{name} of other shapes than the model asks for"
+    trained = [*shapes_of(state["model"]).values(), *shapes_of(state.get("repa") or {}).values()]
+    for name, shapes in (("optimizer", trained), ("gan_optimizer", shapes_of(state.get("gan") or {}).values())):
+        if state.get(name) is not None and not fits_optimizer(state[name], shapes):
+            return f"{name} that does not fit the weights"
+    return flags_problem(state["args"], state.get("config", {}))
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value <= MANY
+
+
+def table_problem(table):
+    """What is wrong with a part's weights, {name: tensor} or None; None where nothing is."""
+    if table is None:
         return None
-    missing = [name for name in ("ema", "optimizer", "args") if not isinstance(state.get(name), dict)]
-    if missing:
-        return f"no {missing[0]}"
-    shapes = []
-    for name in ("model", "ema"):
-        table = state[name]
-        if not isinstance(table, dict) or not all(isinstance(v, torch.Tensor) for v in table.values()):
-            return f"no tensors in {name}"
-        if not all(v.isfinite().all() for v in table.values()):
-            return f"weights of {name} that are not finite"
-        shapes.append({key: value.shape for key, value in table.items()})
-    return None if shapes[0] == shapes[1] else "model and ema of different shapes"
+    if not isinstance(table, dict) or not all(isinstance(value, torch.Tensor) for value in table.values()):
+        return "no tensors"
+    if not all(value.layout is torch.strided and not value.is_quantized for value in table.values()):
+        return "no plain tensors"
+    if not all(value.isfinite().all() for value in table.values()):
+        return "weights that are not finite"
+    return None
+
+
+def shapes_of(table):
+    return {name: value.shape for name, value in table.items()}
+
+
+def expected_shapes(state):
+    """{part of a checkpoint: {name: shape} of its weights}. ValueError where its configuration is none of a model."""
+    model = shapes_of(state["model"])
+    config = state.get("config", {})
+    if not isinstance(config, dict):
+        raise ValueError("no table of arguments")
+    with torch.device("meta"):  # shapes alone, without memory
+        if config:
+            check_config(config)
+            model = shapes_of(DCSSDAE(**config).state_dict())
+        expected = {"model": model, "ema": model, "gan": shapes_of(PatchGAN().state_dict())}
+        if "decoder.mid_in.weight" in model:
+            width = model["decoder.mid_in.weight"][0]
+            expected["repa"] = shapes_of(repa_projection(width).state_dict())
+    return expected
+
+
+def fits_optimizer(optimizer, shapes):
+    """Whether AdamW's state fits parameters that are some of those of these shapes, in their order: which of them a
+    phase trains is not told."""
+    groups, moments = optimizer.get("param_groups"), optimizer.get("state")
+    if not isinstance(groups, list) or not isinstance(moments, dict):
+        return False
+    if len(groups) != 1 or not isinstance(groups[0], dict) or not isinstance(groups[0].get("params"), list):
+        return False
+    count = len(groups[0]["params"])
+    if groups[0]["params"] != list(range(count)) or count > len(shapes):
+        return False
+    if not all(is_count(number) and number < count for number in moments):
+        return False
+    remaining = iter(shapes)
+    for number in sorted(moments):
+        mean = moment_of(moments[number], "exp_avg")
+        square = moment_of(moments[number], "exp_avg_sq")
+        step = moment_of(moments[number], "step")
+        if mean is None or square is None or step is None:
+            return False
+        if step.numel() != 1 or step < 0 or mean.shape != square.shape or (square < 0).any():
+            return False
+        if mean.shape not in remaining:  # looking for it takes the shapes before it away
+            return False
+    return True
+
+
+def moment_of(entry, name):
+    """A tensor in AdamW's state of one parameter; None where there is none that is finite."""
+    value = entry.get(name) if isinstance(entry, dict) else None
+    is_valid = isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isfinite().all())
+    return value if is_valid else None
+
+
+def flags_problem(flags, config):
+    """What is wrong with the flags in a checkpoint; None where nothing is."""
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        if not isinstance(name, str) or not all(each is None or isinstance(each, FLAG_TYPES) for each in values):
+            return "args that are no flags"
+    for name in MODEL_FLAGS:
+        if name in flags and name in config and not same_flag(flags[name], config[name]):
+            return f"--{name} of another model than its own"
+    if flags.get("linear", "off") not in LINEAR:
+        return "args that are no flags"
+    return None
+
+
+def same_flag(a, b):
+    """Whether two values of a flag are the same; lists in any order."""
+    if isinstance(a, list) and isinstance(b, list):
+        return sorted(map(str, a)) == sorted(map(str, b))
+    return a == b
 
 
 def map_checkpoint(path):
     """-> the checkpoint's dict, with maps of the file for tensors: all processes of a machine share one copy in memory.
-    BadZipFile, or an error of BROKEN_FILE."""
+    An error of BROKEN_ARCHIVE."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()  # checksums, which maps go without
     if damaged:
@@ -691,6 +835,11 @@ def compare_flags(then, args, rank):
     # Runs from before there was a linear start, and from when crops could be enlarged.
     then = {"linear": "off", "enlarge": then.get("data") != "demo"} | then
     now = vars(args)
+    if "teacher" in then and "teacher" in now:  # the teacher's weights say more than the path of its file
+        then = then | {"ckpt": now["ckpt"]}
+        if then["teacher"] != now["teacher"]:
+            raise ValueError(f"--resume continues a distillation of another model than --ckpt {args.ckpt} holds: give "
+                             "the first call's, wherever it lies, or another --out")
     differ = []
     for name in now:
         if name in then and then[name] != now[name] and name not in ("out", "resume"):

@@ -25,6 +25,7 @@ from losses import mean_and_error
 AVERAGED = "gain|psnr|ssim|hf|lpips_.{3,4}|dreamsim|rfid|fd_.*|minutes"     # columns of the table; not their errors
 # What a damaged file may lead to.
 UNREADABLE = (OSError, ArithmeticError, RecursionError, ValueError, LookupError, TypeError, AttributeError)
+LARGEST = 1e30                                                              # of numbers that are sums of others
 LOSS_WINDOW = 10                                                            # lines of the log in a running mean
 
 
@@ -33,7 +34,8 @@ LOSS_WINDOW = 10                                                            # li
 
 def read_run(folder):
     """A run: a dict of images and rows as in its metrics.json, with "gain" (dB over the linear code) and "minutes";
-    "curves" of log.jsonl: loss and one-step gain, [(images seen, value)]. ValueError: no readable run."""
+    "curves" of log.jsonl: loss and one-step gain, [(images seen, value)]. ValueError: no readable run, or other values
+    than those programs write."""
     path = Path(folder, "log.jsonl")
     try:
         log = read_log(path) if path.exists() else []
@@ -42,22 +44,48 @@ def read_run(folder):
         curves = loss_curve(training), gain_curve(log, training)
         path = Path(folder, "metrics.json")
         run = json.loads(path.read_text())
-        return {"images": run["images"], "rows": with_gain(run["rows"], minutes or None), "curves": curves}
+        rows = [checked_row(row) for row in run["rows"]]
+        return {"images": whole(run["images"]), "rows": with_gain(rows, minutes or None), "curves": curves}
     except UNREADABLE as error:
         raise ValueError(f"cannot read {path} ({type(error).__name__}: {error})") from None
 
 
 def read_log(path):
-    """The lines of a log.jsonl; what follows the last line break was cut off."""
+    """The lines of a log.jsonl, dicts; what follows the last line break was cut off."""
     *lines, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in lines]
+    return [dict(json.loads(line)) for line in lines]
+
+
+def checked_row(row):
+    """A row of metrics.json, if its values are what they are called; ValueError, TypeError, LookupError."""
+    if not isinstance(row["name"], str):
+        raise ValueError(f"a row's name is {row['name']!r}")
+    whole(row["steps"])
+    for key, value in row.items():
+        if re.fullmatch(AVERAGED, key) and value is not None:
+            number(value)
+    return row
+
+
+def whole(value):
+    """value, if it is a whole number of something; ValueError."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no whole number")
+    return value
+
+
+def number(value):
+    """value, if it is a finite number; ValueError."""
+    if type(value) not in (int, float) or not abs(value) <= LARGEST:
+        raise ValueError(f"{value!r} is no number")
+    return value
 
 
 def seconds_of(training):
     """Seconds of training: the images between two lines of the log, over the rate that the later one reports."""
     seconds, seen = 0, 0
     for line in training:
-        seconds += (line["images"] - seen) / line["images_per_s"]
+        seconds += (whole(line["images"]) - seen) / number(line["images_per_s"])
         seen = line["images"]
     return seconds
 
@@ -67,21 +95,21 @@ def loss_curve(training):
     curve = []
     for line in training:
         loss = line["eqm"] if "eqm" in line else line["fm"]
-        if loss is not None and math.isfinite(loss):  # older logs hold NaN
-            curve.append((line["images"], loss))
+        if loss is not None and math.isfinite(loss):  # not that of a step that was skipped; older logs hold NaN
+            curve.append((line["images"], number(loss)))
     return curve
 
 
 def gain_curve(log, training):
     """[(images seen, PSNR of one step over the linear code's)] at the evaluations, whose lines hold steps."""
-    batch = training[-1]["images"] // training[-1]["step"] if training else 0
+    batch = whole(training[-1]["images"]) // whole(training[-1]["step"]) if training else 0
     curve = []
     for line in log:
         for row in line.get("eval", ()):
             if row["steps"] == 1:
                 gain = difference(row["psnr"], strongest_reference(line["eval"])["psnr"])
-                if gain is not None and math.isfinite(gain):
-                    curve.append((line["step"] * batch, gain))
+                if gain is not None and math.isfinite(gain):  # not that of a model that had diverged
+                    curve.append((whole(line["step"]) * batch, number(gain)))
     return curve
 
 

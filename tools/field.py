@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import guarded, make_dataset, ready_folder, save_grid, setup
+from data import check_numbers, guarded, make_dataset, ready_folder, save_grid, setup
 from evaluate import load_model, shared_arguments
 from losses import EqM, fm_mix, fm_predict_x, psnr, to8bit
 from model import folder_beside
@@ -28,6 +28,7 @@ SMALLEST_SIDE = 96                                           # pixels of the pic
 def estimates(model, x, e, z, t):
     """The image at noise times t (6,), the field there and the one-step estimate: (6, 3, H, W) each."""
     cfg = model.config
+    x, e = x.expand(LEVELS, -1, -1, -1), e.expand(LEVELS, -1, -1, -1)
     x_t = fm_mix(x, e, t)                                    # (1 - t) x + t e, which is EqM's x_g with g = 1 - t
     z = z.expand(LEVELS, -1, -1, -1)                         # (6, c, h, w)
     if cfg["loss"] == "fm":
@@ -97,6 +98,7 @@ def main():
     parser.add_argument("--image", type=int, default=0, metavar="I", help="number in the data [%(default)s]")
     parser.add_argument("--out", metavar="DIR", help="folder of field.png; default: the checkpoint's")
     args = parser.parse_args()
+    check_numbers(args)
     rank, _, device = setup(args.device)
     model, size = load_model(args, device)
     out = Path(args.out or folder_beside(args.ckpt))

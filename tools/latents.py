@@ -34,7 +34,7 @@ from data import (
     write_whole,
 )
 from evaluate import load_model, loader_arguments, shared_arguments
-from model import local_file, read_weights
+from model import BROKEN_ARCHIVE, local_file, read_weights
 from sampler import image_noise
 
 LARGEST_HALF = 65504                                         # where float16 ends
@@ -68,7 +68,7 @@ def open_folder(folder, what, rank, world):
     if not is_new:
         try:
             found = dict(json.loads(manifest.read_text()))
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError, RecursionError):  # a wrong encoding is a ValueError, too
             raise ValueError(f"{manifest} is damaged: give --out another folder, or remove this one") from None
         changed = [key for key in what if found.get(key) != what[key]]
         if changed:
@@ -152,11 +152,13 @@ def whole_shard(path, labels_path, what):
     """Latents of a shard of an earlier call, or None, with a warning, where it is to be encoded again: unreadable,
     empty, of another shape or size, with values that are not finite, or without a label for each image."""
     try:
-        z, labels = torch.from_numpy(np.load(path)), np.load(labels_path)
-    except (OSError, ValueError, TypeError, EOFError):
-        z, labels = torch.zeros(0), []
-    if 0 < len(z) == len(labels) <= what["shard"] and [*z.shape[1:]] == what["shape"] and z.isfinite().all():
-        return z
+        z, labels = np.load(path), np.load(labels_path)
+        is_labelled = labels.dtype == np.int64 and labels.shape == z.shape[:1]
+        is_shard = z.dtype == np.float16 and [*z.shape[1:]] == what["shape"] and 0 < len(z) <= what["shard"]
+        if is_labelled and is_shard and np.isfinite(z).all():
+            return torch.from_numpy(z)
+    except (*BROKEN_ARCHIVE, MemoryError):
+        pass  # as damaged as one with other contents
     tqdm.write(f"warning: {path} or its labels are damaged or empty: encoding these images again")
     return None
 
