@@ -45,9 +45,9 @@ def gradient_descent(field, x, z, steps=1, eta=1.0, lam=1.0, tol=0.0, last_eta=N
 
     eta       step size; with c = linear, eta = 1 / lam lands on the one-step estimate
     lam       the field's scale in training; only the stopping rule uses it
-    tol       adaptive stop: a sample whose rms(f) / lam falls below tol takes that last step and leaves the batch
+    tol       adaptive stop: a sample whose rms(f) / lam falls below tol takes its last step and leaves the batch
               (0: never)
-    last_eta  size of step number `steps`, where it is another
+    last_eta  size of a sample's last step, number `steps` or the one that tol ends with, where it is another
     """
     return nesterov(field, x, z, steps, eta, 0.0, lam, tol, last_eta)
 
@@ -62,22 +62,22 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=N
     if not 0 < lam < math.inf or (last_eta is not None and not 0 < last_eta < math.inf):
         raise ValueError(f"the sampler needs lam > 0 and last_eta > 0, got lam={lam}, last_eta={last_eta}")
     _check_start(x)
-    eta, mu = float(eta), float(mu)  # whole numbers may be too large for tensors
+    last_eta = eta if last_eta is None else last_eta
+    eta, last_eta, mu = float(eta), float(last_eta), float(mu)  # whole numbers may be too large for tensors
     out = x.clone()
     nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)
     alive = torch.arange(len(x), device=x.device)  # rows still moving: the others cost nothing any more
     previous = x
     for k in range(_at_least_one(steps)):
-        if k == steps - 1 and last_eta is not None:
-            eta = last_eta
         y = x + mu * (x - previous)
         f = field(y, z)
-        previous, x = x, y - eta * f
         nfe[alive] += 1
+        previous, x = x, y - (last_eta if k == steps - 1 else eta) * f
         rms = f.flatten(1).float().square().mean(dim=1).sqrt()  # (alive,)
-        moving = rms / lam >= tol
-        if tol > 0 and not moving.all():
-            out = out.index_copy(0, alive[~moving], x[~moving])
+        stops = rms / lam < tol
+        if tol > 0 and stops.any():
+            out = out.index_copy(0, alive[stops], y[stops] - last_eta * f[stops])
+            moving = ~stops
             alive, x, previous = alive[moving], x[moving], previous[moving]
             z = z[moving] if isinstance(z, torch.Tensor) else z.rows(moving)
             if len(alive) == 0:

@@ -838,6 +838,13 @@ def test_default_step_sizes_end_on_the_data(c, lam):
         out, nfe = sampler.gradient_descent(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, n,
                                             **options)
         assert nfe.tolist() == [n] and abs(out) < (1e-6 if c == "linear" else 0.0101), (n, out)
+    # A sample that the adaptive stop ends lands, too; one that is not a number has not arrived.
+    if c == "linear":
+        out, nfe = sampler.nesterov(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, 16, mu=0.3,
+                                    lam=lam, tol=0.2, **model.default_steps(16))
+        assert 1 < nfe.item() < 10 and abs(out) < 1e-6
+    _, nfe = sampler.gradient_descent(lambda y, z: y * math.nan, noise, data, 3, 1.0, lam, tol=0.2)
+    assert nfe.tolist() == [3]
 
 
 def test_decode_is_reproducible_differentiable_and_says_what_it_takes():

@@ -856,6 +856,9 @@ def compare_flags(then, args, rank):
                          f"{way_out}")
     if differ and rank == 0:
         print(f"resuming with{flags(now, differ)} instead of{flags(then, differ)}", flush=True)
+    unknown = [name for name in now if name not in then]
+    if unknown and rank == 0:
+        print(f"resuming a run that does not know the flags{flags(now, unknown)}", flush=True)
 
 
 def check_content(checkpoint, dataset, args):
