@@ -723,8 +723,8 @@ def make_loader(dataset, batch_size, train, workers=0, seed=0, rank=0, world=1, 
     """-> Loader over x (b, 3, s, s) in [-1, 1] and index (b,) int64. batch_size counts all `world` processes together.
     Training: endless, b = batch_size / world, from step `start` on (resume); an image's stand-in keeps its index.
     Evaluation: this rank's indices rank, rank + world, ... once and in order; the last batch may be smaller.
-    ValueError if batch_size is not positive or, in training, not a multiple of world."""
-    if batch_size <= 0 or (train and batch_size % world):
+    ValueError if batch_size is not in [1, 10**6] or, in training, not a multiple of world."""
+    if not is_whole(batch_size, 1) or batch_size > LARGEST_BATCH or (train and batch_size % world):
         raise ValueError(f"batch_size is {batch_size}: use a positive multiple of the {world} process(es)")
     if train:
         batches = TrainBatches(len(dataset), batch_size, seed, rank, world, start)
@@ -954,10 +954,11 @@ def check_compiler(device):
 
 
 INF, MANY = float("inf"), 10**12                             # MANY: more steps or images than anybody has
+LARGEST_BATCH = 10**6                                        # images a step, over all processes
 # What numeric flags may be, in all programs: (lowest, highest, interval), ( and ) for an end that is itself left out.
 RANGES = {
     "size": (1, 65536, "[]"), "limit": (1, MANY, "[]"), "workers": (0, 1000, "[]"), "seed": (0, 2**63, "[)"),
-    "aug_scale": (1, 100, "[]"), "batch_size": (1, 10**6, "[]"), "micro_batch": (1, MANY, "[]"),
+    "aug_scale": (1, 100, "[]"), "batch_size": (1, LARGEST_BATCH, "[]"), "micro_batch": (1, MANY, "[]"),
     "steps": (1, MANY, "[]"), "lr": (0, INF, "()"), "warmup": (0, MANY, "[]"), "decay": (0, 1, "[]"),
     "weight_decay": (0, INF, "[)"), "grad_clip": (0, INF, "[)"), "ema": (0, 1, "[)"), "ema_start": (0, MANY, "[]"),
     "enc_width": (0, 64, "(]"), "depth": (0, 1000, "[]"), "window": (1, 1000, "[]"),

@@ -37,7 +37,7 @@ from torch import nn
 
 import data
 from data import best_device, gathered
-from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPSLoss, dreamsim_distance
+from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPSLoss, dreamsim_distance, finite_table
 from model import BROKEN_ARCHIVE, BROKEN_FILE, local_file
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -206,7 +206,7 @@ class DINOv2Features(nn.Module):
             first, grid = state["pos_embed"].split([1, 37 * 37], dim=1)
             grid = F.interpolate(grid.mT.unflatten(2, (37, 37)), scale_factor=16.1 / 37, mode="bicubic")
             self.vit.load_state_dict(state | {"pos_embed": torch.cat([first, grid.flatten(2).mT], 1)}, assign=True)
-        except (KeyError, RuntimeError):
+        except BROKEN_FILE:
             raise ValueError(f"{path} does not hold the weights of DINOv2 ViT-L/14") from None
         self.float().eval().requires_grad_(False)
 
@@ -267,10 +267,7 @@ def read_weights(weights, url, flag):
                                 f"{url.split('/')[2]} ({type(error).__name__}): give it with {flag} FILE") from None
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        for tensor in state.values():
-            if not tensor.float().isfinite().all():
-                raise ValueError("weights that are not finite")
-        return path, dict(state.items()), hashlib.sha256(path.read_bytes()).hexdigest()
+        return path, dict(finite_table(state)), hashlib.sha256(path.read_bytes()).hexdigest()
     except Exception as error:  # noqa: BLE001 both raise half a dozen types for a foreign file
         raise ValueError(f"{path} is not a PyTorch weight file ({type(error).__name__})") from None
 

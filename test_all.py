@@ -5139,7 +5139,7 @@ def fuzz_one(number, box, folder):
     signal.alarm(FUZZ_SECONDS)
     try:
         with contextlib.chdir(folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            rng.choices([fuzz_command, fuzz_file, fuzz_python], [2, 4, 4])[0](rng, box)
+            rng.choices([fuzz_command, fuzz_file, fuzz_python], [2, 3, 5])[0](rng, box)
     except REFUSALS as error:
         if not str(error) or isinstance(error, InterruptedError):
             problem = traceback.format_exc(limit=-3)

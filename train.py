@@ -442,10 +442,11 @@ def update_ema(ema, model, decay, step):
     the first steps, a copy before step 0. ValueError for models of other shapes, and a decay that is not in [0, 1]."""
     if not 0 <= decay <= 1:
         raise ValueError(f"the decay of an average lies in [0, 1], got {decay}")
-    if shapes_of(ema.state_dict()) != shapes_of(model.state_dict()):
+    averages, weights = ema.state_dict(), model.state_dict()
+    if shapes_of(averages) != shapes_of(weights):
         raise ValueError("an average has the same weights as its model, of the same shapes")
     decay = min(decay, (1 + step) / (10 + step)) if step >= 0 else 0.0
-    for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
+    for a, b in zip(averages.values(), weights.values()):
         if a.is_floating_point():
             a.lerp_(b, 1 - decay)
         else:
