@@ -891,7 +891,7 @@ RANGES = {
     "keep": (1, 1000, "[]"), "eval_every": (0, MANY, "[]"), "eval_steps": (1, MANY, "[]"),
     "eval_images": (1, MANY, "[]"), "save_every": (1, MANY, "[]"), "log_every": (1, MANY, "[]"),
     "teacher_steps": (1, MANY, "[]"), "t_shift": (0, INF, "()"), "eta": (0, INF, "()"), "mu": (0, 1, "[)"),
-    "tol": (0, INF, "[)"), "calibrate": (1, MANY, "[]"), "shard": (1, MANY, "[]"),
+    "tol": (0, INF, "[)"), "calibrate": (1, MANY, "[]"), "shard": (1, MANY, "[]"), "rounds": (1, 1000, "[]"),
 }
 
 

@@ -12,6 +12,7 @@ import csv
 import errno
 import functools
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import io
@@ -129,6 +130,27 @@ def cli(*args, ok=True, nproc=None, cwd=HERE, env=None, timeout=300):
         assert done.returncode == 1 and "Traceback" not in output, output
         assert done.stderr.strip().splitlines()[-1].startswith("error: "), output
     return output
+
+
+def command(program, *args, ok=True):
+    """As cli, in this process, without the seconds that importing torch takes: for what cli has shown to start."""
+    module = importlib.import_module(program.removesuffix(".py"))
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    text, code = io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        patch.setattr(sys, "argv", [module.__file__, *map(str, args)])
+        try:
+            data.guarded(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            for s, handler in handlers.items():  # train.py catches them
+                signal.signal(s, handler)
+    if ok:
+        assert not code, (code, text.getvalue())
+        return text.getvalue()
+    assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code, (code, text.getvalue())
+    return text.getvalue() + code
 
 
 def lines_of(path):
@@ -3485,16 +3507,21 @@ def test_cost_and_memory_of_decoding_are_linear_in_pixels():
 
 
 def test_bench_command(monkeypatch, capsys):
-    monkeypatch.setattr(bench.interleaved, "__defaults__", (1,))
-    run_main(bench, monkeypatch, "--size", 32, "--dec", "XS", "--enc", "vq_f8c4", "--checkpointing")
-    run_main(bench, monkeypatch, "train", "--size", 32, "--dec", "XS", "--enc", "dc_f8c4", "--dtype", "bf16")
-    text = capsys.readouterr().out
+    """Every task in float32; the training step in bfloat16 too, which is slow on processors that do not have it."""
+    quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
+    text = command("tools.bench", "decode", "encode", "train", *quick, "--size", 32, "--enc", "vq_f8c4",
+                   "--checkpointing")
+    text += command("tools.bench", "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--dtype", "bf16")
+    text += cli("tools.bench", "input", *quick)
     rows = [line for line in text.splitlines() if line.startswith(("U-ViT XS", "vq_f8c4"))]
     assert len(rows) == 2 + 4 + 4 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
     assert len(re.findall(r"^input, JPEG .* x$", text, re.MULTILINE)) == 2
     if importlib.util.find_spec("diffusers"):
         assert len(re.findall(r"^(KL-VAE|DC-AE f32c32) .* x KL-VAE$", text, re.MULTILINE)) == 4
     assert "there is no encoding to time" in sentence(bench, monkeypatch, "decode", "encoding")
+    assert "--rounds 0 is out of range" in sentence(bench, monkeypatch, "--rounds", 0)
+    monkeypatch.setattr(bench, "main", lambda: print(bench.parse_arguments().tasks))
+    assert command("tools.bench") == f"{bench.TASKS}\n"  # without names all four
 
 
 # ---------------------------------------------------------------------------------------------------------------------
