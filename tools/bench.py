@@ -39,7 +39,7 @@ NARROW = 0.125                                               # width of the enco
 W_KL, W_LPIPS = 1e-6, 0.5                                    # train.py's default weights
 JPEG_SIDES = ((500, 375), (2000, 1500))                      # as in ImageNet, and as a camera's
 JPEG_COUNT, CROP = 16, 128                                   # files of each, and pixels a side of what is made of them
-PEAK_ROUNDS, PEAK_SECONDS = 20, 1.0                          # of each product that gives the peak, whichever ends first
+PEAK_ROUNDS, PEAK_SECONDS = 20, 0.3                          # of each product that gives the peak, whichever ends first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
