@@ -2715,6 +2715,7 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
     assert not torch.equal(averaged[name], raw[name])  # EMA has buffers
 
 
+@slow
 def test_distill_then_evaluate(trained, tmp_path):
     launch = cli if trained.name == "fm" else command  # each program once in a process of its own
     output = launch("distill.py", "--ckpt", trained / "model.safetensors", "--steps", 3, "--batch_size", 4,
@@ -2732,6 +2733,7 @@ def test_distill_then_evaluate(trained, tmp_path):
     assert "PSNR" in output and "HF ratio" in output
 
 
+@slow
 def test_distillation_brings_one_step_to_the_teacher(tmp_path):
     """A student that starts from random weights learns the teacher's several steps: enough steps that
     it must get closer."""
@@ -2755,6 +2757,7 @@ def same_weights(a, b):
     return all(same)
 
 
+@slow
 def test_processes_and_micro_batches_do_not_change_the_run(tmp_path):
     common = [*TINY, "--steps", 4, "--loss", "fm"]
     command("train.py", *common, "--out", tmp_path / "one")
@@ -2771,6 +2774,7 @@ def test_processes_and_micro_batches_do_not_change_the_run(tmp_path):
     assert max(relative_error(two, one), relative_error(micro, one)) < 3e-5  # Adam enlarges tiny gradients' rounding
 
 
+@slow
 def test_the_plain_command_runs_offline_under_torchrun(tmp_path, offline):
     """No --data, no networks: the built-in images, the missing terms named and recorded.
     (Full width is the README's command.)"""
@@ -3562,6 +3566,7 @@ def test_cost_and_memory_of_decoding_are_linear_in_pixels():
     assert memory[2] < 16 * block
 
 
+@slow
 def test_bench_command(monkeypatch, capsys):
     """Every task in float32; the training step in bfloat16 too, which is slow on processors that do not have it."""
     quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
@@ -3680,6 +3685,7 @@ KILLED = (0, 1, -signal.SIGKILL)
 SMALL = [*TINY, "--decay", 0, "--warmup", 2, "--size", 24, "--eval_every", 3, "--save_every", 2, "--eval_steps", 1]
 
 
+@slow
 @pytest.mark.parametrize("world,workers,module", [(1, 2, "train"), (2, 0, "train"), (1, 0, "distill")])
 def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, module):
     """kill -9 before the first checkpoint and after one, then a polite signal to one rank and its data loader: weights,
@@ -3744,6 +3750,7 @@ def test_a_run_that_dies_in_its_last_evaluation_catches_up(tmp_path, monkeypatch
     assert "eval" in lines_of(tmp_path / "r" / "log.jsonl")[-1] and (tmp_path / "r" / "metrics.json").exists()
 
 
+@slow
 def test_torchrun_restarts_go_on_by_themselves(tmp_path):
     """The first attempt dies by kill -9 after a checkpoint, on the other rank; the command is not changed."""
     (tmp_path / "run.py").write_text(
@@ -3848,6 +3855,7 @@ def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch):
         run_main(train, monkeypatch, *command[:-1], "--steps", 2)
 
 
+@slow
 def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path):
     """In float64, so that Adam has no differences of rounding to enlarge where gradients should be 0; with the GAN."""
     flags = [*SMALL, "--steps", 4, "--save_every", 4, "--w_gan", 0.1, "--gan_start", 2, "--eval_every", 0, "--lr", 3e-4]
