@@ -1,7 +1,7 @@
 """Tests of everything users rely on: the mathematics, equivalences, parity with independent implementations, every
 command line.
 
-    python -m pytest test_all.py                  # no network, no GPU; about eight minutes on two cores
+    python -m pytest test_all.py                  # no network, no GPU; under ten minutes on two cores
     python -m pytest test_all.py -k "not slow"    # without those that take more than ten seconds
 
 Tests that compare with another library are skipped where it is not installed. Networks whose weights would have to be
@@ -2761,7 +2761,7 @@ def same_weights(a, b):
 def test_processes_and_micro_batches_do_not_change_the_run(tmp_path):
     common = [*TINY, "--steps", 4, "--loss", "fm"]
     command("train.py", *common, "--out", tmp_path / "one")
-    cli("train.py", *common, "--out", tmp_path / "two", nproc=2)
+    run(tmp_path / "o", *common, "--out", tmp_path / "two", world=2)
     command("train.py", *common, "--out", tmp_path / "micro", "--micro_batch", 3)
     one, two, micro = (step_lines(tmp_path / name) for name in ("one", "two", "micro"))
     for other in (two, micro):
