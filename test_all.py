@@ -3519,6 +3519,7 @@ def test_latent_work_is_done_once_per_decode_and_in_float32_sums():
     assert half.dtype == torch.float32 and relative_error(half, x) < 0.05
 
 
+@slow
 def test_compiles_without_graph_breaks_and_checkpointing_changes_nothing():
     torch.manual_seed(0)
     x, z, t = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 4, 4), torch.rand(2)
@@ -3570,9 +3571,9 @@ def test_cost_and_memory_of_decoding_are_linear_in_pixels():
 def test_bench_command(monkeypatch, capsys):
     """Every task in float32; the training step in bfloat16 too, which is slow on processors that do not have it."""
     quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
-    text = command("tools.bench", "decode", "encode", "train", *quick, "--size", 32, "--enc", "vq_f8c4",
-                   "--checkpointing")
-    text += command("tools.bench", "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--dtype", "bf16")
+    text = command("tools.bench", "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
+    text += command("tools.bench", "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--dtype", "float32", "bf16",
+                    "--checkpointing")
     text += cli("tools.bench", "input", *quick)
     rows = [line for line in text.splitlines() if line.startswith(("U-ViT XS", "vq_f8c4"))]
     assert len(rows) == 2 + 4 + 4 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
