@@ -889,7 +889,8 @@ def guarded(main):
         close_bars()
         if os.environ.get("TRACEBACK") or not is_lost_connection(error):
             raise
-        sys.exit(last_words("another process has ended: its own message says why"))
+        sys.exit(last_words("another process has ended: its own message says why; where there is none, it was killed, "
+                            "for want of memory most often"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -904,9 +905,9 @@ def close_bars():
 
 
 def is_lost_connection(error):
-    """Whether gloo says that a process is gone."""
+    """Whether gloo (by its words) or NCCL (by its type) says that a process is gone."""
     signs = ("gloo", "Connection closed", "Connection reset")
-    return dist.is_initialized() and any(sign in str(error) for sign in signs)
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
 
 
 LISTEN = datetime.timedelta(seconds=3)                       # so long for the first process's message
