@@ -28,7 +28,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sampler
-from encoder import LappedCode, make_encoder, parse_name, start_at_zero
+from encoder import (
+    LappedCode,
+    eager_cpu,
+    make_encoder,
+    normed,
+    parse_name,
+    plain_norm,
+    recomputed,
+    start_at_zero,
+)
 
 # Decoder sizes, as SSDD names them. Parameters in millions at z_dim 4, window 17: with time (FM) and without (EqM).
 SIZES = {
@@ -127,8 +136,7 @@ class NormSiLU(torch.autograd.Function):
         else:
             y, mean, rstd = torch.native_group_norm(y, None, None, B, C, H * W, groups, eps)
             v = blocks(y, scale)
-            out = None if torch.compiler.is_compiling() else v  # torch.compile does without temporaries by itself
-            y = unblock(torch.addcmul(per_block(shift), v, per_block(scale), out=out), y.shape)
+            y = unblock(torch.addcmul(per_block(shift), v, per_block(scale), out=v), y.shape)
         ctx.groups = groups
         ctx.save_for_backward(x, scale, shift, mean, rstd)
         return F.silu(y, inplace=True).to(x.dtype)
@@ -166,6 +174,20 @@ class NormSiLU(torch.autograd.Function):
         dscale = dscale.sum_to_size(scale.shape).to(scale.dtype)
         dshift = dshift.sum_to_size(shift.shape).to(shift.dtype)
         return dx, dscale, dshift, None, None
+
+
+def norm_silu(x, scale, shift, groups=32, eps=1e-5):
+    """silu(GroupNorm(x) * scale + shift), arguments as NormSiLU's, which is made for the CPU's own kernels; elsewhere
+    the plain form, which compilers fuse into two passes over x."""
+    if eager_cpu(x):
+        return NormSiLU.apply(x, scale, shift, groups, eps)
+    return recomputed(plain_norm_silu, x, scale, shift, groups, eps)
+
+
+def plain_norm_silu(x, scale, shift, groups, eps):
+    y = plain_norm(x, groups, eps)
+    y = torch.addcmul(per_block(shift.to(y.dtype)), blocks(y, scale), per_block(scale.to(y.dtype)))
+    return F.silu(unblock(y, x.shape)).to(x.dtype)
 
 
 def blocks(x, scale):
@@ -228,7 +250,7 @@ class GroupNorm(nn.Module):
         scale, shift = scale.reshape(-1, x.shape[1], 1, 1), shift.reshape(-1, x.shape[1], 1, 1)
         if self.groups == 0:
             return F.silu(torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype)))
-        return NormSiLU.apply(x, scale, shift, self.groups, self.eps)
+        return norm_silu(x, scale, shift, self.groups, self.eps)
 
 
 def upsample(x, conv):
@@ -249,7 +271,7 @@ class AdaGN(nn.Module):
 
     def forward(self, x, mod):  # mod: proj(ctx)
         scale, shift = mod.chunk(2, dim=1)
-        return NormSiLU.apply(x, 1 + scale, shift, self.groups)
+        return norm_silu(x, 1 + scale, shift, self.groups)
 
 
 class ResBlock(nn.Module):
@@ -518,9 +540,10 @@ class UViT(nn.Module):
         """The Condition of images of H x W: all that depends on the latent z (B, z_dim, h, w) alone."""
         h, w = z.shape[-2:]
         dtype = self.conv_out.weight.dtype
+        z = z.contiguous(memory_format=torch.channels_last)
         base = base_map = None
         if self.base is not None:
-            base = self.base_image(z)
+            base = self.base_image(z).contiguous(memory_format=torch.channels_last)
             base_map = F.conv2d(base.to(dtype), self.conv_in_x.weight[:, 3:], padding=1)                # (B, C/2, H, W)
         if H % (8 * h) or W % (8 * w):
             raise ValueError("the decoder needs image sides that are multiples of 8 and of the latent's, by a factor "
@@ -575,7 +598,7 @@ class UViT(nn.Module):
                 h = level[2](h)
                 skips.append(h)
 
-        u = linear(self.mid_norm(h), self.mid_in)                                                       # (B, ., h8, w8)
+        u = linear(normed(h, self.mid_norm), self.mid_in)                                               # (B, ., h8, w8)
         u, tokens = self.middle(u, condition.adaln)
         h = h + linear(u, self.mid_out)
 
@@ -719,7 +742,8 @@ class DCSSDAE(nn.Module):
                              f"{tuple(noise.shape)}")
         if noise is None:
             noise = torch.randn(shape, generator=generator, device=generator.device if generator else z.device)
-        noise = noise.to(z.device)  # float32, whatever z is: the sum of steps
+        # float32, whatever z is: the sum of steps
+        noise = noise.to(z.device, memory_format=torch.channels_last)
         condition = self.decoder.condition(z, *noise.shape[-2:])
         allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "mu", "tol"}
         if set(options) - allowed:

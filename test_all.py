@@ -39,10 +39,12 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import distill
+import encoder as encoder_module
 import evaluate
 import fid
 import losses
@@ -3392,6 +3394,89 @@ def test_norm_silu_equals_the_plain_form(batch, h, w):
             assert torch.allclose(NormSiLU.apply(y, scale, shift), plain) and torch.equal(x, before)
         half = NormSiLU.apply(x.bfloat16(), scale.bfloat16(), shift.bfloat16()).double()
         assert relative_error(half, plain) < 1e-2
+
+
+class GpuLayouts(TorchDispatchMode):
+    """Layouts as on a GPU, whose pixel_unshuffle and group norm return NCHW; the convolutions that get NCHW, and those
+    whose backward pass does."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions, self.forward, self.backward = 0, [], []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        name = function.overloadpacket.__name__
+        if name == "pixel_unshuffle":
+            out = out.contiguous()
+        elif name == "native_group_norm":
+            out = (out[0].contiguous(), *out[1:])
+        elif name == "convolution":
+            self.convolutions += 1
+            if not arguments[0].is_contiguous(memory_format=torch.channels_last):
+                self.forward.append(arguments[0].shape)
+        elif name == "convolution_backward":
+            for t in arguments[:2]:
+                if t.stride(1) != 1 and not t.is_contiguous(memory_format=torch.channels_last):
+                    self.backward.append(t.shape)
+        return out
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The forms that GPUs and compilers get, on the CPU."""
+    for module in (encoder_module, model_module):
+        monkeypatch.setattr(module, "eager_cpu", lambda x: False)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("part", ["dc_f32c32", "vq_f8c4", "dcae_f32c32", "dcae_f32c32_sana", "fm", "eqm"])
+def test_no_convolution_turns_a_map_round_on_a_gpu(part, trains, as_on_a_gpu):
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    if part in ("fm", "eqm"):
+        network = UViT("XS", 4, part == "fm", depth=1, base=(8, 4) if part == "eqm" else None)
+        arguments = (x, torch.randn(2, 4, 8, 8), *([torch.rand(2)] if part == "fm" else []))
+        outputs = network
+    else:
+        network, arguments = make_encoder(part, 0.125), (x,)
+        outputs = lambda x: network(x).mean  # noqa: E731
+    network.to(memory_format=torch.channels_last).requires_grad_(trains)
+    with GpuLayouts() as layouts:
+        y = outputs(*arguments)
+        if trains:
+            y.square().sum().backward()
+    assert layouts.convolutions > 30 and layouts.forward == []
+    # what is left are gradients of latents, and of an attention's q, k and v
+    is_attention = part.startswith("dcae")
+    assert all(max(shape[2:]) <= 8 for shape in layouts.backward) and (is_attention or len(layouts.backward) <= 1)
+
+
+@pytest.mark.parametrize("name", ["vq_f8c4", "dc_f16c4"])
+def test_the_forms_for_gpus_equal_those_for_cpus(name, monkeypatch):
+    x = torch.randn(1, 3, 32, 48, dtype=torch.float64)
+    network = randomise(make_encoder(name, 0.25 if name == "vq_f8c4" else 0.0625)).double()
+    decoder = randomise(UViT("XS", 4, depth=1)).double()
+    found = []
+    for is_cpu in (True, False):
+        for module in (encoder_module, model_module):
+            monkeypatch.setattr(module, "eager_cpu", lambda x, is_cpu=is_cpu: is_cpu)
+        parameters = [*network.parameters(), *decoder.parameters()]
+        z = network(x).mode().double()
+        y = decoder(x, z, torch.tensor([0.3]).double())
+        found.append([z, y, *torch.autograd.grad(y.square().sum() + z.sum(), parameters, allow_unused=True)])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None) and (a is None or relative_error(a, b) < 1e-6)
+
+
+@pytest.mark.parametrize("name", ["dc_f32c32", "dcae_f32c32"])
+def test_autocast_keeps_the_dc_encoders_maps_in_half_precision(name):
+    network, kinds = make_encoder(name, 0.125), set()
+    for module in network.modules():
+        if type(module).__name__ in ("DCResBlock", "DCDown", "LinearAttention", "GatedConv"):
+            module.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        network(torch.randn(1, 3, 32, 32))
+    assert kinds == {torch.bfloat16}
 
 
 def test_upsample_equals_nearest_and_convolution():
