@@ -9,7 +9,6 @@ data, plus LPIPS(x_T, x^) and REPA. Works for flow matching (t = 1) and equilibr
 model.safetensors, reconstructions.png, metrics.json, log.jsonl.
 """
 import copy
-import math
 import os
 
 import torch
@@ -23,8 +22,8 @@ from sampler import image_noise
 
 from train import (VALIDATION_BATCH, Run, append_log, autocast, check_content, check_shared,  # isort: skip
                    clip_gradients, data_parallel, draw, finish_step, make_optimizer, make_parser, matching, next_batch,
-                   open_board, open_run, perceptual_losses, pick_dtype, restore, set_learning_rate, shared_arguments,
-                   skip_step, summed, training_batches, update_ema)
+                   open_board, open_run, paired_tensors, perceptual_losses, pick_dtype, restore, set_learning_rate,
+                   shared_arguments, step_if, stop_flag, summed, training_batches, update_ema)
 
 
 def get_args(argv=None):
@@ -133,6 +132,7 @@ def main():
     parts = {"model": student, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer}
     start, skipped = restore(parts, checkpoint)
     del checkpoint
+    averaged = paired_tensors(ema, student)
     parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start)
     board = open_board(args, start) if rank == 0 else None
@@ -157,25 +157,22 @@ def main():
             terms = parallel(z, e, target)
         terms["loss"] = sum(weights[name] * term for name, term in terms.items())
         terms["loss"].backward()
-        norm = clip_gradients(trained, args).item()
+        norm = clip_gradients(trained, args)
 
         # One small sum over the processes: loss terms, and whether anybody was asked to stop
-        shared = [term.detach().float() for term in terms.values()]
-        shared.append(torch.tensor(float(run.stop.received > 0), device=device))
-        shared = summed(torch.stack(shared), device, world)
-        totals, stopped = dict(zip(terms, (shared[:-1] / world).tolist())), shared[-1] > 0
+        stop = stop_flag(run)
+        means = torch.stack([term.detach() for term in terms.values()]).to(stop.dtype) / world
+        shared = summed(torch.cat([means, stop]), world)
+        totals = dict(zip(terms, shared))
 
         # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients
-        if math.isfinite(norm) and shared.isfinite().all():
-            optimizer.step()
-            update_ema(ema, student, args.ema, step - args.ema_start)
-            run.skipped_in_a_row = 0
-        else:
-            skip_step(run, norm, totals, index)
+        good = norm.isfinite() & shared.isfinite().all()
+        step_if(good, optimizer)
+        update_ema(averaged, args.ema, step - args.ema_start)
         optimizer.zero_grad(set_to_none=True)
 
         # Log and save
-        finish_step(run, totals, norm, stopped)
+        finish_step(run, totals, norm.to(stop.dtype), shared[-1], good, index)
 
     # Evaluate
     run.bar.close()

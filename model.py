@@ -12,6 +12,7 @@ Conventions: images (B, 3, H, W) in [-1, 1]; latents (B, c, H/f, W/f). Flow matc
 network predicts v = x - e. Equilibrium matching: no time; the network predicts a field that points from the data
 towards the noise.
 """
+import functools
 import json
 import math
 import os
@@ -104,17 +105,17 @@ class LatentNorm(nn.Module):
                             self.weight.to(z.dtype), self.bias.to(z.dtype), training=False, eps=self.eps)
 
     @torch.no_grad()
-    def update(self, count, total, total_sq):
+    def update(self, count, total, total_sq, good):
         """count: number of values per channel; total, total_sq: (channels,) sums of z and z**2 over the whole batch,
-        float64."""
+        float64; good: whether to do it, a bool tensor. Nothing of this is read back from the device."""
         mean = total / count
         # Var z = (E[z^2] - E[z]^2) n / (n - 1), unbiased as BatchNorm's
         var = (total_sq / count - mean.square()).clamp(min=0) * count / max(count - 1, 1)
-        self.num_batches_tracked += 1
+        self.num_batches_tracked += good.long()
         # A plain average over the first batches, so that the initial 0 and 1 are forgotten at once; then exponential.
-        momentum = max(self.momentum, 1.0 / int(self.num_batches_tracked))
-        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-        self.running_var.lerp_(var.to(self.running_var), momentum)
+        momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal().clamp(min=self.momentum)
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            running.copy_(torch.where(good, running.lerp(new.to(running.dtype), momentum), running))
 
 
 class NormSiLU(torch.autograd.Function):
@@ -356,13 +357,27 @@ class Windows:
         self.back = (home * self.q.shape[1] + place).flatten()
         self.kind = (kind[0][:, None] * len(self.rows[1]) + kind[1]).flatten()                # of every block
 
-    def bias(self, table):
-        """table (window, window, heads) -> (kinds of blocks, queries, heads, keys); MASKED outside the window."""
+    def bias(self, tables):
+        """tables (..., window, window, heads) -> (..., heads, kinds of blocks, queries, keys); MASKED outside the
+        window."""
         (ky, kx), (iy, ix) = self.keys, self.rows
-        t = F.pad(table.flip(0, 1).permute(2, 0, 1), (kx, kx, ky, ky), value=MASKED)          # by key - query
-        t = t.unfold(1, ky, 1).unfold(2, kx, 1).permute(1, 2, 0, 3, 4)                        # (row, column, ...)
-        t = t[iy[:, None, :, None], ix[None, :, None, :]]                                     # (uy, ux, by, bx, ...)
-        return t.flatten(5).flatten(2, 3).flatten(0, 1)
+        t = F.pad(tables.flip(-3, -2).movedim(-1, -3), (kx, kx, ky, ky), value=MASKED)        # by key - query
+        t = t.unfold(-2, ky, 1).unfold(-2, kx, 1)                                             # (row, column, ky, kx)
+        t = t[..., iy[:, None, :, None], ix[None, :, None, :], :, :]                          # (uy, ux, by, bx, ky, kx)
+        return t.flatten(-2).flatten(-3, -2).flatten(-4, -3)
+
+
+@functools.lru_cache(maxsize=32)
+def cached_windows(h, w, window, device):
+    with torch.inference_mode(False):  # or training could not use what an evaluation has made
+        return Windows(h, w, window, device)
+
+
+def windows_for(h, w, window, device):
+    """Windows of a grid, made once: their indices come from the host. A compiler makes constants of them."""
+    if torch.compiler.is_compiling():
+        return Windows(h, w, window, device)
+    return cached_windows(h, w, window, torch.device(device))
 
 
 class WindowAttention(nn.Module):
@@ -376,22 +391,23 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.bias_table = nn.Parameter(torch.zeros(window, window, heads))  # [row offset, column offset, head]
 
-    def forward(self, x, windows):
-        """x (B, C, h, w), windows Windows(h, w, self.window, ...) -> (B, C, h, w)."""
-        bias = windows.bias(self.bias_table)
+    def forward(self, x, windows, bias):
+        """x (B, C, h, w), windows Windows(h, w, self.window, ...), bias windows.bias(self.bias_table)
+        -> (B, C, h, w)."""
         q = linear(x, self.q).flatten(2).mT                                              # (B, N, C)
         kv_weight = torch.cat([self.k.weight, self.v.weight])[:, :, None, None]
         kv = F.conv2d(x, kv_weight).flatten(2).mT                                        # (B, N, 2 C)
-        if not windows.single:
-            q, kv = q[:, windows.q].flatten(0, 1), kv[:, windows.kv].flatten(0, 1)       # (B * blocks, tokens, ...)
-            bias = bias[windows.kind.repeat(len(x))]
         k, v = kv.chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        bias = bias.transpose(1, 2).to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, C / heads)
+        bias = bias.to(q.dtype)
+        if not windows.single:  # a block is a head of its own, so that all images share the biases
+            q, k, v = (t[:, :, i].flatten(1, 2) for t, i in ((q, windows.q), (k, windows.kv), (v, windows.kv)))
+            bias = bias[:, windows.kind]
+        bias = bias.flatten(0, 1)[None]                                                  # (1, heads * blocks, ...)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         if not windows.single:
-            out = out.unflatten(0, (len(x), -1)).flatten(1, 2)[:, windows.back]
-        return linear(out.mT.unflatten(2, x.shape[2:]), self.out)
+            out = out.unflatten(1, (self.heads, -1)).flatten(2, 3)[:, :, windows.back]   # (B, heads, N, C / heads)
+        return linear(out.mT.flatten(1, 2).unflatten(2, x.shape[2:]), self.out)
 
 
 class TransformerBlock(nn.Module):
@@ -402,10 +418,10 @@ class TransformerBlock(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mlp_in, self.mlp_out = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x, mod, windows):  # x (B, dim, h, w); mod: ada(silu(ctx))
+    def forward(self, x, mod, windows, bias):  # x (B, dim, h, w); mod: ada(silu(ctx)); the rest as WindowAttention
         h = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
         shift, scale = mod.chunk(2, dim=1)
-        x = x + self.attn(modulate(h, scale, shift), windows)
+        x = x + self.attn(modulate(h, scale, shift), windows, bias)
         h = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         value, gate = linear(h, self.mlp_in).chunk(2, dim=1)                             # (B, 4 dim, h, w) each
         return x + linear(value * F.gelu(gate), self.mlp_out)
@@ -427,12 +443,14 @@ class Condition(NamedTuple):
     input_map: torch.Tensor     # (B, C, 5h, 5w), the input convolutions' part of the latent: see spread
     adagn: torch.Tensor         # (B, ., h, w), scales and shifts of all AdaGN, in the order of UViT.modules()
     adaln: torch.Tensor         # (B, ., h, w), shifts and scales of all transformer blocks
+    bias: torch.Tensor | None   # (blocks, heads, kinds, queries, keys), of all attentions: Windows.bias
     base: torch.Tensor | None   # (B, 3, H, W), the linear estimate of the image
     base_map: torch.Tensor | None  # (B, C/2, H, W), the input convolution's part of it
 
     def rows(self, chosen):
         """The Condition of some samples of the batch: indices or a mask."""
-        return Condition(*(None if field is None else field[chosen] for field in self))
+        of_images = self._replace(bias=None)  # the biases are the same for all
+        return Condition(*(None if field is None else field[chosen] for field in of_images))._replace(bias=self.bias)
 
 
 class UViT(nn.Module):
@@ -558,8 +576,11 @@ class UViT(nn.Module):
         weight = torch.cat([p.weight for p in projections])
         bias = torch.cat([p.bias for p in projections])
         adagn = F.conv2d(context, weight, bias)
-        adaln = context[:, :0]
+        adaln, attention_bias = context[:, :0], None
         if self.blocks:
+            windows = windows_for(H // 8, W // 8, self.blocks[0].attn.window, z.device)
+            tables = torch.stack([block.attn.bias_table for block in self.blocks])
+            attention_bias = windows.bias(tables.to(context.dtype))
             weight = torch.cat([block.ada.weight for block in self.blocks])[:, :, None, None]
             bias = torch.cat([block.ada.bias for block in self.blocks])
             adaln = F.conv2d(F.silu(context), weight, bias)
@@ -568,7 +589,7 @@ class UViT(nn.Module):
         part = self.conv_in_z(enlarged)
         weight = self.conv_in.weight[:, -part.shape[1]:]
         input_map = F.conv2d(part, weight, self.conv_in.bias, padding=1)                                # (B, C, 5h, 5w)
-        return Condition(input_map, adagn, adaln, base, base_map)
+        return Condition(input_map, adagn, adaln, attention_bias, base, base_map)
 
     def base_image(self, z):
         """z (B, z_dim, h, w) -> linear estimate of the image (B, 3, h f, w f)."""
@@ -599,7 +620,7 @@ class UViT(nn.Module):
                 skips.append(h)
 
         u = linear(normed(h, self.mid_norm), self.mid_in)                                               # (B, ., h8, w8)
-        u, tokens = self.middle(u, condition.adaln)
+        u, tokens = self.middle(u, condition)
         h = h + linear(u, self.mid_out)
 
         for level in self.up:
@@ -627,14 +648,15 @@ class UViT(nn.Module):
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
 
-    def middle(self, u, adaln):
+    def middle(self, u, condition):
         """The transformer blocks on a map (B, width, H/8, W/8) -> (the last map, that of block min(4, depth // 2))."""
         tokens, depth = u, len(self.blocks)
         if depth == 0:
             return u, tokens
-        windows = Windows(*u.shape[2:], self.blocks[0].attn.window, u.device)
-        for number, (block, mod) in enumerate(zip(self.blocks, adaln.chunk(depth, dim=1)), start=1):
-            u = block(u, mod, windows)
+        windows = windows_for(*u.shape[2:], self.blocks[0].attn.window, u.device)
+        mods = condition.adaln.chunk(depth, dim=1)
+        for number, (block, mod, bias) in enumerate(zip(self.blocks, mods, condition.bias), start=1):
+            u = block(u, mod, windows, bias)
             if number == min(4, depth // 2):
                 tokens = u
         return u, tokens

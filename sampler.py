@@ -66,9 +66,11 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=N
         f = field(y, z)
         previous, x = x, y - eta * f
         nfe[alive] += 1
+        if tol == 0:
+            continue
         rms = f.flatten(1).float().square().mean(dim=1).sqrt()  # (alive,)
         moving = rms / lam >= tol
-        if tol > 0 and not moving.all():
+        if not moving.all():
             out = out.index_copy(0, alive[~moving], x[~moving])
             alive, x, previous = alive[moving], x[moving], previous[moving]
             z = z[moving] if isinstance(z, torch.Tensor) else z.rows(moving)

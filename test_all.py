@@ -71,7 +71,7 @@ from model import (
     spread,
     upsample,
 )
-from tools import bench, compare, field, latents, sweep
+from tools import bench, check, compare, field, latents, sweep
 from train import load_checkpoint, save_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -779,7 +779,8 @@ def test_latent_norm_is_batch_norm_in_evaluation():
     for _ in range(3):
         z = 3 * torch.randn(5, 4, 2, 2) + 1
         theirs(z)
-        ours.update(z.numel() // 4, z.double().sum(dim=(0, 2, 3)), z.double().square().sum(dim=(0, 2, 3)))
+        ours.update(z.numel() // 4, z.double().sum(dim=(0, 2, 3)), z.double().square().sum(dim=(0, 2, 3)),
+                    torch.tensor(True))
     for name, value in theirs.state_dict().items():
         assert torch.allclose(ours.state_dict()[name].float(), value.float(), rtol=1e-4), name
     ours.load_state_dict(theirs.state_dict())
@@ -3367,7 +3368,7 @@ def test_windowed_attention_equals_the_dense_masked_form(h, w, window):
         (y * grad).sum().backward(inputs=list(attn.parameters()))
         return [y, dx, *(p.grad.clone() for p in attn.parameters())]
 
-    fast = run(lambda x: attn(x, windows))
+    fast = run(lambda x: attn(x, windows, windows.bias(attn.bias_table)))
     for a, b in zip(fast, run(lambda x: dense_attention(attn, x)), strict=True):
         assert (a - b).norm() <= 1e-9 * (b.norm() + 1e-3)
 
@@ -3477,6 +3478,56 @@ def test_autocast_keeps_the_dc_encoders_maps_in_half_precision(name):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         network(torch.randn(1, 3, 32, 32))
     assert kinds == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("loss", ["fm", "eqm"])
+def test_a_decode_after_the_first_needs_nothing_of_the_host(loss):
+    model = DCSSDAE("dc_f32c32", "XS", loss, enc_width=0.125, depth=2, input_skip=True, linear_decoder=32).eval()
+    z, noise = torch.randn(1, 32, 9, 1), torch.randn(1, 3, 288, 32)  # 36 x 4 tokens: several blocks of attention
+    model_module.cached_windows.cache_clear()
+    counts = []
+    with torch.no_grad():
+        for _ in range(2):
+            with check.HostTraffic() as traffic:
+                model.decode(z, 3, noise)
+            counts.append((len(traffic.copies), len(traffic.reads)))
+    assert counts[0][0] > 5 and counts[1] == (0, 0)
+
+
+@pytest.mark.parametrize("module", [train, distill])
+def test_a_training_step_waits_for_the_device_once(tmp_path, checkpoint, monkeypatch, module):
+    traffic, at_start = check.HostTraffic(), []
+    draw, next_batch, tolist = module.draw, module.next_batch, torch.Tensor.tolist
+
+    def counting_draw(*arguments):
+        at_start.append((len(traffic.copies), len(traffic.reads)))
+        return draw(*arguments)
+
+    def uncounted_batch(*arguments):
+        traffic.paused = True
+        batch = next_batch(*arguments)
+        traffic.paused = False
+        return batch
+
+    def counting_tolist(t):  # of a CPU tensor no operation shows it
+        if not traffic.paused:
+            traffic.reads.append("tolist")
+        return tolist(t)
+
+    monkeypatch.setattr(module, "draw", counting_draw)
+    monkeypatch.setattr(module, "next_batch", uncounted_batch)
+    monkeypatch.setattr(torch.Tensor, "tolist", counting_tolist)
+    monkeypatch.setattr(module, "evaluate", lambda *a, **kw: sys.exit(0))
+    flags = [*SMALL, "--steps", 4, "--save_every", 4, "--out", tmp_path / "r"]
+    if module is train:
+        flags += ["--eval_every", 0, "--w_gan", 0.1]
+    else:
+        flags = ["--ckpt", checkpoint, "--teacher_steps", 2, "--batch_size", 4, "--device", "cpu", "--save_every", 4,
+                 "--steps", 4, "--out", tmp_path / "r"]
+    with traffic, pytest.raises(SystemExit):
+        run_main(module, monkeypatch, *flags)
+    (copies, reads), (copies_after, reads_after) = at_start[2:4]
+    assert traffic.copies[copies:copies_after] == [] and traffic.reads[reads:reads_after] == ["tolist"]
 
 
 def test_upsample_equals_nearest_and_convolution():
@@ -3683,7 +3734,7 @@ SMALL = [*TINY, "--decay", 0, "--warmup", 2, "--size", 24, "--eval_every", 3, "-
 def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, module):
     """kill -9 before the first checkpoint and after one, then a polite signal to one rank and its data loader: weights,
     EMA, optimiser and log are bit-identical in the end."""
-    flags, steps = [*SMALL, "--w_gan", 0.1, "--gan_start", 2], 6
+    flags, steps = [*SMALL, "--w_gan", 0.1, "--gan_start", 2], 7
     if module == "distill":
         DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0}).save(
             tmp_path / "teacher.safetensors"
@@ -3721,7 +3772,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, modu
     _, output = parts(
         env=restarted, sabotage={world - 1: {4: name}}, ok=(128 + getattr(signal, name), 128 + signal.SIGTERM)
     )
-    assert "stopped after step 5 and saved" in output and load_checkpoint(tmp_path / "parts")["step"] == 5
+    assert "stopped after step 6 and saved" in output and load_checkpoint(tmp_path / "parts")["step"] == 6
     parts("--resume")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
@@ -3831,12 +3882,12 @@ def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch):
             run_main(train, patch, *command, "--steps", 4)
     assert unchanged()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update_ema", lambda ema, *a: ema.decoder.conv_out.bias.fill_(math.nan))
+        patch.setattr(train, "update_ema", lambda tensors, *a: tensors[0][0][0].fill_(math.nan))
         with pytest.raises(ValueError, match=r"after step 3 the weights of the part 'ema' are not finite"):
             run_main(train, patch, *command, "--steps", 4)
     assert unchanged()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update_ema", lambda ema, *a: [p.fill_(9.0) for p in ema.parameters()])
+        patch.setattr(train, "update_ema", lambda tensors, *a: [p.fill_(9.0) for p in tensors[0][0]])
         run_main(train, patch, *command, "--steps", 3)
     assert not unchanged()
     after = DCSSDAE.load(good / "best.safetensors")

@@ -12,6 +12,7 @@ PSNR), latest.pt and previous.pt (to resume), log.jsonl, reconstructions.png, me
 """
 import argparse
 import atexit
+import collections
 import copy
 import functools
 import glob
@@ -25,6 +26,7 @@ import sys
 import time
 import zipfile
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -415,24 +417,51 @@ def lr_factor(step, args):
     return min(1.0, rise, fall)
 
 
+def paired_tensors(ema, model):
+    """What update_ema works on, made once: (tensors of the average, of the model), floats, then all others."""
+    pairs = [*zip(ema.state_dict().values(), model.state_dict().values())]
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    others = [pair for pair in pairs if not pair[0].is_floating_point()]
+    return [*zip(*floats)], others
+
+
 @torch.no_grad()
-def update_ema(ema, model, decay, step):
-    """Parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) * model; faster in
-    the first steps, a copy before step 0."""
+def update_ema(tensors, decay, step):
+    """paired_tensors' parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) *
+    model; faster in the first steps, a copy before step 0."""
     decay = min(decay, (1 + step) / (10 + step)) if step >= 0 else 0.0
-    for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
-        if a.is_floating_point():
-            a.lerp_(b, 1 - decay)
-        else:
-            a.copy_(b)
+    (averages, values), others = tensors
+    torch._foreach_lerp_(averages, values, 1 - decay)
+    for average, value in others:
+        average.copy_(value)
 
 
-def summed(values, device, world):
-    """values (n,), summed over the processes, on the CPU."""
-    if world > 1:
-        values = values.to(device if device.type == "cuda" else "cpu")
-        dist.all_reduce(values)
-    return values.cpu()
+def summed(values, world):
+    """values (n,), summed over the processes, on their device."""
+    if world == 1:
+        return values
+    there = values.cpu() if values.device.type == "mps" else values  # gloo has no Apple GPUs
+    dist.all_reduce(there)
+    return there.to(values.device)
+
+
+def stop_flag(run):
+    """1 where this process was asked to stop, else 0: (1,) float64 (float32 on Apple GPUs), filled on the device."""
+    return torch.full((1,), float(run.stop.received > 0), dtype=exact_type(run.device), device=run.device)
+
+
+def exact_type(device):
+    """The most exact floating-point type that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def step_if(good, optimizer):
+    """optimizer.step(), which changes nothing where `good`, a bool tensor, is false. It stays on the device."""
+    if optimizer.param_groups[0]["fused"]:
+        optimizer.found_inf = (~good).float()
+        optimizer.step()
+    elif good:  # Apple's GPUs, and checkpoints from before all optimisers were fused
+        optimizer.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,6 +480,7 @@ class Run:
         self.log_path, self.board, self.parts = log_path, board, parts
         self.done, self.skipped, self.skipped_in_a_row = done, skipped, 0
         self.content = content
+        self.reports = collections.deque()  # of steps whose numbers nobody has read yet: see finish_step
         self.save_is_due, self.saved = False, done  # saved: steps done at the last save
         self.logged, self.logged_at = done, time.time()  # steps and time at the last line of the log,
         self.evaluating = 0.0  # and the seconds of evaluations since then
@@ -472,32 +502,40 @@ def restore(parts, checkpoint):
     return checkpoint["step"], checkpoint.get("skipped", 0)
 
 
-def skip_step(run, norm, totals, index):
-    """Count a step that is not finite and say so; ValueError, on all ranks, where too many come in a row."""
-    run.skipped += 1
-    run.skipped_in_a_row += 1
-    what = f"not finite: gradient norm {norm:.4g}, " + ", ".join(f"{k} {v:.4g}" for k, v in totals.items())
-    if run.rank == 0:
-        tqdm.write(f"warning: step {run.done} skipped, {what}")
-    if run.skipped_in_a_row == MOST_SKIPPED:
-        images = []
-        for part in gathered(index.tolist(), run.world):
-            images += part
-        raise ValueError(f"ten steps in a row were skipped, the last is {run.done}, {what}, images "
-                         f"{', '.join(map(str, images))}: lower --lr, or use --dtype float32; "
-                         "the last checkpoint is kept")
+class Report(NamedTuple):
+    """The numbers of a step, on their way from the device."""
+    done: int                   # steps with this one
+    names: list                 # of the loss terms
+    values: torch.Tensor        # (n,) on the CPU: loss terms, gradient norm, whether to stop, whether all is finite
+    arrived: object             # event of the GPU after which they are there, or None
+    lr: float
+    index: torch.Tensor         # (b,), which images
 
 
-def finish_step(run, totals, norm, stopped):
-    """Count a step; log and save where it is due; where a process was asked to stop, save and end the program."""
+def finish_step(run, totals, norm, stop, good, index):
+    """Count a step; save where it is due; where a process was asked to stop, save and end the program.
+
+    totals, norm, stop, good  {name: loss term}, gradient norm, sum of the stop_flags, whether all was finite: of the
+                              device. They are read, logged and obeyed one step late, when the device has long been at
+                              the next: waiting for them would leave it without work.
+    """
     args = run.args
     run.done += 1
     run.bar.update()
+    values = torch.stack([value.to(norm.dtype) for value in (*totals.values(), norm, stop, good)])
+    values, arrived = values.to("cpu", non_blocking=run.device.type == "cuda"), None
+    if run.device.type == "cuda":
+        arrived = torch.cuda.Event()
+        arrived.record()
+    lr = run.parts["optimizer"].param_groups[0]["lr"]
+    run.reports.append(Report(run.done, list(totals), values, arrived, lr, index))
     is_last = run.done == args.steps
-    if run.rank == 0 and (is_last or run.done % args.log_every == 0):
-        log_step(run, totals, norm)
-    if is_last or stopped or run.done % args.save_every == 0:
+    if is_last or run.done % args.save_every == 0:
         run.save_is_due = True
+    stopped = read_reports(run, late=0 if run.save_is_due else 1)
+    if stopped:
+        run.save_is_due = True
+        read_reports(run)
     if run.save_is_due and run.skipped_in_a_row == 0:  # a ruined model shows in skipped steps: never save among them
         save_run(run)
     if stopped:
@@ -506,6 +544,42 @@ def finish_step(run, totals, norm, stopped):
         raise ValueError(f"the last {run.skipped_in_a_row} steps were skipped, being not finite, so the model at step "
                          f"{run.done} is not saved; the last checkpoint is kept: continue with --resume and a lower "
                          "--lr, --dtype float32, or a few --steps more")
+
+
+def read_reports(run, late=0):
+    """Log what the steps have reported, but for the last `late` of them. -> whether a process was asked to stop"""
+    stopped = False
+    while len(run.reports) > late:
+        report = run.reports.popleft()
+        if report.arrived:
+            report.arrived.synchronize()
+        *totals, norm, stop, good = report.values.tolist()
+        totals = dict(zip(report.names, totals))
+        stopped = stopped or stop > 0
+        if good:
+            run.skipped_in_a_row = 0
+        else:
+            count_skipped(run, report, totals, norm)
+        if run.rank == 0 and (report.done == run.args.steps or report.done % run.args.log_every == 0):
+            log_step(run, report, totals, norm)
+    return stopped
+
+
+def count_skipped(run, report, totals, norm):
+    """Count a step that was not finite and say so; ValueError, on all ranks, where too many come in a row."""
+    run.skipped += 1
+    run.skipped_in_a_row += 1
+    step = report.done - 1
+    what = f"not finite: gradient norm {norm:.4g}, " + ", ".join(f"{k} {v:.4g}" for k, v in totals.items())
+    if run.rank == 0:
+        tqdm.write(f"warning: step {step} skipped, {what}")
+    if run.skipped_in_a_row == MOST_SKIPPED:
+        images = []
+        for part in gathered(report.index.tolist(), run.world):
+            images += part
+        raise ValueError(f"ten steps in a row were skipped, the last is {step}, {what}, images "
+                         f"{', '.join(map(str, images))}: lower --lr, or use --dtype float32; "
+                         "the last checkpoint is kept")
 
 
 def save_run(run):
@@ -534,20 +608,20 @@ def next_batch(run, batches):
     try:
         return next(batches)
     except OSError:
+        read_reports(run)
         if run.done > run.saved and run.skipped_in_a_row == 0:
             save_run(run)
         raise
 
 
-def log_step(run, totals, norm):
+def log_step(run, report, totals, norm):
     """A line of the log: the step's loss terms, and the speed since the last line, without evaluations."""
     seconds = time.time() - run.logged_at - run.evaluating
-    rate = (run.done - run.logged) * run.args.batch_size / seconds
-    run.logged, run.logged_at, run.evaluating = run.done, time.time(), 0.0
+    rate = (report.done - run.logged) * run.args.batch_size / seconds
+    run.logged, run.logged_at, run.evaluating = report.done, time.time(), 0.0
     run.bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
-    append_log(run.log_path, run.board, run.done, images=run.done * run.args.batch_size, **totals,
-               lr=run.parts["optimizer"].param_groups[0]["lr"], grad_norm=norm, skipped=run.skipped,
-               images_per_s=rate, peak_mib=peak_memory(run.device))
+    append_log(run.log_path, run.board, report.done, images=report.done * run.args.batch_size, **totals,
+               lr=report.lr, grad_norm=norm, skipped=run.skipped, images_per_s=rate, peak_mib=peak_memory(run.device))
 
 
 def peak_memory(device):
@@ -954,8 +1028,8 @@ def average_gradients(module, world):
 
 
 def latent_sums(z):
-    """Sums of z (B, c, h, w) and of its squares by channel: (2, c) float64."""
-    z = z.float().cpu().double()
+    """Sums of z (B, c, h, w) and of its squares by channel: (2, c) float64 (float32 on Apple GPUs)."""
+    z = z.to(exact_type(z.device))
     return torch.stack([z.sum(dim=(0, 2, 3)), z.square().sum(dim=(0, 2, 3))])
 
 
@@ -967,6 +1041,7 @@ def evaluation_is_due(step, args):
 
 def validate(run, ema, val, dtype):
     """evaluate's result on the validation images; printed, written and logged. Does not count as time of training."""
+    read_reports(run)  # of steps before it
     before = time.time()
     loader = make_loader(val, VALIDATION_BATCH * run.world, train=False, rank=run.rank, world=run.world)
     result = evaluate(ema, loader, run.device, steps=run.args.eval_steps, seed=run.args.seed, dtype=dtype,
@@ -1074,7 +1149,8 @@ def main():
     optimizer, gan_optimizer = make_optimizer(trained, args, device), None
     optimizers = [optimizer]
     if gan is not None:
-        gan_optimizer = torch.optim.AdamW(gan.parameters(), lr=args.lr, weight_decay=0.0, betas=GAN_BETAS)
+        gan_optimizer = torch.optim.AdamW(gan.parameters(), lr=args.lr, weight_decay=0.0, betas=GAN_BETAS,
+                                          fused=device.type != "mps")
         optimizers.append(gan_optimizer)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
 
@@ -1083,6 +1159,7 @@ def main():
              "gan": gan, "gan_optimizer": gan_optimizer}
     start, skipped = restore(parts, checkpoint)
     del checkpoint
+    averaged = paired_tensors(ema, model)
     parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start)
     board = open_board(args, start) if rank == 0 else None
@@ -1130,35 +1207,32 @@ def main():
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0) + term.detach() * share / world
             moments = moments + latent_sums(z)                                  # (2, c)
-        norm = clip_gradients(trained, args).item()
+        norm = clip_gradients(trained, args)
         if with_gan:
             average_gradients(gan, world)
             totals["gan_grad_norm"] = clip_gradients(gan.parameters(), args) / world
 
         # One small sum over the processes: loss terms, the latents' moments, and whether anybody was asked to stop
-        shared = torch.cat([torch.stack(list(totals.values())).double().cpu(), moments.flatten(),
-                            torch.tensor([float(run.stop.received)])])
-        shared = summed(shared, device, world)
-        moments, stopped = shared[len(totals):-1].view(2, -1), shared[-1] > 0
-        totals = dict(zip(totals, shared.tolist()))
+        shared = torch.cat([torch.stack([*totals.values()]).to(moments.dtype), moments.flatten(), stop_flag(run)])
+        shared = summed(shared, world)
+        moments, stop = shared[len(totals):-1].view(2, -1), shared[-1]
+        totals = dict(zip(totals, shared))
 
-        # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients
-        if math.isfinite(norm) and shared.isfinite().all():
-            optimizer.step()
-            if with_gan:
-                gan_optimizer.step()
-            if norm_trains:
-                model.decoder.norm_z.update(args.batch_size * z_shape[1] * z_shape[2], *moments)
-            update_ema(ema, model, args.ema, step - args.ema_start)
-            run.skipped_in_a_row = 0
-        else:
-            skip_step(run, norm, totals, index)
+        # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients.
+        # Decided on the device, which nobody waits for.
+        good = norm.isfinite() & shared.isfinite().all()
+        step_if(good, optimizer)
+        if with_gan:
+            step_if(good, gan_optimizer)
+        if norm_trains:
+            model.decoder.norm_z.update(args.batch_size * z_shape[1] * z_shape[2], *moments, good)
+        update_ema(averaged, args.ema, step - args.ema_start)  # after a bad step of the model as it was
         optimizer.zero_grad()
         if with_gan:
             gan_optimizer.zero_grad()
 
         # Log and save
-        finish_step(run, totals, norm, stopped)
+        finish_step(run, totals, norm.to(shared.dtype), stop, good, index)
 
     run.bar.close()
     if rank == 0:
