@@ -122,7 +122,7 @@ def main():
     student.decoder.requires_grad_(True)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     if lpips is not None:
-        lpips.to(device)
+        lpips.to(device, memory_format=torch.channels_last)
     weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa}
     objective = OneStep(student, lpips, repa).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
@@ -134,7 +134,7 @@ def main():
     del checkpoint
     averaged = paired_tensors(ema, student)
     parallel = data_parallel(objective, world)
-    batches = training_batches(args, dataset, rank, world, start)
+    batches = training_batches(args, dataset, rank, world, start, device)
     board = open_board(args, start) if rank == 0 else None
     run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content())
     local = args.batch_size // world                                            # images of this process
@@ -144,7 +144,7 @@ def main():
         # Draw
         set_learning_rate(optimizer, step, args)
         x, index = next_batch(run, batches)
-        x = x.to(device, memory_format=torch.channels_last, non_blocking=True)  # (local, 3, size, size)
+        x = x.contiguous(memory_format=torch.channels_last)                     # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
         e, eps, _ = draw(args.seed, step, rows, x.shape[1:], z_shape, device)
         e = e.contiguous(memory_format=torch.channels_last)
@@ -176,10 +176,10 @@ def main():
 
     # Evaluate
     run.bar.close()
-    loader = make_loader(val, VALIDATION_BATCH * world, train=False, rank=rank, world=world)
+    loader = make_loader(val, VALIDATION_BATCH * world, train=False, rank=rank, world=world, device=device)
     result = evaluate(ema, loader, device, steps=[1], seed=args.seed, dtype=dtype, rank=rank, world=world)
     if rank == 0:
-        loader = make_loader(val, VALIDATION_BATCH, train=False)
+        loader = make_loader(val, VALIDATION_BATCH, train=False, device=device)
         before, after = closeness(teacher, ema, loader, args.teacher_steps, options, device, dtype, args.seed)
         result["mse_to_teacher"] = {"teacher_steps": args.teacher_steps, "undistilled": before, "distilled": after}
         write_results(result, args.out)

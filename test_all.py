@@ -1380,6 +1380,29 @@ def test_stream_workers_world_resume(tmp_path):
     assert order[:10].tolist() != order[10:20].tolist()
 
 
+def test_images_cross_processes_in_8_bit_and_become_numbers_on_the_device():
+    dataset = data.make_dataset("demo", 16, train=True)
+    (levels, i), = dataset.__getitems__([(0, 3)])
+    x, _ = dataset[3]
+    assert levels.dtype == torch.uint8 and i == 3 and torch.equal(x, levels.float() / 127.5 - 1)
+    loader = data.make_loader(dataset, 4, train=False)
+    batch, index = next(iter(loader))
+    assert torch.equal(batch, torch.stack([dataset[int(i)][0] for i in index]))
+    loader.device = "meta"
+    assert next(iter(loader))[0].is_meta
+
+
+@pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
+def test_ddp_gets_no_deprecated_options(monkeypatch, name):
+    def ddp(module, gradient_as_bucket_view=False, **options):
+        return gradient_as_bucket_view, options
+
+    parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in ("gradient_as_bucket_view", name)]
+    ddp.__signature__ = inspect.Signature(parameters)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", ddp)
+    assert train.data_parallel(None, 2) == (True, {name: False})
+
+
 def test_stream_leaves_global_random_state_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -2109,6 +2132,20 @@ def test_lpips_gradient_is_finite_on_constant_images(vgg_file):
         assert x.grad.isfinite().all() and x.grad.abs().max() < 1e3
 
 
+def test_lpips_keeps_only_the_estimates_features_for_the_backward_pass(vgg_file):
+    loss, kept = losses.LPIPSLoss("vgg", weights=vgg_file), []
+    x, y = torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64).requires_grad_()
+    for original in (x, x.clone().requires_grad_()):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t,
+            lambda t: t,
+        ):
+            loss(original, y)
+        kept.append(sum(sizes.values()) - 4 * sum(p.numel() for p in loss.parameters()))
+    assert kept[0] < 0.65 * kept[1]
+
+
 def test_missing_networks_are_reported_in_one_sentence(tmp_path, offline):
     with pytest.raises(losses.WeightsUnavailable, match="vgg16-397923af.pth.*--lpips_weights FILE.*--w_lpips 0"):
         losses.LPIPSLoss("vgg")
@@ -2137,6 +2174,10 @@ def test_repa_with_random_dinov2(dino_file):
     assert all(p.grad is None for p in repa.dino.parameters())
     repa.mlp = exact
     assert [float(repa(sign * target, x)) for sign in (1, -1)] == pytest.approx([0, 2], abs=1e-5)
+    repa.largest = 16  # --repa_size: a token of DINOv2 for 4 x 4 of the decoder's
+    coarse = repa.target(x)
+    enlarged = coarse.unflatten(1, (1, 2)).repeat_interleave(4, 1).repeat_interleave(4, 2).flatten(1, 2)
+    assert coarse.shape == (2, 2, 768) and float(repa(enlarged, x)) == pytest.approx(0, abs=1e-5)
     repa.train()
     assert not repa.dino.training and repa.mlp.state_dict().keys() == exact.state_dict().keys()
     # The square 518 px input it was made for: the same tokens as timm's model
@@ -2144,6 +2185,7 @@ def test_repa_with_random_dinov2(dino_file):
     with torch.device("meta"):
         dino = timm.create_model("vit_base_patch14_dinov2.lvd142m", pretrained=False, num_classes=0).eval()
     dino.load_state_dict(torch.load(dino_file, weights_only=True), assign=True)
+    repa.largest = 296
     with torch.no_grad():
         image = torch.rand(1, 3, 296, 296) * 2 - 1
         resized = F.interpolate((image + 1) / 2, size=(518, 518), mode="bicubic", antialias=True)
@@ -3979,6 +4021,7 @@ def test_phase_defaults_and_refusals(tmp_path):
         "fm",
         1,
     ) and "phase2" in args.out
+    assert args.w_repa == 0
     assert train.get_args(["--phase", "3", "--size", "64"]).size == 64 and train.get_args(["--phase", "1"]).size == 256
     args = train.get_args([])
     assert (args.size, args.aug_scale, args.lr, args.batch_size) == (128, 2.0, 3e-4, 192)  # SSDD's recipe

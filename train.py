@@ -16,6 +16,7 @@ import collections
 import copy
 import functools
 import glob
+import inspect
 import itertools
 import json
 import math
@@ -68,7 +69,8 @@ PRESETS = {
 # DC-AE's decoupled high-resolution adaptation (arXiv 2410.10733): its learning rates; batch and steps are our choice.
 PHASES = {
     1: {"size": 256, "lr": 6.4e-5},                                          # everything, at low resolution
-    2: {"size": 512, "lr": 1.6e-5, "aug_scale": 1.0, "batch_size": 48, "steps": 25_000},    # the latent, at high
+    2: {"size": 512, "lr": 1.6e-5, "aug_scale": 1.0, "batch_size": 48, "steps": 25_000,
+        "w_repa": 0.0},                                                      # the latent, at high: REPA would cost most
     3: {"size": 256, "lr": 5.4e-5, "steps": 50_000, "w_repa": 0.0},          # details, at low: later layers than REPA's
 }
 # What --init_from's file decides; and what --resume may change, being neither model nor samples nor objective.
@@ -80,7 +82,7 @@ FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights"
               "log_every", "tensorboard", "allow_changes")
 # With --allow_changes. Not those that add or remove networks that train.
 CHANGEABLE_FLAGS = ("data", "size", "aug_scale", "enlarge", "limit", "batch_size", "seed", "w_lpips", "w_kl",
-                    "gan_start", "t_mean", "g_power", "teacher_steps", "t_shift", "eta", "mu")
+                    "repa_size", "gan_start", "t_mean", "g_power", "teacher_steps", "t_shift", "eta", "mu")
 
 
 # --linear: does the encoder start as the linear code (encoder.LappedCode), does the decoder start with its transpose?
@@ -218,6 +220,8 @@ def shared_arguments(p):
     add("--w_lpips", type=float, default=0.5, help="weight of LPIPS (VGG-16); 0: off [%(default)s]")
     add("--lpips_weights", metavar="FILE", type=str, help="torchvision's VGG-16; else torch hub's cache or a download")
     add("--w_repa", type=float, default=0.25, help="weight of REPA (DINOv2 ViT-B/14); 0: off [%(default)s]")
+    add("--repa_size", type=int, default=256, help="DINOv2 sees larger images shrunk to this side: its attention costs "
+        "the fourth power [%(default)s]")
     add("--repa_weights", metavar="FILE", type=str, help="DINOv2 ViT-B/14; else Hugging Face's cache or a download")
 
     add = optimisation = p.add_argument_group("optimisation").add_argument
@@ -306,7 +310,7 @@ def perceptual_losses(args, width, rank):
             if name == "lpips":
                 networks[name] = LPIPSLoss("vgg", local_file(file))
             else:
-                networks[name] = REPALoss(width, local_file(file))
+                networks[name] = REPALoss(width, local_file(file), args.repa_size)
         except WeightsUnavailable as error:
             if args.data != "demo" or file:
                 raise
@@ -325,14 +329,18 @@ def data_parallel(objective, world):
     """The objective, with gradients averaged over the processes."""
     if world == 1:
         return objective
-    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+    options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers"
+    if buffers not in options:  # before torch 2.13
+        buffers = "broadcast_buffers"
+    return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True, **{buffers: False})
 
 
-def training_batches(args, dataset, rank, world, start):
-    """Endless (x, index) from step `start` on. torchrun and schedulers send SIGTERM to every process: the workers
-    ignore it, since without them the step at hand would fail, and so must be killed at the end."""
+def training_batches(args, dataset, rank, world, start, device):
+    """Endless (x, index) from step `start` on, x on the device. torchrun and schedulers send SIGTERM to every process:
+    the workers ignore it, since without them the step at hand would fail, and so must be killed at the end."""
     loader = make_loader(dataset, args.batch_size, train=True, workers=args.workers, seed=args.seed,
-                         rank=rank, world=world, start=start)
+                         rank=rank, world=world, start=start, device=device)
     loader.worker_init_fn = ignore_stop
     atexit.register(kill_workers)
     return iter(loader)
@@ -1043,7 +1051,8 @@ def validate(run, ema, val, dtype):
     """evaluate's result on the validation images; printed, written and logged. Does not count as time of training."""
     read_reports(run)  # of steps before it
     before = time.time()
-    loader = make_loader(val, VALIDATION_BATCH * run.world, train=False, rank=run.rank, world=run.world)
+    loader = make_loader(val, VALIDATION_BATCH * run.world, train=False, rank=run.rank, world=run.world,
+                         device=run.device)
     result = evaluate(ema, loader, run.device, steps=run.args.eval_steps, seed=run.args.seed, dtype=dtype,
                       rank=run.rank, world=run.world)
     if run.rank == 0:
@@ -1134,7 +1143,7 @@ def main():
     gan = PatchGAN().requires_grad_(False) if args.w_gan else None
     model.to(device, memory_format=torch.channels_last)
     if lpips is not None:
-        lpips.to(device)
+        lpips.to(device, memory_format=torch.channels_last)
     if gan is not None:
         gan.to(device, memory_format=torch.channels_last)
     weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "gan": args.w_gan, "kl": args.w_kl}
@@ -1161,7 +1170,7 @@ def main():
     del checkpoint
     averaged = paired_tensors(ema, model)
     parallel = data_parallel(objective, world)
-    batches = training_batches(args, dataset, rank, world, start)
+    batches = training_batches(args, dataset, rank, world, start, device)
     board = open_board(args, start) if rank == 0 else None
     if rank == 0:
         print_start(args, model, trained, dataset, world, device, dtype)
@@ -1183,7 +1192,7 @@ def main():
         for each in optimizers:
             set_learning_rate(each, step, args)
         x, index = next_batch(run, batches)
-        x = x.to(device, memory_format=torch.channels_last, non_blocking=True)  # (local, 3, size, size)
+        x = x.contiguous(memory_format=torch.channels_last)                     # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
         with_gan = gan is not None and step >= args.gan_start
 
