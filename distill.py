@@ -10,6 +10,7 @@ model.safetensors, reconstructions.png, metrics.json, log.jsonl.
 """
 import copy
 import os
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -17,13 +18,14 @@ from torch import nn
 from data import check_numbers, guarded, make_dataset, make_loader, parts_taken, setup
 from evaluate import evaluate, print_table, write_results
 from losses import EqM
-from model import DCSSDAE, check_size
+from model import DCSSDAE, check_size, compile_blocks
 from sampler import image_noise
 
 from train import (VALIDATION_BATCH, Run, append_log, autocast, check_content, check_shared,  # isort: skip
-                   clip_gradients, data_parallel, draw, finish_step, make_optimizer, make_parser, matching, next_batch,
-                   open_board, open_run, paired_tensors, perceptual_losses, pick_dtype, restore, set_learning_rate,
-                   shared_arguments, step_if, stop_flag, summed, training_batches, update_ema)
+                   clip_gradients, compiles, data_parallel, draw, evaluation_is_due, finish_step, make_optimizer,
+                   make_parser, matching, next_batch, open_board, open_run, paired_tensors, perceptual_losses,
+                   pick_dtype, prefer_speed, restore, set_learning_rate, shared_arguments, step_if, stop_flag, summed,
+                   training_batches, update_ema, validate)
 
 
 def get_args(argv=None):
@@ -36,7 +38,8 @@ def get_args(argv=None):
     add("--mu", type=float, help="EqM: Nesterov momentum of the teacher")
 
     shared_arguments(p)
-    p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000)
+    p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000,
+                   eval_every=0, eval_steps=[1])
     args = p.parse_args(argv)
     check_numbers(args)
     if not args.out:
@@ -90,6 +93,7 @@ def closeness(teacher, student, loader, teacher_steps, options, device, dtype, s
 def main():
     args = get_args()
     rank, world, device = setup(args.device)
+    prefer_speed(device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
 
@@ -108,7 +112,7 @@ def main():
             options[name] = getattr(args, name)
 
     # Data, student, objective, optimiser
-    checkpoint, log_path, _ = open_run(args, rank, world)
+    checkpoint, log_path, evaluated = open_run(args, rank, world)
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
                            enlarge=args.enlarge)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
@@ -120,7 +124,11 @@ def main():
     student = copy.deepcopy(teacher)
     student.config["notes"] = dict(notes, distilled_from_steps=args.teacher_steps, left_out=left_out)
     student.decoder.requires_grad_(True)
+    student.decoder.train().checkpointing = args.checkpointing
     ema = copy.deepcopy(student).requires_grad_(False).eval()
+    if compiles(args, device):
+        compile_blocks(teacher)
+        compile_blocks(student.decoder)
     if lpips is not None:
         lpips.to(device, memory_format=torch.channels_last)
     weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa}
@@ -138,32 +146,43 @@ def main():
     board = open_board(args, start) if rank == 0 else None
     run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content())
     local = args.batch_size // world                                            # images of this process
+    micro = min(args.micro_batch or local, local)                               # images of a forward pass
     z_shape = teacher.latent_shape(args.size, args.size)
 
     for step in range(start, args.steps):
+        if evaluation_is_due(step, args) and step != evaluated:  # the last one comes after the loop
+            validate(run, ema, val, dtype)
+
         # Draw
         set_learning_rate(optimizer, step, args)
         x, index = next_batch(run, batches)
         x = x.contiguous(memory_format=torch.channels_last)                     # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
-        e, eps, _ = draw(args.seed, step, rows, x.shape[1:], z_shape, device)
-        e = e.contiguous(memory_format=torch.channels_last)
 
-        # Teacher, student, backward
-        with autocast(device, dtype):
-            with torch.no_grad():
-                z = teacher.encode(x).sample(eps)
-                target = teacher.decode(z, args.teacher_steps, e, **options).float()
-            terms = parallel(z, e, target)
-        terms["loss"] = sum(weights[name] * term for name, term in terms.items())
-        terms["loss"].backward()
+        # Teacher, student, backward: one micro-batch after the other
+        totals = {}
+        for i in range(0, local, micro):
+            xb = x[i:i + micro]
+            e, eps, _ = draw(args.seed, step, rows[i:i + micro], xb.shape[1:], z_shape, device)
+            e = e.contiguous(memory_format=torch.channels_last)
+            share = len(xb) / local
+            is_last = i + micro >= local
+            with nullcontext() if is_last or world == 1 else parallel.no_sync():
+                with autocast(device, dtype):
+                    with torch.no_grad():
+                        z = teacher.encode(xb).sample(eps)
+                        target = teacher.decode(z, args.teacher_steps, e, **options).float()
+                    terms = parallel(z, e, target)
+                terms["loss"] = sum(weights[name] * term for name, term in terms.items())
+                (terms["loss"] * share).backward()
+            for name, term in terms.items():
+                totals[name] = totals.get(name, 0) + term.detach() * share / world
         norm = clip_gradients(trained, args)
 
         # One small sum over the processes: loss terms, and whether anybody was asked to stop
         stop = stop_flag(run)
-        means = torch.stack([term.detach() for term in terms.values()]).to(stop.dtype) / world
-        shared = summed(torch.cat([means, stop]), world)
-        totals = dict(zip(terms, shared))
+        shared = summed(torch.cat([torch.stack([*totals.values()]).to(stop.dtype), stop]), world)
+        totals = dict(zip(totals, shared))
 
         # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients
         good = norm.isfinite() & shared.isfinite().all()

@@ -30,7 +30,12 @@ from torch.utils.checkpoint import checkpoint
 
 import sampler
 from encoder import (
+    DCDown,
+    DCResBlock,
+    GatedConv,
     LappedCode,
+    LinearAttention,
+    VQResBlock,
     eager_cpu,
     make_encoder,
     normed,
@@ -145,23 +150,25 @@ class NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, scale, shift, mean, rstd = ctx.saved_tensors
-        groups, (C, H, W) = ctx.groups, x.shape[1:]
+        groups, (C, H, W), dtypes = ctx.groups, x.shape[1:], (x.dtype, scale.dtype, shift.dtype)
+        # In float32 at least: constants that were rounded to bf16 would not cancel where a group's mean is large.
         exact = torch.promote_types(x.dtype, torch.float32)
+        x, grad, scale, shift, mean, rstd = (t.to(exact) for t in (x, grad, scale, shift, mean, rstd))
 
         def per_channel(t):  # (B, groups) -> (B, C, 1, 1)
             return t.repeat_interleave(C // groups, 1)[:, :, None, None]
 
         def block_sums(t):  # (B, h, H/h, w, W/w, C) -> (B, C, h, w)
-            return t.sum(4).to(exact).sum(2).permute(0, 3, 1, 2)
+            return t.sum(4).sum(2).permute(0, 3, 1, 2)
 
         def group_mean(t):  # over a group's pixels and channels, of scale * t that is given by its sums over blocks
             sums = (scale * t).sum((2, 3)).unflatten(1, (groups, -1)).sum(2)                    # (B, groups)
             return per_channel(sums / (C // groups * H * W))
 
-        mean, rstd = per_channel(mean.to(exact)), per_channel(rstd.to(exact))
+        mean, rstd = per_channel(mean), per_channel(rstd)
         # x^ = (x - mean) rstd, y = scale x^ + shift = a x + (shift - mean a) with a = rstd scale
         v, a = blocks(x, scale), rstd * scale
-        y = torch.addcmul(per_block((shift - mean * a).to(x.dtype)), v, per_block(a.to(x.dtype)))
+        y = torch.addcmul(per_block(shift - mean * a), v, per_block(a))
         g = torch.ops.aten.silu_backward(blocks(grad, scale), y)
         # dshift = sum g, dscale = sum g x^, over every block of pixels
         dshift = block_sums(g)                                                                  # (B, C, h, w)
@@ -170,11 +177,10 @@ class NormSiLU(torch.autograd.Function):
         m, m_xhat = group_mean(dshift), group_mean(dscale)
         slope = -rstd.square() * m_xhat
         constant = -rstd * m - mean * slope
-        dx = torch.addcmul(per_block(constant.to(x.dtype)), v, per_block(slope.to(x.dtype)))
-        dx = unblock(dx.addcmul_(g, per_block(a.to(x.dtype))), x.shape)
-        dscale = dscale.sum_to_size(scale.shape).to(scale.dtype)
-        dshift = dshift.sum_to_size(shift.shape).to(shift.dtype)
-        return dx, dscale, dshift, None, None
+        dx = torch.addcmul(per_block(constant), v, per_block(slope))
+        dx = unblock(dx.addcmul_(g, per_block(a)), x.shape)
+        dscale, dshift = dscale.sum_to_size(scale.shape), dshift.sum_to_size(shift.shape)
+        return *(t.to(dtype) for t, dtype in zip((dx, dscale, dshift), dtypes)), None, None
 
 
 def norm_silu(x, scale, shift, groups=32, eps=1e-5):
@@ -681,6 +687,22 @@ class UViT(nn.Module):
         with torch.autocast(out.device.type, enabled=False):
             coefficients = self.code.encode(out)                                                        # (B, ., h, w)
             return OUTPUT_GAIN * (out - self.code.decode((1 - self.revision.float()) * coefficients))
+
+
+# What torch.compile gets: each block by itself. Start-up then takes seconds, not minutes as for whole networks, blocks
+# of the same shapes share their code, and DDP can send a block's gradients while the block before it is at work.
+BLOCKS = (ResBlock, TransformerBlock, DCResBlock, DCDown, VQResBlock, LinearAttention, GatedConv)
+MOST_VARIANTS = 64  # of a block's code, for all its shapes: beyond, the compiler leaves it as it is
+
+
+def compile_blocks(network, **options):
+    """Let torch.compile make the blocks' kernels when they are first used; names of parameters stay."""
+    dynamo = torch._dynamo.config
+    name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    setattr(dynamo, name, max(MOST_VARIANTS, getattr(dynamo, name)))
+    for module in network.modules():
+        if isinstance(module, BLOCKS):
+            module.compile(dynamic=False, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

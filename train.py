@@ -16,6 +16,7 @@ import collections
 import copy
 import functools
 import glob
+import importlib.util
 import inspect
 import itertools
 import json
@@ -50,7 +51,7 @@ from data import (
 )
 from encoder import parse_name
 from evaluate import REFERENCES, evaluate, print_table, write_results
-from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, check_size, local_file
+from model import BROKEN_FILE, DCSSDAE, SIZES, AdaGN, check_size, compile_blocks, local_file
 from sampler import seeded_generator
 
 from losses import (EqM, LPIPSLoss, PatchGAN, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix,  # isort: skip
@@ -138,11 +139,7 @@ def get_args(argv=None):
     add("--w_gan", type=float, default=0.0, help="weight of a PatchGAN on the one-step estimate; 0: off [%(default)s]")
     add("--gan_start", type=int, default=0, help="first step with the GAN [%(default)s]")
 
-    optimisation, run = shared_arguments(p)
-    optimisation("--micro_batch", type=int, help="images per forward pass and process; gradients add up to the batch's")
-    optimisation("--checkpointing", action="store_true", help="less memory: compute residual blocks twice")
-    run("--compile", action="store_true", help="torch.compile encoder and decoder")
-    run("--eval_every", type=int, default=5000, help="steps between evaluations; 0: only at the end [%(default)s]")
+    run = shared_arguments(p)
     run("--eval_steps", type=int, nargs="+", default=[1, 4], help="sampler steps of evaluations %(default)s")
 
     known = p.parse_known_args(argv)[0]
@@ -203,7 +200,7 @@ def flags(values, names):
 
 def shared_arguments(p):
     """The flags that train.py and distill.py have in common, with the defaults of train.py. -> add_argument of the
-    groups "optimisation" and "run"."""
+    group "run"."""
     add = p.add_argument_group("data").add_argument
     add("--data", metavar="DIR", type=str, default="demo",
         help="demo (built in), imagenette, cifar10, or a folder of images [%(default)s]")
@@ -224,7 +221,7 @@ def shared_arguments(p):
         "the fourth power [%(default)s]")
     add("--repa_weights", metavar="FILE", type=str, help="DINOv2 ViT-B/14; else Hugging Face's cache or a download")
 
-    add = optimisation = p.add_argument_group("optimisation").add_argument
+    add = p.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=192, help="images per step over all processes [%(default)s]")
     add("--steps", type=int, default=250_000, help="optimiser steps [%(default)s]")
     add("--lr", type=float, default=3e-4, help="AdamW's learning rate [%(default)s]")
@@ -234,6 +231,8 @@ def shared_arguments(p):
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: no limit [%(default)s]")
     add("--ema", type=float, default=0.999, help="decay of the weights' average, which is what is saved [%(default)s]")
     add("--ema_start", type=int, default=0, help="until then the average is the weights themselves [%(default)s]")
+    add("--micro_batch", type=int, help="images per forward pass and process; gradients add up to the batch's")
+    add("--checkpointing", action="store_true", help="less memory: compute residual blocks twice")
 
     add = run = p.add_argument_group("run").add_argument
     add("--out", metavar="DIR", type=str, help="folder of the run; else named after what is trained")
@@ -243,12 +242,15 @@ def shared_arguments(p):
     add("--device", metavar="NAME", type=str, help="cuda, mps or cpu; else the best there is")
     add("--dtype", type=str, choices=["auto", "float32", "bf16"], default="auto",
         help="bf16: autocast; auto: bf16 where the hardware has it [%(default)s]")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for the networks' blocks; default: on "
+        "NVIDIA's GPUs, where Triton is installed")
     add("--seed", type=int, default=0, help="of everything random [%(default)s]")
+    add("--eval_every", type=int, default=5000, help="steps between evaluations; 0: only at the end [%(default)s]")
     add("--eval_images", type=int, default=64, help="validation images of evaluations [%(default)s]")
     add("--save_every", type=int, default=5000, help="steps between checkpoints [%(default)s]")
     add("--log_every", type=int, default=50, help="steps between lines of log.jsonl [%(default)s]")
     add("--tensorboard", action="store_true", help="the log and the pictures for TensorBoard too, in --out")
-    return optimisation, run
+    return run
 
 
 def check_args(args):
@@ -282,6 +284,13 @@ def pick_dtype(name, device):
             is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         name = "bf16" if is_fast else "float32"
     return torch.bfloat16 if name == "bf16" else None
+
+
+def compiles(args, device):
+    """Whether to compile: --compile or --no-compile, else where it is known to pay."""
+    if args.compile is not None:
+        return args.compile
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def prefer_speed(device):
@@ -993,16 +1002,13 @@ class Objective(nn.Module):
         # In lists: LPIPS is neither trained, synchronised nor saved, and the discriminator has its own of each.
         self.lpips, self.gan = [lpips], [gan]
         self.eqm = EqM(args.c, args.a, args.b, args.lam) if args.loss == "eqm" else None
-        self.encode, self.field = model.encode, model.decoder.forward_with_tokens
-        if args.compile:
-            self.encode, self.field = torch.compile(self.encode), torch.compile(self.field)
 
     def forward(self, x, e, eps, s, with_gan=False):
         """x images, e noise (B, 3, H, W), eps (B, c, h, w) posterior noise, s (B,) level -> ({name: scalar}, latents
         (B, c, h, w), one-step estimate (B, 3, H, W)), the latter two detached."""
-        posterior = self.encode(x)
+        posterior = self.model.encode(x)
         z = posterior.sample(eps)
-        terms, estimate, tokens = matching(self.field, self.eqm, x, e, z, s)
+        terms, estimate, tokens = matching(self.model.decoder.forward_with_tokens, self.eqm, x, e, z, s)
         if self.lpips[0] is not None:
             terms["lpips"] = self.lpips[0](x, estimate).mean()
         if self.repa is not None:
@@ -1162,6 +1168,8 @@ def main():
                                           fused=device.type != "mps")
         optimizers.append(gan_optimizer)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
+    if compiles(args, device):
+        compile_blocks(model)
 
     # The run
     parts = {"model": model, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer,
