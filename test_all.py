@@ -2910,7 +2910,7 @@ def test_help_explains_every_flag(helps):
 
 
 def test_every_tool_explains_itself_as_a_module(helps):
-    assert TOOLS == ["tools.bench", "tools.compare", "tools.field", "tools.latents", "tools.sweep"]
+    assert TOOLS == ["tools.bench", "tools.check", "tools.compare", "tools.field", "tools.latents", "tools.sweep"]
     for tool in TOOLS:
         assert f"-m {tool} " in helps[tool] and f"usage: {tool.split('.')[1]}.py" in helps[tool]
     for title in ("data:", "metrics that need a network:"):
@@ -3694,6 +3694,19 @@ def test_what_is_compiled_by_default(monkeypatch):
                                            (False, "cpu", ["--compile"], True)):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there or None)
         assert train.compiles(train.get_args(flags), torch.device(device)) == expected
+
+
+def test_check_command(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_main(check, monkeypatch, "values", "traffic", "ranks", "--device", "cpu")
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and text.count("values ") == 4 and text.rstrip().endswith("\nhealthy")
+    assert text.count("0 copies from the host, 0 reads by it") == 2
+    monkeypatch.setattr(DCSSDAE, "decode", lambda self, z, steps, noise: noise * z.mean().item())
+    with pytest.raises(SystemExit) as end:
+        run_main(check, monkeypatch, "traffic", "--device", "cpu")
+    assert end.value.code == 1 and "a decode waits for the host or the device" in capsys.readouterr().out
+    assert "there is no sped to check" in sentence(check, monkeypatch, "sped")
 
 
 def test_cost_and_memory_of_decoding_are_linear_in_pixels():
