@@ -412,7 +412,7 @@ class ImageDataset(torch.utils.data.Dataset):
             return None
 
     def item(self, epoch, i):
-        """Image i as it is in `epoch`, or None, see above."""
+        """Image i as it is in `epoch`, (uint8 (3, size, size), i), or None, see above."""
         n = len(self)
         u = np.random.default_rng([ITEM, self.seed, epoch, i]).random(4)
         short = self.size * (1 + (self.aug_scale - 1) * u[3])
@@ -425,7 +425,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 image = (prepare_train(image, self.size, short, u) if self.train
                          else prepare_eval(image, self.size, self.crop))
                 x = np.ascontiguousarray(np.array(image).transpose(2, 0, 1))  # (3, size, size) uint8
-                return torch.from_numpy(x).float().div_(127.5).sub_(1), i
+                return torch.from_numpy(x), i
         if not self.train:
             return None
         if tried == n:
@@ -434,6 +434,11 @@ class ImageDataset(torch.utils.data.Dataset):
         raise ValueError(f"{tried} images in a row cannot be decoded, {first} to {last}: remove or replace such files")
 
     def __getitem__(self, key):
+        item = self.levels(key)
+        return (from_levels(item[0]), item[1]) if isinstance(item, tuple) else item
+
+    def levels(self, key):
+        """The item with its image in the 256 levels of 8 bit: a quarter of what would cross between processes."""
         epoch, i = key if isinstance(key, tuple) else (0, key)
         if not 0 <= i < len(self):
             raise IndexError(f"no image {i} in a data set of {len(self)}")
@@ -445,13 +450,19 @@ class ImageDataset(torch.utils.data.Dataset):
             return error                                     # raised here it would reach the user as a stack trace
 
     def __getitems__(self, keys):
-        """The items of a batch; up to the first error, which ends the run: each of the others would wait as long."""
+        """A DataLoader's items of a batch, as `levels`; up to the first error, which ends the run: each of the others
+        would wait as long."""
         items = []
         for key in keys:
-            items.append(self[key])
+            items.append(self.levels(key))
             if isinstance(items[-1], Exception):
                 break
         return items
+
+
+def from_levels(x):
+    """uint8 -> float32 in [-1, 1], any shape."""
+    return x.float().div_(127.5).sub_(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -704,24 +715,37 @@ def collate(items):
 
 
 class Loader(torch.utils.data.DataLoader):
-    """DataLoader that leaves out batches without a readable image. Raises what its workers met: OSError or ValueError,
-    one sentence; ValueError too if all images are unreadable, unless may_be_empty."""
+    """DataLoader whose images become numbers in [-1, 1] on `device`. Leaves out batches without a readable image.
+    Raises what its workers met: OSError or ValueError, one sentence; OSError where a worker is killed; ValueError too
+    if all images are unreadable, unless may_be_empty."""
 
-    may_be_empty = False
+    may_be_empty, device = False, "cpu"
 
     def __iter__(self):
+        try:
+            yield from self.readable()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError("a process that reads images was killed, for want of memory most often: use fewer --workers"
+                          ) from None
+
+    def readable(self):
+        """The batches that hold an image."""
         for x, index in super().__iter__():
             if index is None:
                 raise x
             if len(index):
-                yield x, index
+                yield from_levels(x.to(self.device, non_blocking=True)), index
             elif self.dataset.skipped.all() and not self.may_be_empty:
                 raise self.dataset.nothing_readable()
 
 
-def make_loader(dataset, batch_size, train, workers=0, seed=0, rank=0, world=1, start=0, may_be_empty=False):
-    """-> Loader over x (b, 3, s, s) in [-1, 1] and index (b,) int64. batch_size counts all `world` processes together.
-    Training: endless, b = batch_size / world, from step `start` on (resume); an image's stand-in keeps its index.
+def make_loader(dataset, batch_size, train, workers=0, seed=0, rank=0, world=1, start=0, may_be_empty=False,
+                device="cpu"):
+    """-> Loader over x (b, 3, s, s) in [-1, 1] on `device`, index (b,) int64. batch_size counts all `world` processes
+    together. Training: endless, b = batch_size / world, from step `start` on (resume); an image's stand-in keeps its
+    index.
     Evaluation: this rank's indices rank, rank + world, ... once and in order; the last batch may be smaller.
     ValueError if batch_size is not in [1, 10**6] or, in training, not a multiple of world."""
     if not is_whole(batch_size, 1) or batch_size > LARGEST_BATCH or (train and batch_size % world):
@@ -735,7 +759,7 @@ def make_loader(dataset, batch_size, train, workers=0, seed=0, rank=0, world=1, 
     loader = Loader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                     generator=torch.Generator(),
                     persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
-    loader.may_be_empty = may_be_empty
+    loader.may_be_empty, loader.device = may_be_empty, device
     return loader
 
 
@@ -749,8 +773,8 @@ LARGEST_KEPT = 1024                                          # pixels a side up 
 
 
 def setup(device=None):
-    """(rank, world, device). Under torchrun joins the process group: nccl on GPUs, gloo otherwise.
-    One process needs no launcher.
+    """(rank, world, device). Under torchrun joins the process group: nccl for tensors on GPUs, gloo for
+    others. One process needs no launcher.
 
     device  "cuda", "mps" or "cpu"; None: the first that is there. ValueError where there is no such device.
     """
@@ -768,7 +792,7 @@ def setup(device=None):
         torch.cuda.set_device(device)
     keep_freed_memory(True)
     if world > 1 and not dist.is_initialized():
-        join_processes("nccl" if device.type == "cuda" else "gloo", rank, world)
+        join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank, world)
     return rank, world, device
 
 

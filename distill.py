@@ -11,8 +11,8 @@ model.safetensors, reconstructions.png, metrics.json, log.jsonl.
 import copy
 import hashlib
 import json
-import math
 import os
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -20,13 +20,14 @@ from torch import nn
 from data import check_numbers, guarded, make_dataset, make_loader, parts_taken, setup
 from evaluate import evaluate, print_table, write_results
 from losses import EqM
-from model import DCSSDAE, check_size
+from model import DCSSDAE, check_size, compile_blocks
 from sampler import image_noise
 
 from train import (VALIDATION_BATCH, Run, append_log, autocast, check_content, check_shared,  # isort: skip
-                   clip_gradients, data_parallel, draw, finish_step, make_optimizer, make_parser, matching, next_batch,
-                   open_board, open_run, perceptual_losses, pick_dtype, restore, set_learning_rate, shared_arguments,
-                   skip_step, summed, training_batches, update_ema)
+                   clip_gradients, compiles, data_parallel, draw, evaluation_is_due, finish_step, make_optimizer,
+                   make_parser, matching, next_batch, open_board, open_run, paired_tensors, perceptual_losses,
+                   pick_dtype, prefer_speed, restore, set_learning_rate, shared_arguments, step_if, stop_flag, summed,
+                   training_batches, update_ema, validate)
 
 
 def get_args(argv=None):
@@ -39,7 +40,8 @@ def get_args(argv=None):
     add("--mu", type=float, help="EqM: Nesterov momentum of the teacher")
 
     shared_arguments(p)
-    p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000)
+    p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000,
+                   eval_every=0, eval_steps=[1])
     args = p.parse_args(argv)
     check_numbers(args)
     if not args.out:
@@ -103,6 +105,7 @@ def closeness(teacher, student, loader, teacher_steps, options, device, dtype, s
 def main():
     args = get_args()
     rank, world, device = setup(args.device)
+    prefer_speed(device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
 
@@ -123,7 +126,7 @@ def main():
     args.teacher = fingerprint(teacher)  # what --resume compares
 
     # Data, student, objective, optimiser
-    checkpoint, log_path, _ = open_run(args, rank, world)
+    checkpoint, log_path, evaluated = open_run(args, rank, world)
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
                            enlarge=args.enlarge)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
@@ -135,9 +138,13 @@ def main():
     student = copy.deepcopy(teacher)
     student.config["notes"] = dict(notes, distilled_from_steps=args.teacher_steps, left_out=left_out)
     student.decoder.requires_grad_(True)
+    student.decoder.train().checkpointing = args.checkpointing
     ema = copy.deepcopy(student).requires_grad_(False).eval()
+    if compiles(args, device):
+        compile_blocks(teacher)
+        compile_blocks(student.decoder)
     if lpips is not None:
-        lpips.to(device)
+        lpips.to(device, memory_format=torch.channels_last)
     weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa}
     objective = OneStep(student, lpips, repa).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
@@ -147,57 +154,66 @@ def main():
     parts = {"model": student, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer}
     start, skipped = restore(parts, checkpoint)
     del checkpoint
+    averaged = paired_tensors(ema, student)
     parallel = data_parallel(objective, world)
-    batches = training_batches(args, dataset, rank, world, start)
+    batches = training_batches(args, dataset, rank, world, start, device)
     board = open_board(args, start) if rank == 0 else None
     run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content())
     local = args.batch_size // world                                            # images of this process
+    micro = min(args.micro_batch or local, local)                               # images of a forward pass
     z_shape = teacher.latent_shape(args.size, args.size)
 
     for step in range(start, args.steps):
+        if evaluation_is_due(step, args) and step != evaluated:  # the last one comes after the loop
+            validate(run, ema, val, dtype)
+
         # Draw
         set_learning_rate(optimizer, step, args)
         x, index = next_batch(run, batches)
-        x = x.to(device, memory_format=torch.channels_last, non_blocking=True)  # (local, 3, size, size)
+        x = x.contiguous(memory_format=torch.channels_last)                     # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
-        e, eps, _ = draw(args.seed, step, rows, x.shape[1:], z_shape, device)
-        e = e.contiguous(memory_format=torch.channels_last)
 
-        # Teacher, student, backward
-        with autocast(device, dtype):
-            with torch.no_grad():
-                z = teacher.encode(x).sample(eps)
-                target = teacher.decode(z, args.teacher_steps, e, **options).float()
-            terms = parallel(z, e, target)
-        terms["loss"] = sum(weights[name] * term for name, term in terms.items())
-        terms["loss"].backward()
-        norm = clip_gradients(trained, args).item()
+        # Teacher, student, backward: one micro-batch after the other
+        totals = {}
+        for i in range(0, local, micro):
+            xb = x[i:i + micro]
+            e, eps, _ = draw(args.seed, step, rows[i:i + micro], xb.shape[1:], z_shape, device)
+            e = e.contiguous(memory_format=torch.channels_last)
+            share = len(xb) / local
+            is_last = i + micro >= local
+            with nullcontext() if is_last or world == 1 else parallel.no_sync():
+                with autocast(device, dtype):
+                    with torch.no_grad():
+                        z = teacher.encode(xb).sample(eps)
+                        target = teacher.decode(z, args.teacher_steps, e, **options).float()
+                    terms = parallel(z, e, target)
+                terms["loss"] = sum(weights[name] * term for name, term in terms.items())
+                (terms["loss"] * share).backward()
+            for name, term in terms.items():
+                totals[name] = totals.get(name, 0) + term.detach() * share / world
+        norm = clip_gradients(trained, args)
 
         # One small sum over the processes: loss terms, and whether anybody was asked to stop
-        shared = [term.detach().float() for term in terms.values()]
-        shared.append(torch.tensor(float(run.stop.received > 0), device=device))
-        shared = summed(torch.stack(shared), device, world)
-        totals, stopped = dict(zip(terms, (shared[:-1] / world).tolist())), shared[-1] > 0
+        stop = stop_flag(run)
+        shared = summed(torch.cat([torch.stack([*totals.values()]).to(stop.dtype), stop]), world)
+        totals = dict(zip(totals, shared))
 
         # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients
-        if math.isfinite(norm) and shared.isfinite().all():
-            optimizer.step()
-            update_ema(ema, student, args.ema, step - args.ema_start)
-            run.skipped_in_a_row = 0
-        else:
-            skip_step(run, norm, totals, index)
+        good = norm.isfinite() & shared.isfinite().all()
+        step_if(good, optimizer)
+        update_ema(averaged, args.ema, step - args.ema_start)
         optimizer.zero_grad(set_to_none=True)
 
         # Log and save
-        finish_step(run, totals, norm, stopped)
+        finish_step(run, totals, norm.to(stop.dtype), shared[-1], good, index)
 
     # Evaluate
     run.bar.close()
-    loader = make_loader(val, VALIDATION_BATCH * world, train=False, rank=rank, world=world)
+    loader = make_loader(val, VALIDATION_BATCH * world, train=False, rank=rank, world=world, device=device)
     result = evaluate(ema, loader, device, steps=[1], seed=args.seed, dtype=dtype, rank=rank, world=world)
     if rank == 0:
         write_results(result, args.out)  # before anything else can fail
-        loader = make_loader(val, VALIDATION_BATCH, train=False)
+        loader = make_loader(val, VALIDATION_BATCH, train=False, device=device)
         before, after = closeness(teacher, ema, loader, args.teacher_steps, options, device, dtype, args.seed)
         result["mse_to_teacher"] = {"teacher_steps": args.teacher_steps, "undistilled": before, "distilled": after}
         write_results(result, args.out)

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion: a variance that is neither 0 nor infinite in float32
 
@@ -183,10 +184,57 @@ def _overlap(x, f):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Layouts. All maps are channels_last (NHWC in memory), which is what fast convolutions take. The GPU's kernels of
+# pixel_unshuffle and group norm return NCHW, and the convolution after them would turn every map round: for there, both
+# stand here on NHWC views.
+
+def eager_cpu(x):
+    """Whether work on x is done by the CPU's own kernels: not on a GPU, and not compiled."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def plain_norm(x, groups, eps):
+    """Group norm without weights: x (B, C, H, W) -> the same, in float32 at least."""
+    v = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))                                     # (B, H, W, groups, .)
+    v = v.to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(v, dim=(1, 2, 4), keepdim=True, correction=0)
+    return ((v - mean) * torch.rsqrt(var + eps)).flatten(3).permute(0, 3, 1, 2)
+
+
+def recomputed(function, x, *arguments):
+    """function(x, *arguments), of which only the arguments are kept for the backward pass; a compiler sees to that by
+    itself."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(x, *arguments)
+    return checkpoint(function, x, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def space_to_channel(x):
+    """pixel_unshuffle by 2: (B, C, H, W) -> (B, 4 C, H/2, W/2)."""
+    if eager_cpu(x):
+        return F.pixel_unshuffle(x, 2)
+    B, C, H, W = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C)
+    return x.permute(0, 1, 3, 5, 2, 4).reshape(B, H // 2, W // 2, 4 * C).permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # vq_*: the KL-VAE encoder. Group norm, swish, strided convolutions, one attention at the lowest resolution.
 
 def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)  # 32 groups unless the width was scaled below 32
+
+
+def plain_weighted_norm(x, weight, bias, groups, eps):
+    x = plain_norm(x, groups, eps)
+    return x * weight[:, None, None] + bias[:, None, None]
+
+
+def normed(x, norm):
+    """x through an nn.GroupNorm."""
+    if eager_cpu(x):
+        return norm(x)
+    return recomputed(plain_weighted_norm, x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
 class VQResBlock(nn.Module):
@@ -198,10 +246,10 @@ class VQResBlock(nn.Module):
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
-        if not x.requires_grad:  # torch 2.13 crashes in group norm's backward for channels_last constants
+        if eager_cpu(x) and not x.requires_grad:  # its group norm crashes in backward for channels_last constants
             x = x.contiguous()
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(normed(x, self.norm1)))
+        h = self.conv2(F.silu(normed(h, self.norm2)))
         return self.shortcut(x) + h
 
 
@@ -218,7 +266,7 @@ class VQAttention(nn.Module):
         start_at_zero(self.out)
 
     def forward(self, x):
-        h = self.norm(x)
+        h = normed(x, self.norm)
         q, k, v = (p(h).flatten(2).mT.unsqueeze(1) for p in (self.q, self.k, self.v))  # (B, 1, H*W, C)
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.reshape(x.shape)
         return x + self.out(h)
@@ -282,7 +330,7 @@ class VQEncoder(nn.Module):
                     h = attention[i](h)
             if len(level) == 3:
                 h = level[2](F.pad(h, (0, 1, 0, 1)))  # the original pads right and bottom only
-        h = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        h = self.conv_out(F.silu(normed(self.mid(h), self.norm_out)))
         mean, logvar = self.quant(h).float().chunk(2, dim=1)
         if self.fold:
             variance = self.fold_var.float()[:, None, None] + FOLD_EPS
@@ -307,7 +355,8 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(dim=1, keepdim=True) + self.eps)
-        return h.to(x.dtype) * self.weight[:, None, None] + self.bias[:, None, None]
+        # Back to x's type at the very end: weights are float32 under autocast, and all blocks after this one would be.
+        return (h * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class DCResBlock(nn.Module):
@@ -352,7 +401,7 @@ class LinearAttention(nn.Module):
             v = F.pad(v, (0, 0, 0, 1), value=1.0)  # a row of ones: its result is the normaliser
             h = v @ F.relu(k).mT @ F.relu(q)  # (B, heads, 33, H*W)
             h = h[:, :, :-1] / (h[:, :, -1:] + ATTENTION_EPS)
-        h = h.flatten(1, 2).unflatten(2, x.shape[2:]).to(x.dtype)
+        h = h.flatten(1, 2).unflatten(2, x.shape[2:]).to(x.dtype, memory_format=torch.channels_last)
         return x + self.norm(self.proj(h))
 
 
@@ -381,9 +430,9 @@ class DCDown(nn.Module):
         self.cout, self.shortcut, self.strided = cout, shortcut, strided
 
     def forward(self, x):
-        h = self.conv(x) if self.strided else F.pixel_unshuffle(self.conv(x), 2)
+        h = self.conv(x) if self.strided else space_to_channel(self.conv(x))
         if self.shortcut:
-            h = h + F.pixel_unshuffle(x, 2).unflatten(1, (self.cout, -1)).mean(dim=2)
+            h = h + space_to_channel(x).unflatten(1, (self.cout, -1)).mean(dim=2)
         return h
 
 

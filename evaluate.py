@@ -315,7 +315,8 @@ def shared_arguments(parser):
     add = parser.add_argument
     add("--ckpt", required=True, metavar="FILE", help="model.safetensors written by train.py or distill.py")
     add("--device", metavar="NAME", help="default: cuda, mps or cpu, the first that is there")
-    add("--dtype", choices=["float32", "bf16"], default="float32", help="weights and maps of both parts [%(default)s]")
+    add("--dtype", choices=["float32", "tf32", "bf16"], default="float32", help="weights and maps of both parts; tf32: "
+        "float32 with the faster, coarser products of NVIDIA's GPUs, metrics' networks too [%(default)s]")
     add("--seed", type=int, default=0, help="of the decoder's noise and of posterior samples [%(default)s]")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="demo", metavar="DIR", help="demo, imagenette, cifar10 or a folder [%(default)s]")
@@ -334,7 +335,8 @@ def load_model(args, device):
     """The model of --ckpt in --dtype on `device`, and the image size: --size, the training's, or 256: (model, int).
     ValueError, OSError: no such model, a size that does not fit it, an --out that is no folder."""
     check_folder(args.out)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: no TF32 in decoder and LPIPS
+    # float32 means float32, also in LPIPS: torch's own choice is TF32 for convolutions.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.dtype == "tf32"
     model = DCSSDAE.load(args.ckpt, device=device).to(memory_format=torch.channels_last)
     if args.dtype == "bf16":
         model.to(torch.bfloat16)
@@ -395,7 +397,7 @@ def report(args, model, dataset, networks, runs, sampler, out, rank, world, devi
     distances, features, unavailable = networks
     paths = cache_files(args, dataset, features)
     originals = load_cached(paths, world)
-    loader = make_loader(dataset, args.batch_size * world, False, args.workers, rank=rank, world=world)
+    loader = make_loader(dataset, args.batch_size * world, False, args.workers, rank=rank, world=world, device=device)
     result = evaluate(model, loader, device, runs, distances, features, seed=args.seed, rank=rank, world=world,
                       originals=originals, progress=True)
     if rank > 0:

@@ -241,18 +241,22 @@ class LPIPSLoss(nn.Module):
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < self.smallest:
             raise ValueError(f"LPIPS compares images (B, 3, H, W) with sides of at least {self.smallest}, got "
                              f"{tuple(x.shape)}")
+        distance = 0
         with torch.autocast(x.device.type, enabled=False):
-            h = (torch.cat([x, y]).float() - self.shift) / self.scale
-            distance = 0
+            # One after the other: an original that needs no gradient then keeps no features for a backward pass.
+            hx, hy = ((image.float() - self.shift) / self.scale for image in (x, y))
             for k, layers in enumerate(self.slices):
-                h = layers(h)
-                # Not h / (|h| + eps): the square root's gradient is infinite where all channels are zero.
-                n = h * torch.rsqrt(h.square().sum(dim=1, keepdim=True) + LPIPS_EPS)
-                nx, ny = n.chunk(2)
+                hx, hy = layers(hx), layers(hy)
                 # Equation 1, with the squares of its weights: over channels, averaged over space
-                weighted = (nx - ny).square() * getattr(self, f"lin{k}")         # (B, C, h, w)
+                weighted = (unit_length(hx) - unit_length(hy)).square() * getattr(self, f"lin{k}")  # (B, C, h, w)
                 distance = distance + weighted.sum(dim=1).mean(dim=(1, 2))
             return distance
+
+
+def unit_length(h):
+    """h (B, C, h, w), each pixel's channels divided by their length. Not h / (|h| + eps): the square root's gradient is
+    infinite where all channels are zero."""
+    return h * torch.rsqrt(h.square().sum(dim=1, keepdim=True) + LPIPS_EPS)
 
 
 def repa_projection(width, target_width=768):
@@ -265,11 +269,15 @@ class REPALoss(nn.Module):
 
     width    channels of the decoder's tokens; the MLP trains with the model and is not exported
     weights  DINOv2 ViT-B/14 as a file, in timm's or the original layout; None: the Hugging Face cache, else a download
+    largest  sides in pixels up to which there is a DINOv2 token for each of the decoder's; DINOv2 sees larger images as
+             if they had this size, and the decoder's tokens are averaged to its grid. Its attention costs the fourth
+             power of the side
     raises   WeightsUnavailable where they cannot be had
     """
 
-    def __init__(self, width, weights=None):
+    def __init__(self, width, weights=None, largest=256):
         super().__init__()
+        self.largest = largest
         if importlib.util.find_spec("timm") is None:
             raise WeightsUnavailable("REPA needs the timm package: pip install timm, "
                                      "or turn the loss off with --w_repa 0")
@@ -303,15 +311,23 @@ class REPALoss(nn.Module):
         self.dino.eval()
         return self
 
+    def grid(self, x):
+        """Rows and columns of DINOv2's tokens of images x: a token for 8 x 8 pixels, at most `largest` / 8 a side."""
+        shrink = max(1.0, max(x.shape[-2:]) / self.largest)
+        return [max(1, round(side / shrink) // 8) for side in x.shape[-2:]]
+
     @torch.no_grad()
     def target(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> DINOv2 patch tokens (B, H/8 * W/8, 768)."""
-        H, W = x.shape[-2:]
-        x = F.interpolate((x.float() + 1) / 2, size=(14 * H // 8, 14 * W // 8), mode="bicubic", antialias=True)
+        """x (B, 3, H, W) in [-1, 1] -> DINOv2 patch tokens (B, rows * columns of the grid, 768)."""
+        size = [14 * n for n in self.grid(x)]
+        x = F.interpolate((x.float() + 1) / 2, size=size, mode="bicubic", antialias=True)
         return self.dino.forward_features((x - self.mean) / self.std)[:, self.dino.num_prefix_tokens:]
 
     def forward(self, tokens, x):
         """tokens (B, H/8 * W/8, width) of the decoder, x (B, 3, H, W) clean images in [-1, 1] -> scalar in [0, 2]."""
+        rows, columns = (side // 8 for side in x.shape[-2:])
+        if [rows, columns] != self.grid(x):
+            tokens = F.adaptive_avg_pool2d(tokens.mT.unflatten(2, (rows, columns)), self.grid(x)).flatten(2).mT
         ours, theirs = self.mlp(tokens).float(), self.target(x).float()          # (B, N, 768) each
         return 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
 

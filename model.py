@@ -12,6 +12,7 @@ Conventions: images (B, 3, H, W) in [-1, 1]; latents (B, c, H/f, W/f). Flow matc
 network predicts v = x - e. Equilibrium matching: no time; the network predicts a field that points from the data
 towards the noise.
 """
+import functools
 import json
 import math
 import os
@@ -31,7 +32,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sampler
-from encoder import LARGEST_WIDTH, LappedCode, make_encoder, parse_name, start_at_zero
+from encoder import (
+    LARGEST_WIDTH,
+    DCDown,
+    DCResBlock,
+    GatedConv,
+    LappedCode,
+    LinearAttention,
+    VQResBlock,
+    eager_cpu,
+    make_encoder,
+    normed,
+    parse_name,
+    plain_norm,
+    recomputed,
+    start_at_zero,
+)
 
 # Decoder sizes, as SSDD names them. Parameters in millions at z_dim 4, window 17: with time (FM) and without (EqM).
 SIZES = {
@@ -100,17 +116,17 @@ class LatentNorm(nn.Module):
                             self.weight.to(z.dtype), self.bias.to(z.dtype), training=False, eps=self.eps)
 
     @torch.no_grad()
-    def update(self, count, total, total_sq):
+    def update(self, count, total, total_sq, good):
         """count: number of values per channel; total, total_sq: (channels,) sums of z and z**2 over the whole batch,
-        float64."""
+        float64; good: whether to do it, a bool tensor. Nothing of this is read back from the device."""
         mean = total / count
         # Var z = (E[z^2] - E[z]^2) n / (n - 1), unbiased as BatchNorm's
         var = (total_sq / count - mean.square()).clamp(min=0) * count / max(count - 1, 1)
-        self.num_batches_tracked += 1
+        self.num_batches_tracked += good.long()
         # A plain average over the first batches, so that the initial 0 and 1 are forgotten at once; then exponential.
-        momentum = max(self.momentum, 1.0 / int(self.num_batches_tracked))
-        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-        self.running_var.lerp_(var.to(self.running_var), momentum)
+        momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal().clamp(min=self.momentum)
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            running.copy_(torch.where(good, running.lerp(new.to(running.dtype), momentum), running))
 
 
 class NormSiLU(torch.autograd.Function):
@@ -132,8 +148,7 @@ class NormSiLU(torch.autograd.Function):
         else:
             y, mean, rstd = torch.native_group_norm(y, None, None, B, C, H * W, groups, eps)
             v = blocks(y, scale)
-            out = None if torch.compiler.is_compiling() else v  # torch.compile does without temporaries by itself
-            y = unblock(torch.addcmul(per_block(shift), v, per_block(scale), out=out), y.shape)
+            y = unblock(torch.addcmul(per_block(shift), v, per_block(scale), out=v), y.shape)
         ctx.groups = groups
         ctx.save_for_backward(x, scale, shift, mean, rstd)
         return F.silu(y, inplace=True).to(x.dtype)
@@ -141,23 +156,25 @@ class NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, scale, shift, mean, rstd = ctx.saved_tensors
-        groups, (C, H, W) = ctx.groups, x.shape[1:]
+        groups, (C, H, W), dtypes = ctx.groups, x.shape[1:], (x.dtype, scale.dtype, shift.dtype)
+        # In float32 at least: constants that were rounded to bf16 would not cancel where a group's mean is large.
         exact = torch.promote_types(x.dtype, torch.float32)
+        x, grad, scale, shift, mean, rstd = (t.to(exact) for t in (x, grad, scale, shift, mean, rstd))
 
         def per_channel(t):  # (B, groups) -> (B, C, 1, 1)
             return t.repeat_interleave(C // groups, 1)[:, :, None, None]
 
         def block_sums(t):  # (B, h, H/h, w, W/w, C) -> (B, C, h, w)
-            return t.sum(4).to(exact).sum(2).permute(0, 3, 1, 2)
+            return t.sum(4).sum(2).permute(0, 3, 1, 2)
 
         def group_mean(t):  # over a group's pixels and channels, of scale * t that is given by its sums over blocks
             sums = (scale * t).sum((2, 3)).unflatten(1, (groups, -1)).sum(2)                    # (B, groups)
             return per_channel(sums / (C // groups * H * W))
 
-        mean, rstd = per_channel(mean.to(exact)), per_channel(rstd.to(exact))
+        mean, rstd = per_channel(mean), per_channel(rstd)
         # x^ = (x - mean) rstd, y = scale x^ + shift = a x + (shift - mean a) with a = rstd scale
         v, a = blocks(x, scale), rstd * scale
-        y = torch.addcmul(per_block((shift - mean * a).to(x.dtype)), v, per_block(a.to(x.dtype)))
+        y = torch.addcmul(per_block(shift - mean * a), v, per_block(a))
         g = torch.ops.aten.silu_backward(blocks(grad, scale), y)
         # dshift = sum g, dscale = sum g x^, over every block of pixels
         dshift = block_sums(g)                                                                  # (B, C, h, w)
@@ -166,11 +183,24 @@ class NormSiLU(torch.autograd.Function):
         m, m_xhat = group_mean(dshift), group_mean(dscale)
         slope = -rstd.square() * m_xhat
         constant = -rstd * m - mean * slope
-        dx = torch.addcmul(per_block(constant.to(x.dtype)), v, per_block(slope.to(x.dtype)))
-        dx = unblock(dx.addcmul_(g, per_block(a.to(x.dtype))), x.shape)
-        dscale = dscale.sum_to_size(scale.shape).to(scale.dtype)
-        dshift = dshift.sum_to_size(shift.shape).to(shift.dtype)
-        return dx, dscale, dshift, None, None
+        dx = torch.addcmul(per_block(constant), v, per_block(slope))
+        dx = unblock(dx.addcmul_(g, per_block(a)), x.shape)
+        dscale, dshift = dscale.sum_to_size(scale.shape), dshift.sum_to_size(shift.shape)
+        return *(t.to(dtype) for t, dtype in zip((dx, dscale, dshift), dtypes)), None, None
+
+
+def norm_silu(x, scale, shift, groups=32, eps=1e-5):
+    """silu(GroupNorm(x) * scale + shift), arguments as NormSiLU's, which is made for the CPU's own kernels; elsewhere
+    the plain form, which compilers fuse into two passes over x."""
+    if eager_cpu(x):
+        return NormSiLU.apply(x, scale, shift, groups, eps)
+    return recomputed(plain_norm_silu, x, scale, shift, groups, eps)
+
+
+def plain_norm_silu(x, scale, shift, groups, eps):
+    y = plain_norm(x, groups, eps)
+    y = torch.addcmul(per_block(shift.to(y.dtype)), blocks(y, scale), per_block(scale.to(y.dtype)))
+    return F.silu(unblock(y, x.shape)).to(x.dtype)
 
 
 def blocks(x, scale):
@@ -233,7 +263,7 @@ class GroupNorm(nn.Module):
         scale, shift = scale.reshape(-1, x.shape[1], 1, 1), shift.reshape(-1, x.shape[1], 1, 1)
         if self.groups == 0:
             return F.silu(torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype)))
-        return NormSiLU.apply(x, scale, shift, self.groups, self.eps)
+        return norm_silu(x, scale, shift, self.groups, self.eps)
 
 
 def upsample(x, conv):
@@ -254,7 +284,7 @@ class AdaGN(nn.Module):
 
     def forward(self, x, mod):  # mod: proj(ctx)
         scale, shift = mod.chunk(2, dim=1)
-        return NormSiLU.apply(x, 1 + scale, shift, self.groups)
+        return norm_silu(x, 1 + scale, shift, self.groups)
 
 
 class ResBlock(nn.Module):
@@ -339,13 +369,27 @@ class Windows:
         self.back = (home * self.q.shape[1] + place).flatten()
         self.kind = (kind[0][:, None] * len(self.rows[1]) + kind[1]).flatten()                # of every block
 
-    def bias(self, table):
-        """table (window, window, heads) -> (kinds of blocks, queries, heads, keys); MASKED outside the window."""
+    def bias(self, tables):
+        """tables (..., window, window, heads) -> (..., heads, kinds of blocks, queries, keys); MASKED outside the
+        window."""
         (ky, kx), (iy, ix) = self.keys, self.rows
-        t = F.pad(table.flip(0, 1).permute(2, 0, 1), (kx, kx, ky, ky), value=MASKED)          # by key - query
-        t = t.unfold(1, ky, 1).unfold(2, kx, 1).permute(1, 2, 0, 3, 4)                        # (row, column, ...)
-        t = t[iy[:, None, :, None], ix[None, :, None, :]]                                     # (uy, ux, by, bx, ...)
-        return t.flatten(5).flatten(2, 3).flatten(0, 1)
+        t = F.pad(tables.flip(-3, -2).movedim(-1, -3), (kx, kx, ky, ky), value=MASKED)        # by key - query
+        t = t.unfold(-2, ky, 1).unfold(-2, kx, 1)                                             # (row, column, ky, kx)
+        t = t[..., iy[:, None, :, None], ix[None, :, None, :], :, :]                          # (uy, ux, by, bx, ky, kx)
+        return t.flatten(-2).flatten(-3, -2).flatten(-4, -3)
+
+
+@functools.lru_cache(maxsize=32)
+def cached_windows(h, w, window, device):
+    with torch.inference_mode(False):  # or training could not use what an evaluation has made
+        return Windows(h, w, window, device)
+
+
+def windows_for(h, w, window, device):
+    """Windows of a grid, made once: their indices come from the host. A compiler makes constants of them."""
+    if torch.compiler.is_compiling():
+        return Windows(h, w, window, device)
+    return cached_windows(h, w, window, torch.device(device))
 
 
 class WindowAttention(nn.Module):
@@ -359,22 +403,23 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.bias_table = nn.Parameter(torch.zeros(window, window, heads))  # [row offset, column offset, head]
 
-    def forward(self, x, windows):
-        """x (B, C, h, w), windows Windows(h, w, self.window, ...) -> (B, C, h, w)."""
-        bias = windows.bias(self.bias_table)
+    def forward(self, x, windows, bias):
+        """x (B, C, h, w), windows Windows(h, w, self.window, ...), bias windows.bias(self.bias_table)
+        -> (B, C, h, w)."""
         q = linear(x, self.q).flatten(2).mT                                              # (B, N, C)
         kv_weight = torch.cat([self.k.weight, self.v.weight])[:, :, None, None]
         kv = F.conv2d(x, kv_weight).flatten(2).mT                                        # (B, N, 2 C)
-        if not windows.single:
-            q, kv = q[:, windows.q].flatten(0, 1), kv[:, windows.kv].flatten(0, 1)       # (B * blocks, tokens, ...)
-            bias = bias[windows.kind.repeat(len(x))]
         k, v = kv.chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        bias = bias.transpose(1, 2).to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, C / heads)
+        bias = bias.to(q.dtype)
+        if not windows.single:  # a block is a head of its own, so that all images share the biases
+            q, k, v = (t[:, :, i].flatten(1, 2) for t, i in ((q, windows.q), (k, windows.kv), (v, windows.kv)))
+            bias = bias[:, windows.kind]
+        bias = bias.flatten(0, 1)[None]                                                  # (1, heads * blocks, ...)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         if not windows.single:
-            out = out.unflatten(0, (len(x), -1)).flatten(1, 2)[:, windows.back]
-        return linear(out.mT.unflatten(2, x.shape[2:]), self.out)
+            out = out.unflatten(1, (self.heads, -1)).flatten(2, 3)[:, :, windows.back]   # (B, heads, N, C / heads)
+        return linear(out.mT.flatten(1, 2).unflatten(2, x.shape[2:]), self.out)
 
 
 class TransformerBlock(nn.Module):
@@ -385,10 +430,10 @@ class TransformerBlock(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mlp_in, self.mlp_out = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x, mod, windows):  # x (B, dim, h, w); mod: ada(silu(ctx))
+    def forward(self, x, mod, windows, bias):  # x (B, dim, h, w); mod: ada(silu(ctx)); the rest as WindowAttention
         h = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
         shift, scale = mod.chunk(2, dim=1)
-        x = x + self.attn(modulate(h, scale, shift), windows)
+        x = x + self.attn(modulate(h, scale, shift), windows, bias)
         h = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         value, gate = linear(h, self.mlp_in).chunk(2, dim=1)                             # (B, 4 dim, h, w) each
         return x + linear(value * F.gelu(gate), self.mlp_out)
@@ -410,12 +455,14 @@ class Condition(NamedTuple):
     input_map: torch.Tensor     # (B, C, 5h, 5w), the input convolutions' part of the latent: see spread
     adagn: torch.Tensor         # (B, ., h, w), scales and shifts of all AdaGN, in the order of UViT.modules()
     adaln: torch.Tensor         # (B, ., h, w), shifts and scales of all transformer blocks
+    bias: torch.Tensor | None   # (blocks, heads, kinds, queries, keys), of all attentions: Windows.bias
     base: torch.Tensor | None   # (B, 3, H, W), the linear estimate of the image
     base_map: torch.Tensor | None  # (B, C/2, H, W), the input convolution's part of it
 
     def rows(self, chosen):
         """The Condition of some samples of the batch: indices or a mask."""
-        return Condition(*(None if field is None else field[chosen] for field in self))
+        of_images = self._replace(bias=None)  # the biases are the same for all
+        return Condition(*(None if field is None else field[chosen] for field in of_images))._replace(bias=self.bias)
 
 
 class UViT(nn.Module):
@@ -523,9 +570,10 @@ class UViT(nn.Module):
         """The Condition of images of H x W: all that depends on the latent z (B, z_dim, h, w) alone."""
         h, w = z.shape[-2:]
         dtype = self.conv_out.weight.dtype
+        z = z.contiguous(memory_format=torch.channels_last)
         base = base_map = None
         if self.base is not None:
-            base = self.base_image(z)
+            base = self.base_image(z).contiguous(memory_format=torch.channels_last)
             base_map = F.conv2d(base.to(dtype), self.conv_in_x.weight[:, 3:], padding=1)                # (B, C/2, H, W)
         if H % (8 * h) or W % (8 * w):
             raise ValueError("the decoder needs image sides that are multiples of 8 and of the latent's, by a factor "
@@ -540,8 +588,11 @@ class UViT(nn.Module):
         weight = torch.cat([p.weight for p in projections])
         bias = torch.cat([p.bias for p in projections])
         adagn = F.conv2d(context, weight, bias)
-        adaln = context[:, :0]
+        adaln, attention_bias = context[:, :0], None
         if self.blocks:
+            windows = windows_for(H // 8, W // 8, self.blocks[0].attn.window, z.device)
+            tables = torch.stack([block.attn.bias_table for block in self.blocks])
+            attention_bias = windows.bias(tables.to(context.dtype))
             weight = torch.cat([block.ada.weight for block in self.blocks])[:, :, None, None]
             bias = torch.cat([block.ada.bias for block in self.blocks])
             adaln = F.conv2d(F.silu(context), weight, bias)
@@ -550,7 +601,7 @@ class UViT(nn.Module):
         part = self.conv_in_z(enlarged)
         weight = self.conv_in.weight[:, -part.shape[1]:]
         input_map = F.conv2d(part, weight, self.conv_in.bias, padding=1)                                # (B, C, 5h, 5w)
-        return Condition(input_map, adagn, adaln, base, base_map)
+        return Condition(input_map, adagn, adaln, attention_bias, base, base_map)
 
     def base_image(self, z):
         """z (B, z_dim, h, w) -> linear estimate of the image (B, 3, h f, w f)."""
@@ -581,8 +632,8 @@ class UViT(nn.Module):
                 h = level[2](h)
                 skips.append(h)
 
-        u = linear(self.mid_norm(h), self.mid_in)                                                       # (B, ., h8, w8)
-        u, tokens = self.middle(u, condition.adaln)
+        u = linear(normed(h, self.mid_norm), self.mid_in)                                               # (B, ., h8, w8)
+        u, tokens = self.middle(u, condition)
         h = h + linear(u, self.mid_out)
 
         for level in self.up:
@@ -622,14 +673,15 @@ class UViT(nn.Module):
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
 
-    def middle(self, u, adaln):
+    def middle(self, u, condition):
         """The transformer blocks on a map (B, width, H/8, W/8) -> (the last map, that of block min(4, depth // 2))."""
         tokens, depth = u, len(self.blocks)
         if depth == 0:
             return u, tokens
-        windows = Windows(*u.shape[2:], self.blocks[0].attn.window, u.device)
-        for number, (block, mod) in enumerate(zip(self.blocks, adaln.chunk(depth, dim=1)), start=1):
-            u = block(u, mod, windows)
+        windows = windows_for(*u.shape[2:], self.blocks[0].attn.window, u.device)
+        mods = condition.adaln.chunk(depth, dim=1)
+        for number, (block, mod, bias) in enumerate(zip(self.blocks, mods, condition.bias), start=1):
+            u = block(u, mod, windows, bias)
             if number == min(4, depth // 2):
                 tokens = u
         return u, tokens
@@ -654,6 +706,22 @@ class UViT(nn.Module):
         with torch.autocast(out.device.type, enabled=False):
             coefficients = self.code.encode(out)                                                        # (B, ., h, w)
             return OUTPUT_GAIN * (out - self.code.decode((1 - self.revision.float()) * coefficients))
+
+
+# What torch.compile gets: each block by itself. Start-up then takes seconds, not minutes as for whole networks, blocks
+# of the same shapes share their code, and DDP can send a block's gradients while the block before it is at work.
+BLOCKS = (ResBlock, TransformerBlock, DCResBlock, DCDown, VQResBlock, LinearAttention, GatedConv)
+MOST_VARIANTS = 64  # of a block's code, for all its shapes: beyond, the compiler leaves it as it is
+
+
+def compile_blocks(network, **options):
+    """Let torch.compile make the blocks' kernels when they are first used; names of parameters stay."""
+    dynamo = torch._dynamo.config
+    name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    setattr(dynamo, name, max(MOST_VARIANTS, getattr(dynamo, name)))
+    for module in network.modules():
+        if isinstance(module, BLOCKS):
+            module.compile(dynamic=False, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -737,7 +805,8 @@ class DCSSDAE(nn.Module):
                              f"{tuple(noise.shape)}")
         if noise is None:
             noise = torch.randn(shape, generator=generator, device=generator.device if generator else z.device)
-        noise = noise.to(z.device, torch.promote_types(noise.dtype, torch.float32))  # whatever z is: the sum of steps
+        # at least float32, whatever z is: the sum of steps
+        noise = noise.to(z.device, torch.promote_types(noise.dtype, torch.float32), memory_format=torch.channels_last)
         condition = self.decoder.condition(z, *noise.shape[-2:])
         allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "mu", "tol"}
         if set(options) - allowed:

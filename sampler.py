@@ -73,9 +73,11 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=N
         f = field(y, z)
         nfe[alive] += 1
         previous, x = x, y - (last_eta if k == steps - 1 else eta) * f
+        if tol == 0:
+            continue
         rms = f.flatten(1).float().square().mean(dim=1).sqrt()  # (alive,)
         stops = rms / lam < tol
-        if tol > 0 and stops.any():
+        if stops.any():
             out = out.index_copy(0, alive[stops], y[stops] - last_eta * f[stops])
             moving = ~stops
             alive, x, previous = alive[moving], x[moving], previous[moving]

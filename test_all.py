@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -46,10 +47,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import distill
+import encoder as encoder_module
 import evaluate
 import fid
 import losses
@@ -78,7 +81,7 @@ from model import (
     spread,
     upsample,
 )
-from tools import bench, compare, field, latents, sweep
+from tools import bench, check, compare, field, latents, sweep
 from train import load_checkpoint, save_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -834,7 +837,8 @@ def test_latent_norm_is_batch_norm_in_evaluation():
     for _ in range(3):
         z = 3 * torch.randn(5, 4, 2, 2) + 1
         theirs(z)
-        ours.update(z.numel() // 4, z.double().sum(dim=(0, 2, 3)), z.double().square().sum(dim=(0, 2, 3)))
+        ours.update(z.numel() // 4, z.double().sum(dim=(0, 2, 3)), z.double().square().sum(dim=(0, 2, 3)),
+                    torch.tensor(True))
     for name, value in theirs.state_dict().items():
         assert torch.allclose(ours.state_dict()[name].float(), value.float(), rtol=1e-4), name
     ours.load_state_dict(theirs.state_dict())
@@ -1695,6 +1699,29 @@ def test_stream_workers_world_resume(tmp_path):
     assert order[:10].tolist() != order[10:20].tolist()
 
 
+def test_images_cross_processes_in_8_bit_and_become_numbers_on_the_device():
+    dataset = data.make_dataset("demo", 16, train=True)
+    (levels, i), = dataset.__getitems__([(0, 3)])
+    x, _ = dataset[3]
+    assert levels.dtype == torch.uint8 and i == 3 and torch.equal(x, levels.float() / 127.5 - 1)
+    loader = data.make_loader(dataset, 4, train=False)
+    batch, index = next(iter(loader))
+    assert torch.equal(batch, torch.stack([dataset[int(i)][0] for i in index]))
+    loader.device = "meta"
+    assert next(iter(loader))[0].is_meta
+
+
+@pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
+def test_ddp_gets_no_deprecated_options(monkeypatch, name):
+    def ddp(module, gradient_as_bucket_view=False, **options):
+        return gradient_as_bucket_view, options
+
+    parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in ("gradient_as_bucket_view", name)]
+    ddp.__signature__ = inspect.Signature(parameters)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", ddp)
+    assert train.data_parallel(None, 2) == (True, {name: False})
+
+
 def test_stream_leaves_global_random_state_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -2433,6 +2460,20 @@ def test_lpips_gradient_is_finite_on_constant_images(vgg_file):
         assert x.grad.isfinite().all() and x.grad.abs().max() < 1e3
 
 
+def test_lpips_keeps_only_the_estimates_features_for_the_backward_pass(vgg_file):
+    loss, kept = losses.LPIPSLoss("vgg", weights=vgg_file), []
+    x, y = torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64).requires_grad_()
+    for original in (x, x.clone().requires_grad_()):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t,
+            lambda t: t,
+        ):
+            loss(original, y)
+        kept.append(sum(sizes.values()) - 4 * sum(p.numel() for p in loss.parameters()))
+    assert kept[0] < 0.65 * kept[1]
+
+
 def test_missing_networks_are_reported_in_one_sentence(tmp_path, offline):
     with pytest.raises(losses.WeightsUnavailable, match="vgg16-397923af.pth.*--lpips_weights FILE.*--w_lpips 0"):
         losses.LPIPSLoss("vgg")
@@ -2479,6 +2520,10 @@ def test_repa_with_random_dinov2(dino_file):
     assert all(p.grad is None for p in repa.dino.parameters())
     repa.mlp = exact
     assert [float(repa(sign * target, x)) for sign in (1, -1)] == pytest.approx([0, 2], abs=1e-5)
+    repa.largest = 16  # --repa_size: a token of DINOv2 for 4 x 4 of the decoder's
+    coarse = repa.target(x)
+    enlarged = coarse.unflatten(1, (1, 2)).repeat_interleave(4, 1).repeat_interleave(4, 2).flatten(1, 2)
+    assert coarse.shape == (2, 2, 768) and float(repa(enlarged, x)) == pytest.approx(0, abs=1e-5)
     repa.train()
     assert not repa.dino.training and repa.mlp.state_dict().keys() == exact.state_dict().keys()
     # The square 518 px input it was made for: the same tokens as timm's model
@@ -2486,6 +2531,7 @@ def test_repa_with_random_dinov2(dino_file):
     with torch.device("meta"):
         dino = timm.create_model("vit_base_patch14_dinov2.lvd142m", pretrained=False, num_classes=0).eval()
     dino.load_state_dict(torch.load(dino_file, weights_only=True), assign=True)
+    repa.largest = 296
     with torch.no_grad():
         image = torch.rand(1, 3, 296, 296) * 2 - 1
         resized = F.interpolate((image + 1) / 2, size=(518, 518), mode="bicubic", antialias=True)
@@ -3254,7 +3300,7 @@ def test_help_explains_every_flag(helps):
 
 
 def test_every_tool_explains_itself_as_a_module(helps):
-    assert TOOLS == ["tools.bench", "tools.compare", "tools.field", "tools.latents", "tools.sweep"]
+    assert TOOLS == ["tools.bench", "tools.check", "tools.compare", "tools.field", "tools.latents", "tools.sweep"]
     for tool in TOOLS:
         assert f"-m {tool} " in helps[tool] and f"usage: {tool.split('.')[1]}.py" in helps[tool]
     for title in ("data:", "metrics that need a network:"):
@@ -3762,13 +3808,13 @@ def test_windowed_attention_equals_the_dense_masked_form(h, w, window):
         (y * grad).sum().backward(inputs=list(attn.parameters()))
         return [y, dx, *(p.grad.clone() for p in attn.parameters())]
 
-    fast = run(lambda x: attn(x, windows))
+    fast = run(lambda x: attn(x, windows, windows.bias(attn.bias_table)))
     for a, b in zip(fast, run(lambda x: dense_attention(attn, x)), strict=True):
         assert (a - b).norm() <= 1e-9 * (b.norm() + 1e-3)
 
 
 def plain_norm_silu(x, scale, shift, eps=1e-5):
-    """AdaGN in its plain form: normalise, enlarge scale and shift to the map, SiLU."""
+    """AdaGN in its plainest form: normalise, enlarge scale and shift to the map, SiLU."""
     scale, shift = (F.interpolate(m, size=x.shape[2:], mode="nearest") for m in (scale, shift))
     return F.silu(F.group_norm(x, 32, eps=eps) * scale + shift)
 
@@ -3789,6 +3835,160 @@ def test_norm_silu_equals_the_plain_form(batch, h, w):
             assert torch.allclose(NormSiLU.apply(y, scale, shift), plain) and torch.equal(x, before)
         half = NormSiLU.apply(x.bfloat16(), scale.bfloat16(), shift.bfloat16()).double()
         assert relative_error(half, plain) < 1e-2
+
+
+class GpuLayouts(TorchDispatchMode):
+    """Layouts as on a GPU, whose pixel_unshuffle and group norm return NCHW; the convolutions that get NCHW, and those
+    whose backward pass does."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions, self.forward, self.backward = 0, [], []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        name = function.overloadpacket.__name__
+        if name == "pixel_unshuffle":
+            out = out.contiguous()
+        elif name == "native_group_norm":
+            out = (out[0].contiguous(), *out[1:])
+        elif name == "convolution":
+            self.convolutions += 1
+            if not arguments[0].is_contiguous(memory_format=torch.channels_last):
+                self.forward.append(arguments[0].shape)
+        elif name == "convolution_backward":
+            for t in arguments[:2]:
+                if t.stride(1) != 1 and not t.is_contiguous(memory_format=torch.channels_last):
+                    self.backward.append(t.shape)
+        return out
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The forms that GPUs and compilers get, on the CPU."""
+    for module in (encoder_module, model_module):
+        monkeypatch.setattr(module, "eager_cpu", lambda x: False)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("part", ["dc_f32c32", "vq_f8c4", "dcae_f32c32", "dcae_f32c32_sana", "fm", "eqm"])
+def test_no_convolution_turns_a_map_round_on_a_gpu(part, trains, as_on_a_gpu):
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    if part in ("fm", "eqm"):
+        network = UViT("XS", 4, part == "fm", depth=1, base=(8, 4) if part == "eqm" else None)
+        arguments = (x, torch.randn(2, 4, 8, 8), *([torch.rand(2)] if part == "fm" else []))
+        outputs = network
+    else:
+        network, arguments = make_encoder(part, 0.125), (x,)
+        outputs = lambda x: network(x).mean  # noqa: E731
+    network.to(memory_format=torch.channels_last).requires_grad_(trains)
+    with GpuLayouts() as layouts:
+        y = outputs(*arguments)
+        if trains:
+            y.square().sum().backward()
+    assert layouts.convolutions > 30 and layouts.forward == []
+    # what is left are gradients of latents, and of an attention's q, k and v
+    is_attention = part.startswith("dcae")
+    assert all(max(shape[2:]) <= 8 for shape in layouts.backward) and (is_attention or len(layouts.backward) <= 1)
+
+
+@pytest.mark.parametrize("name", ["vq_f8c4", "dc_f16c4"])
+def test_the_forms_for_gpus_equal_those_for_cpus(name, monkeypatch):
+    x = torch.randn(1, 3, 32, 48, dtype=torch.float64)
+    network = randomise(make_encoder(name, 0.25 if name == "vq_f8c4" else 0.0625)).double()
+    decoder = randomise(UViT("XS", 4, depth=1)).double()
+    found = []
+    for is_cpu in (True, False):
+        for module in (encoder_module, model_module):
+            monkeypatch.setattr(module, "eager_cpu", lambda x, is_cpu=is_cpu: is_cpu)
+        parameters = [*network.parameters(), *decoder.parameters()]
+        z = network(x).mode().double()
+        y = decoder(x, z, torch.tensor([0.3]).double())
+        found.append([z, y, *torch.autograd.grad(y.square().sum() + z.sum(), parameters, allow_unused=True)])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).norm() <= 1e-6 * (b.norm() + 1e-3)  # some are 0 but for rounding
+
+
+@pytest.mark.parametrize("form", [NormSiLU.apply, model_module.plain_norm_silu])
+@pytest.mark.parametrize("offset", [0.0, 4.0])
+def test_bf16_gradients_of_the_norms_are_as_exact_as_autocasts(form, offset):
+    """Also where a group's mean is large beside its deviation, and constants cancel."""
+    x = torch.randn(2, 64, 24, 24) + offset * torch.randn(1, 64, 1, 1)
+    x = x.bfloat16().to(memory_format=torch.channels_last)
+    scale, shift, grad = 1 + torch.randn(2, 64, 3, 3) / 2, torch.randn(2, 64, 3, 3), torch.randn(2, 64, 24, 24)
+
+    def gradients(form, dtype):
+        inputs = [t.bfloat16().to(dtype).requires_grad_() for t in (x, scale, shift)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            y = form(*inputs).to(dtype)
+        return torch.autograd.grad(y, inputs, grad.bfloat16().to(dtype))
+
+    exact = gradients(plain_norm_silu, torch.float64)
+    ours, autocasts = (gradients(f, torch.bfloat16) for f in (lambda *a: form(*a, 32, 1e-5), plain_norm_silu))
+    for a, b, c in zip(ours, autocasts, exact, strict=True):
+        assert relative_error(a, c) <= 1.2 * relative_error(b, c)
+
+
+@pytest.mark.parametrize("name", ["dc_f32c32", "dcae_f32c32"])
+def test_autocast_keeps_the_dc_encoders_maps_in_half_precision(name):
+    network, kinds = make_encoder(name, 0.125), set()
+    for module in network.modules():
+        if type(module).__name__ in ("DCResBlock", "DCDown", "LinearAttention", "GatedConv"):
+            module.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        network(torch.randn(1, 3, 32, 32))
+    assert kinds == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("loss", ["fm", "eqm"])
+def test_a_decode_after_the_first_needs_nothing_of_the_host(loss):
+    model = DCSSDAE("dc_f32c32", "XS", loss, enc_width=0.125, depth=2, input_skip=True, linear_decoder=32).eval()
+    z, noise = torch.randn(1, 32, 9, 1), torch.randn(1, 3, 288, 32)  # 36 x 4 tokens: several blocks of attention
+    model_module.cached_windows.cache_clear()
+    counts = []
+    with torch.no_grad():
+        for _ in range(2):
+            with check.HostTraffic() as traffic:
+                model.decode(z, 3, noise)
+            counts.append((len(traffic.copies), len(traffic.reads)))
+    assert counts[0][0] > 5 and counts[1] == (0, 0)
+
+
+@pytest.mark.parametrize("module", [train, distill])
+def test_a_training_step_waits_for_the_device_once(tmp_path, checkpoint, monkeypatch, module):
+    traffic, at_start = check.HostTraffic(), []
+    draw, next_batch, tolist = module.draw, module.next_batch, torch.Tensor.tolist
+
+    def counting_draw(*arguments):
+        at_start.append((len(traffic.copies), len(traffic.reads)))
+        return draw(*arguments)
+
+    def uncounted_batch(*arguments):
+        traffic.paused = True
+        batch = next_batch(*arguments)
+        traffic.paused = False
+        return batch
+
+    def counting_tolist(t):  # of a CPU tensor no operation shows it
+        if not traffic.paused:
+            traffic.reads.append("tolist")
+        return tolist(t)
+
+    monkeypatch.setattr(module, "draw", counting_draw)
+    monkeypatch.setattr(module, "next_batch", uncounted_batch)
+    monkeypatch.setattr(torch.Tensor, "tolist", counting_tolist)
+    monkeypatch.setattr(module, "evaluate", lambda *a, **kw: sys.exit(0))
+    flags = [*SMALL, "--steps", 4, "--save_every", 4, "--out", tmp_path / "r"]
+    if module is train:
+        flags += ["--eval_every", 0, "--w_gan", 0.1]
+    else:
+        flags = ["--ckpt", checkpoint, "--teacher_steps", 2, "--batch_size", 4, "--device", "cpu", "--save_every", 4,
+                 "--steps", 4, "--out", tmp_path / "r"]
+    with traffic, pytest.raises(SystemExit):
+        run_main(module, monkeypatch, *flags)
+    (copies, reads), (copies_after, reads_after) = at_start[2:4]
+    assert traffic.copies[copies:copies_after] == [] and traffic.reads[reads:reads_after] == ["tolist"]
 
 
 def test_upsample_equals_nearest_and_convolution():
@@ -3881,6 +4081,48 @@ def test_compile_without_a_compiler_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     assert "does not work here (no compiler): install" in sentence(bench, monkeypatch, "decode", "--compile",
                                                                    "--device", "cpu")
+
+
+def test_blocks_are_compiled_one_by_one(monkeypatch):
+    """Each in one graph, once for every shape of its weights; in eager code between them nothing changes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    decoder = randomise(UViT("XS", 4, depth=2)).requires_grad_(False)
+    x, z, t = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 2, 2), torch.rand(1)
+    plain, names = decoder(x, z, t), list(decoder.state_dict())
+    model_module.compile_blocks(decoder, backend=backend, fullgraph=True)
+    assert relative_error(decoder(x, z, t), plain) < 1e-4 and list(decoder.state_dict()) == names
+    made = len(graphs)
+    decoder(2 * x, z, t)
+    blocks = sum(isinstance(m, model_module.BLOCKS) for m in decoder.modules())
+    assert len(graphs) == made and 8 < made < blocks == 22  # beyond 8, the compiler's own limit
+    torch._dynamo.reset()
+
+
+def test_what_is_compiled_by_default(monkeypatch):
+    for there, device, flags, expected in ((True, "cuda", [], True), (False, "cuda", [], False),
+                                           (True, "cpu", [], False), (True, "cuda", ["--no-compile"], False),
+                                           (False, "cpu", ["--compile"], True)):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there or None)
+        assert train.compiles(train.get_args(flags), torch.device(device)) == expected
+
+
+def test_check_command(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_main(check, monkeypatch, "values", "traffic", "ranks", "--device", "cpu")
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and text.count("values ") == 4 and text.rstrip().endswith("\nhealthy")
+    assert text.count("0 copies from the host, 0 reads by it") == 2
+    monkeypatch.setattr(DCSSDAE, "decode", lambda self, z, steps, noise: noise * z.mean().item())
+    with pytest.raises(SystemExit) as end:
+        run_main(check, monkeypatch, "traffic", "--device", "cpu")
+    assert end.value.code == 1 and "a decode waits for the host or the device" in capsys.readouterr().out
+    assert "there is no sped to check" in sentence(check, monkeypatch, "sped")
 
 
 def test_cost_and_memory_of_decoding_are_linear_in_pixels():
@@ -4032,7 +4274,7 @@ SMALL = [*TINY, "--decay", 0, "--warmup", 2, "--size", 24, "--eval_every", 3, "-
 def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, module):
     """kill -9 before the first checkpoint and after one, then a polite signal to one rank and its data loader: weights,
     EMA, optimiser and log are bit-identical in the end."""
-    flags, steps = [*SMALL, "--w_gan", 0.1, "--gan_start", 2], 6
+    flags, steps = [*SMALL, "--w_gan", 0.1, "--gan_start", 2], 7
     if module == "distill":
         DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0}).save(
             tmp_path / "teacher.safetensors"
@@ -4070,7 +4312,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, modu
     _, output = parts(
         env=restarted, sabotage={world - 1: {4: name}}, ok=(128 + getattr(signal, name), 128 + signal.SIGTERM)
     )
-    assert "stopped after step 5 and saved" in output and load_checkpoint(tmp_path / "parts")["step"] == 5
+    assert "stopped after step 6 and saved" in output and load_checkpoint(tmp_path / "parts")["step"] == 6
     parts("--resume")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
@@ -4181,12 +4423,12 @@ def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch):
             run_main(train, patch, *command, "--steps", 4)
     assert unchanged()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update_ema", lambda ema, *a: ema.decoder.conv_out.bias.fill_(math.nan))
+        patch.setattr(train, "update_ema", lambda tensors, *a: tensors[0][0][0].fill_(math.nan))
         with pytest.raises(ValueError, match=r"after step 3 the weights of the part 'ema' are not finite"):
             run_main(train, patch, *command, "--steps", 4)
     assert unchanged()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update_ema", lambda ema, *a: [p.fill_(9.0) for p in ema.parameters()])
+        patch.setattr(train, "update_ema", lambda tensors, *a: [p.fill_(9.0) for p in tensors[0][0]])
         run_main(train, patch, *command, "--steps", 3)
     assert not unchanged()
     after = DCSSDAE.load(good / "best.safetensors")
@@ -4279,6 +4521,7 @@ def test_phase_defaults_and_refusals(tmp_path):
         "fm",
         1,
     ) and "phase2" in args.out
+    assert args.w_repa == 0
     assert train.get_args(["--phase", "3", "--size", "64"]).size == 64 and train.get_args(["--phase", "1"]).size == 256
     args = train.get_args([])
     assert (args.size, args.aug_scale, args.lr, args.batch_size) == (128, 2.0, 3e-4, 192)  # SSDD's recipe
@@ -4297,7 +4540,7 @@ def test_phase_defaults_and_refusals(tmp_path):
 
 def test_resuming_with_other_flags_lists_them(tmp_path, capsys):
     args = train.get_args(["--out", str(tmp_path), "--steps", "9"])
-    save_checkpoint(tmp_path, {"step": 4, "args": vars(args)})
+    save_checkpoint(tmp_path, small_state(4) | {"args": vars(args)})
     again = train.get_args(["--out", str(tmp_path), "--steps", "12", "--lr", "0.1", "--resume"])
     assert train.open_run(again, 0, 1)[0]["step"] == 4
     assert "resuming with --steps 12 --lr 0.1 instead of --steps 9 --lr 0.0003" in capsys.readouterr().out
@@ -4329,6 +4572,19 @@ def test_a_run_that_loses_its_data_saves_first(tmp_path, monkeypatch, module):
     with pytest.raises((OSError, SystemExit), match="Stale"):
         run_main(module, monkeypatch, *flags, "--steps", 5, "--out", tmp_path / "r")
     assert load_checkpoint(tmp_path / "r")["step"] == 2 and (tmp_path / "r" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX's signals")
+def test_a_killed_reader_of_images_is_one_sentence(tmp_path):
+    folder_of(tmp_path / "images", 4)
+    loader = make_loader(make_dataset(str(tmp_path / "images"), 16, train=True), 2, train=True, workers=1)
+    batches = iter(loader)
+    next(batches)
+    for child_process in multiprocessing.active_children():
+        os.kill(child_process.pid, signal.SIGKILL)
+    with pytest.raises(OSError, match="was killed"):
+        for _ in range(9):                                   # some batches are there already
+            next(batches)
 
 
 def test_data_that_one_process_loses_ends_all(tmp_path):
@@ -4398,7 +4654,7 @@ def test_files_have_the_permissions_of_others_and_pipes_stay(tmp_path):
     try:
         model.save(tmp_path / "m.safetensors")
         data.write_whole(tmp_path / "m.json", "{}")
-        save_checkpoint(tmp_path, {"step": 1})
+        save_checkpoint(tmp_path, small_state(1))
     finally:
         os.umask(before)
     assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {"0o640"}
@@ -5153,6 +5409,10 @@ def read_checkpoint(rng):
     assert all(value.isfinite().all() for name in ("model", "ema") for value in state[name].values())
 
 
+def averaged(ema, model, decay):
+    return train.update_ema(train.paired_tensors(ema, model), decay, 5)
+
+
 def fuzz_python(rng, box):
     """A call of the Python interface with odd arguments."""
     model, eqm = rng.choice(box.models), EqM(rng.choice(["linear", "trunc", "piecewise"]))
@@ -5179,7 +5439,7 @@ def fuzz_python(rng, box):
         "EqM": lambda: EqM(*rng.choices(ODD_VALUES, k=4)).lam > 0,
         "lpips": lambda: box.lpips(large, larger).shape == large.shape[:1],
         "gan": lambda: PatchGAN(32)(large).shape[1] == 1,
-        "ema": lambda: train.update_ema(copy.deepcopy(model), rng.choice(box.models), number, 5) is None,
+        "ema": lambda: averaged(copy.deepcopy(model), rng.choice(box.models), number) is None,
         "descent": lambda: descent(lambda y, z: y, x, z, number)[0].shape == x.shape,
         "euler": lambda: sampler.euler(lambda y, z, t: y, x, z, 2, number)[0].shape == x.shape,
         "config": lambda: DCSSDAE(**config).config["enc"] == config.get("enc", "dc_f32c32"),

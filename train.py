@@ -12,9 +12,12 @@ PSNR), latest.pt and previous.pt (to resume), log.jsonl, reconstructions.png, me
 """
 import argparse
 import atexit
+import collections
 import copy
 import functools
 import glob
+import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -25,6 +28,7 @@ import sys
 import time
 import zipfile
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -61,6 +65,7 @@ from model import (
     check_config,
     check_folder,
     check_size,
+    compile_blocks,
     local_file,
 )
 from sampler import seeded_generator
@@ -81,7 +86,8 @@ PRESETS = {
 # DC-AE's decoupled high-resolution adaptation (arXiv 2410.10733): its learning rates; batch and steps are our choice.
 PHASES = {
     1: {"size": 256, "lr": 6.4e-5},                                          # everything, at low resolution
-    2: {"size": 512, "lr": 1.6e-5, "aug_scale": 1.0, "batch_size": 48, "steps": 25_000},    # the latent, at high
+    2: {"size": 512, "lr": 1.6e-5, "aug_scale": 1.0, "batch_size": 48, "steps": 25_000,
+        "w_repa": 0.0},                                                      # the latent, at high: REPA would cost most
     3: {"size": 256, "lr": 5.4e-5, "steps": 50_000, "w_repa": 0.0},          # details, at low: later layers than REPA's
 }
 # What --init_from's file decides; and what --resume may change, being neither model nor samples nor objective.
@@ -93,7 +99,7 @@ FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights"
               "log_every", "tensorboard", "allow_changes")
 # With --allow_changes. Not those that add or remove networks that train.
 CHANGEABLE_FLAGS = ("data", "size", "aug_scale", "enlarge", "limit", "batch_size", "seed", "w_lpips", "w_kl",
-                    "gan_start", "t_mean", "g_power", "teacher_steps", "t_shift", "eta", "mu")
+                    "repa_size", "gan_start", "t_mean", "g_power", "teacher_steps", "t_shift", "eta", "mu")
 
 
 # --linear: does the encoder start as the linear code (encoder.LappedCode), does the decoder start with its transpose?
@@ -152,11 +158,7 @@ def get_args(argv=None):
     add("--w_gan", type=float, default=0.0, help="weight of a PatchGAN on the one-step estimate; 0: off [%(default)s]")
     add("--gan_start", type=int, default=0, help="first step with the GAN [%(default)s]")
 
-    optimisation, run = shared_arguments(p)
-    optimisation("--micro_batch", type=int, help="images per forward pass and process; gradients add up to the batch's")
-    optimisation("--checkpointing", action="store_true", help="less memory: compute residual blocks twice")
-    run("--compile", action="store_true", help="torch.compile encoder and decoder")
-    run("--eval_every", type=int, default=5000, help="steps between evaluations; 0: only at the end [%(default)s]")
+    run = shared_arguments(p)
     run("--eval_steps", type=int, nargs="+", default=[1, 4], help="sampler steps of evaluations %(default)s")
 
     known = p.parse_known_args(argv)[0]
@@ -219,7 +221,7 @@ def flags(values, names):
 
 def shared_arguments(p):
     """The flags that train.py and distill.py have in common, with the defaults of train.py. -> add_argument of the
-    groups "optimisation" and "run"."""
+    group "run"."""
     add = p.add_argument_group("data").add_argument
     add("--data", metavar="DIR", type=str, default="demo",
         help="demo (built in), imagenette, cifar10, or a folder of images [%(default)s]")
@@ -236,9 +238,11 @@ def shared_arguments(p):
     add("--w_lpips", type=float, default=0.5, help="weight of LPIPS (VGG-16); 0: off [%(default)s]")
     add("--lpips_weights", metavar="FILE", type=str, help="torchvision's VGG-16; else torch hub's cache or a download")
     add("--w_repa", type=float, default=0.25, help="weight of REPA (DINOv2 ViT-B/14); 0: off [%(default)s]")
+    add("--repa_size", type=int, default=256, help="DINOv2 sees larger images shrunk to this side: its attention costs "
+        "the fourth power [%(default)s]")
     add("--repa_weights", metavar="FILE", type=str, help="DINOv2 ViT-B/14; else Hugging Face's cache or a download")
 
-    add = optimisation = p.add_argument_group("optimisation").add_argument
+    add = p.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=192, help="images per step over all processes [%(default)s]")
     add("--steps", type=int, default=250_000, help="optimiser steps [%(default)s]")
     add("--lr", type=float, default=3e-4, help="AdamW's learning rate [%(default)s]")
@@ -248,6 +252,8 @@ def shared_arguments(p):
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: no limit [%(default)s]")
     add("--ema", type=float, default=0.999, help="decay of the weights' average, which is what is saved [%(default)s]")
     add("--ema_start", type=int, default=0, help="until then the average is the weights themselves [%(default)s]")
+    add("--micro_batch", type=int, help="images per forward pass and process; gradients add up to the batch's")
+    add("--checkpointing", action="store_true", help="less memory: compute residual blocks twice")
 
     add = run = p.add_argument_group("run").add_argument
     add("--out", metavar="DIR", type=str, help="folder of the run; else named after what is trained")
@@ -257,12 +263,15 @@ def shared_arguments(p):
     add("--device", metavar="NAME", type=str, help="cuda, mps or cpu; else the best there is")
     add("--dtype", type=str, choices=["auto", "float32", "bf16"], default="auto",
         help="bf16: autocast; auto: bf16 where the hardware has it [%(default)s]")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for the networks' blocks; default: on "
+        "NVIDIA's GPUs, where Triton is installed")
     add("--seed", type=int, default=0, help="of everything random [%(default)s]")
+    add("--eval_every", type=int, default=5000, help="steps between evaluations; 0: only at the end [%(default)s]")
     add("--eval_images", type=int, default=64, help="validation images of evaluations [%(default)s]")
     add("--save_every", type=int, default=5000, help="steps between checkpoints [%(default)s]")
     add("--log_every", type=int, default=50, help="steps between lines of log.jsonl [%(default)s]")
     add("--tensorboard", action="store_true", help="the log and the pictures for TensorBoard too, in --out")
-    return optimisation, run
+    return run
 
 
 def check_args(args):
@@ -299,6 +308,13 @@ def pick_dtype(name, device):
     return torch.bfloat16 if name == "bf16" else None
 
 
+def compiles(args, device):
+    """Whether to compile: --compile or --no-compile, else where it is known to pay."""
+    if args.compile is not None:
+        return args.compile
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def prefer_speed(device):
     """TF32 for what autocast leaves in float32, and the fastest convolutions for maps of one size."""
     if device.type == "cuda":
@@ -325,7 +341,7 @@ def perceptual_losses(args, width, rank):
             if name == "lpips":
                 networks[name] = LPIPSLoss("vgg", local_file(file))
             else:
-                networks[name] = REPALoss(width, local_file(file))
+                networks[name] = REPALoss(width, local_file(file), args.repa_size)
         except WeightsUnavailable as error:
             if args.data != "demo" or file:
                 raise
@@ -344,14 +360,18 @@ def data_parallel(objective, world):
     """The objective, with gradients averaged over the processes."""
     if world == 1:
         return objective
-    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+    options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers"
+    if buffers not in options:  # before torch 2.13
+        buffers = "broadcast_buffers"
+    return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True, **{buffers: False})
 
 
-def training_batches(args, dataset, rank, world, start):
-    """Endless (x, index) from step `start` on. torchrun and schedulers send SIGTERM to every process: the workers
-    ignore it, since without them the step at hand would fail, and so must be killed at the end."""
+def training_batches(args, dataset, rank, world, start, device):
+    """Endless (x, index) from step `start` on, x on the device. torchrun and schedulers send SIGTERM to every process:
+    the workers ignore it, since without them the step at hand would fail, and so must be killed at the end."""
     loader = make_loader(dataset, args.batch_size, train=True, workers=args.workers, seed=args.seed,
-                         rank=rank, world=world, start=start)
+                         rank=rank, world=world, start=start, device=device)
     loader.worker_init_fn = ignore_stop
     atexit.register(kill_workers)
     return iter(loader)
@@ -436,29 +456,57 @@ def lr_factor(step, args):
     return min(1.0, rise, fall)
 
 
-@torch.no_grad()
-def update_ema(ema, model, decay, step):
-    """Parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) * model; faster in
-    the first steps, a copy before step 0. ValueError for models of other shapes, and a decay that is not in [0, 1]."""
-    if not 0 <= decay <= 1:
-        raise ValueError(f"the decay of an average lies in [0, 1], got {decay}")
+def paired_tensors(ema, model):
+    """What update_ema works on, made once: (tensors of the average, of the model), floats, then all others. ValueError
+    for models of other shapes."""
     averages, weights = ema.state_dict(), model.state_dict()
     if shapes_of(averages) != shapes_of(weights):
         raise ValueError("an average has the same weights as its model, of the same shapes")
+    pairs = [*zip(averages.values(), weights.values())]
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    others = [pair for pair in pairs if not pair[0].is_floating_point()]
+    return [*zip(*floats)], others
+
+
+@torch.no_grad()
+def update_ema(tensors, decay, step):
+    """paired_tensors' parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) *
+    model; faster in the first steps, a copy before step 0. ValueError for a decay that is not in [0, 1]."""
+    if not 0 <= decay <= 1:
+        raise ValueError(f"the decay of an average lies in [0, 1], got {decay}")
     decay = min(decay, (1 + step) / (10 + step)) if step >= 0 else 0.0
-    for a, b in zip(averages.values(), weights.values()):
-        if a.is_floating_point():
-            a.lerp_(b, 1 - decay)
-        else:
-            a.copy_(b)
+    (averages, values), others = tensors
+    torch._foreach_lerp_(averages, values, 1 - decay)
+    for average, value in others:
+        average.copy_(value)
 
 
-def summed(values, device, world):
-    """values (n,), summed over the processes, on the CPU."""
-    if world > 1:
-        values = values.to(device if device.type == "cuda" else "cpu")
-        dist.all_reduce(values)
-    return values.cpu()
+def summed(values, world):
+    """values (n,), summed over the processes, on their device."""
+    if world == 1:
+        return values
+    there = values.cpu() if values.device.type == "mps" else values  # gloo has no Apple GPUs
+    dist.all_reduce(there)
+    return there.to(values.device)
+
+
+def stop_flag(run):
+    """1 where this process was asked to stop, else 0: (1,) float64 (float32 on Apple GPUs), filled on the device."""
+    return torch.full((1,), float(run.stop.received > 0), dtype=exact_type(run.device), device=run.device)
+
+
+def exact_type(device):
+    """The most exact floating-point type that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def step_if(good, optimizer):
+    """optimizer.step(), which changes nothing where `good`, a bool tensor, is false. It stays on the device."""
+    if optimizer.param_groups[0]["fused"]:
+        optimizer.found_inf = (~good).float()
+        optimizer.step()
+    elif good:  # Apple's GPUs, and checkpoints from before all optimisers were fused
+        optimizer.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,6 +525,7 @@ class Run:
         self.log_path, self.board, self.parts = log_path, board, parts
         self.done, self.skipped, self.skipped_in_a_row = done, skipped, 0
         self.content = content
+        self.reports = collections.deque()  # of steps whose numbers nobody has read yet: see finish_step
         self.save_is_due, self.saved = False, done  # saved: steps done at the last save
         self.logged, self.logged_at = done, time.time()  # steps and time at the last line of the log,
         self.evaluating = 0.0  # and the seconds of evaluations since then
@@ -512,32 +561,40 @@ def restore(parts, checkpoint):
     return checkpoint["step"], checkpoint.get("skipped", 0)
 
 
-def skip_step(run, norm, totals, index):
-    """Count a step that is not finite and say so; ValueError, on all ranks, where too many come in a row."""
-    run.skipped += 1
-    run.skipped_in_a_row += 1
-    what = f"not finite: gradient norm {norm:.4g}, " + ", ".join(f"{k} {v:.4g}" for k, v in totals.items())
-    if run.rank == 0:
-        tqdm.write(f"warning: step {run.done} skipped, {what}")
-    if run.skipped_in_a_row == MOST_SKIPPED:
-        images = []
-        for part in gathered(index.tolist(), run.world):
-            images += part
-        raise ValueError(f"ten steps in a row were skipped, the last is {run.done}, {what}, images "
-                         f"{', '.join(map(str, images))}: lower --lr, or use --dtype float32; "
-                         "the last checkpoint is kept")
+class Report(NamedTuple):
+    """The numbers of a step, on their way from the device."""
+    done: int                   # steps with this one
+    names: list                 # of the loss terms
+    values: torch.Tensor        # (n,) on the CPU: loss terms, gradient norm, whether to stop, whether all is finite
+    arrived: object             # event of the GPU after which they are there, or None
+    lr: float
+    index: torch.Tensor         # (b,), which images
 
 
-def finish_step(run, totals, norm, stopped):
-    """Count a step; log and save where it is due; where a process was asked to stop, save and end the program."""
+def finish_step(run, totals, norm, stop, good, index):
+    """Count a step; save where it is due; where a process was asked to stop, save and end the program.
+
+    totals, norm, stop, good  {name: loss term}, gradient norm, sum of the stop_flags, whether all was finite: of the
+                              device. They are read, logged and obeyed one step late, when the device has long been at
+                              the next: waiting for them would leave it without work.
+    """
     args = run.args
     run.done += 1
     run.bar.update()
+    values = torch.stack([value.to(norm.dtype) for value in (*totals.values(), norm, stop, good)])
+    values, arrived = values.to("cpu", non_blocking=run.device.type == "cuda"), None
+    if run.device.type == "cuda":
+        arrived = torch.cuda.Event()
+        arrived.record()
+    lr = run.parts["optimizer"].param_groups[0]["lr"]
+    run.reports.append(Report(run.done, list(totals), values, arrived, lr, index))
     is_last = run.done == args.steps
-    if run.rank == 0 and (is_last or run.done % args.log_every == 0):
-        log_step(run, totals, norm)
-    if is_last or stopped or run.done % args.save_every == 0:
+    if is_last or run.done % args.save_every == 0:
         run.save_is_due = True
+    stopped = read_reports(run, late=0 if run.save_is_due else 1)
+    if stopped:
+        run.save_is_due = True
+        read_reports(run)
     if run.save_is_due and run.skipped_in_a_row == 0:  # a ruined model shows in skipped steps: never save among them
         save_run(run)
     if stopped:
@@ -546,6 +603,42 @@ def finish_step(run, totals, norm, stopped):
         raise ValueError(f"the last {run.skipped_in_a_row} steps were skipped, being not finite, so the model at step "
                          f"{run.done} is not saved; the last checkpoint is kept: continue with --resume and a lower "
                          "--lr, --dtype float32, or a few --steps more")
+
+
+def read_reports(run, late=0):
+    """Log what the steps have reported, but for the last `late` of them. -> whether a process was asked to stop"""
+    stopped = False
+    while len(run.reports) > late:
+        report = run.reports.popleft()
+        if report.arrived:
+            report.arrived.synchronize()
+        *totals, norm, stop, good = report.values.tolist()
+        totals = dict(zip(report.names, totals))
+        stopped = stopped or stop > 0
+        if good:
+            run.skipped_in_a_row = 0
+        else:
+            count_skipped(run, report, totals, norm)
+        if run.rank == 0 and (report.done == run.args.steps or report.done % run.args.log_every == 0):
+            log_step(run, report, totals, norm)
+    return stopped
+
+
+def count_skipped(run, report, totals, norm):
+    """Count a step that was not finite and say so; ValueError, on all ranks, where too many come in a row."""
+    run.skipped += 1
+    run.skipped_in_a_row += 1
+    step = report.done - 1
+    what = f"not finite: gradient norm {norm:.4g}, " + ", ".join(f"{k} {v:.4g}" for k, v in totals.items())
+    if run.rank == 0:
+        tqdm.write(f"warning: step {step} skipped, {what}")
+    if run.skipped_in_a_row == MOST_SKIPPED:
+        images = []
+        for part in gathered(report.index.tolist(), run.world):
+            images += part
+        raise ValueError(f"ten steps in a row were skipped, the last is {step}, {what}, images "
+                         f"{', '.join(map(str, images))}: lower --lr, or use --dtype float32; "
+                         "the last checkpoint is kept")
 
 
 def save_run(run):
@@ -576,9 +669,12 @@ def next_batch(run, batches):
         batch = next(batches)
     except (OSError, ValueError) as error:
         problem = error
-    # A process without a batch would leave the others waiting for its gradients.
-    if summed(torch.tensor([float(problem is not None)]), run.device, run.world) == 0:
+    is_lost = problem is not None
+    if run.world > 1:  # a process without a batch would leave the others waiting for its gradients
+        is_lost = summed(torch.tensor([float(is_lost)]), run.world).item() > 0  # between CPUs: no GPU waits
+    if not is_lost:
         return batch
+    read_reports(run)
     if run.done > run.saved and run.skipped_in_a_row == 0:
         save_run(run)
     for message in gathered(problem and str(problem), run.world):
@@ -587,15 +683,14 @@ def next_batch(run, batches):
     return None
 
 
-def log_step(run, totals, norm):
+def log_step(run, report, totals, norm):
     """A line of the log: the step's loss terms, and the speed since the last line, without evaluations."""
     seconds = time.time() - run.logged_at - run.evaluating
-    rate = (run.done - run.logged) * run.args.batch_size / seconds
-    run.logged, run.logged_at, run.evaluating = run.done, time.time(), 0.0
+    rate = (report.done - run.logged) * run.args.batch_size / seconds
+    run.logged, run.logged_at, run.evaluating = report.done, time.time(), 0.0
     run.bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
-    append_log(run.log_path, run.board, run.done, images=run.done * run.args.batch_size, **totals,
-               lr=run.parts["optimizer"].param_groups[0]["lr"], grad_norm=norm, skipped=run.skipped,
-               images_per_s=rate, peak_mib=peak_memory(run.device))
+    append_log(run.log_path, run.board, report.done, images=report.done * run.args.batch_size, **totals,
+               lr=report.lr, grad_norm=norm, skipped=run.skipped, images_per_s=rate, peak_mib=peak_memory(run.device))
 
 
 def peak_memory(device):
@@ -1076,16 +1171,13 @@ class Objective(nn.Module):
         # In lists: LPIPS is neither trained, synchronised nor saved, and the discriminator has its own of each.
         self.lpips, self.gan = [lpips], [gan]
         self.eqm = EqM(args.c, args.a, args.b, args.lam) if args.loss == "eqm" else None
-        self.encode, self.field = model.encode, model.decoder.forward_with_tokens
-        if args.compile:
-            self.encode, self.field = torch.compile(self.encode), torch.compile(self.field)
 
     def forward(self, x, e, eps, s, with_gan=False):
         """x images, e noise (B, 3, H, W), eps (B, c, h, w) posterior noise, s (B,) level -> ({name: scalar}, latents
         (B, c, h, w), one-step estimate (B, 3, H, W)), the latter two detached."""
-        posterior = self.encode(x)
+        posterior = self.model.encode(x)
         z = posterior.sample(eps)
-        terms, estimate, tokens = matching(self.field, self.eqm, x, e, z, s)
+        terms, estimate, tokens = matching(self.model.decoder.forward_with_tokens, self.eqm, x, e, z, s)
         if self.lpips[0] is not None:
             terms["lpips"] = self.lpips[0](x, estimate).mean()
         if self.repa is not None:
@@ -1119,8 +1211,8 @@ def average_gradients(module, world):
 
 
 def latent_sums(z):
-    """Sums of z (B, c, h, w) and of its squares by channel: (2, c) float64."""
-    z = z.float().cpu().double()
+    """Sums of z (B, c, h, w) and of its squares by channel: (2, c) float64 (float32 on Apple GPUs)."""
+    z = z.to(exact_type(z.device))
     return torch.stack([z.sum(dim=(0, 2, 3)), z.square().sum(dim=(0, 2, 3))])
 
 
@@ -1132,8 +1224,10 @@ def evaluation_is_due(step, args):
 
 def validate(run, ema, val, dtype):
     """evaluate's result on the validation images; printed, written and logged. Does not count as time of training."""
+    read_reports(run)  # of steps before it
     before = time.time()
-    loader = make_loader(val, VALIDATION_BATCH * run.world, train=False, rank=run.rank, world=run.world)
+    loader = make_loader(val, VALIDATION_BATCH * run.world, train=False, rank=run.rank, world=run.world,
+                         device=run.device)
     result = evaluate(ema, loader, run.device, steps=run.args.eval_steps, seed=run.args.seed, dtype=dtype,
                       rank=run.rank, world=run.world)
     if run.rank == 0:
@@ -1226,7 +1320,7 @@ def main():
     gan = PatchGAN().requires_grad_(False) if args.w_gan else None
     model.to(device, memory_format=torch.channels_last)
     if lpips is not None:
-        lpips.to(device)
+        lpips.to(device, memory_format=torch.channels_last)
     if gan is not None:
         gan.to(device, memory_format=torch.channels_last)
     weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "gan": args.w_gan, "kl": args.w_kl}
@@ -1241,17 +1335,21 @@ def main():
     optimizer, gan_optimizer = make_optimizer(trained, args, device), None
     optimizers = [optimizer]
     if gan is not None:
-        gan_optimizer = torch.optim.AdamW(gan.parameters(), lr=args.lr, weight_decay=0.0, betas=GAN_BETAS)
+        gan_optimizer = torch.optim.AdamW(gan.parameters(), lr=args.lr, weight_decay=0.0, betas=GAN_BETAS,
+                                          fused=device.type != "mps")
         optimizers.append(gan_optimizer)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
+    if compiles(args, device):
+        compile_blocks(model)
 
     # The run
     parts = {"model": model, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer,
              "gan": gan, "gan_optimizer": gan_optimizer}
     start, skipped = restore(parts, checkpoint)
     del checkpoint
+    averaged = paired_tensors(ema, model)
     parallel = data_parallel(objective, world)
-    batches = training_batches(args, dataset, rank, world, start)
+    batches = training_batches(args, dataset, rank, world, start, device)
     board = open_board(args, start) if rank == 0 else None
     if rank == 0:
         print_start(args, model, trained, dataset, world, device, dtype)
@@ -1273,7 +1371,7 @@ def main():
         for each in optimizers:
             set_learning_rate(each, step, args)
         x, index = next_batch(run, batches)
-        x = x.to(device, memory_format=torch.channels_last, non_blocking=True)  # (local, 3, size, size)
+        x = x.contiguous(memory_format=torch.channels_last)                     # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
         with_gan = gan is not None and step >= args.gan_start
 
@@ -1297,35 +1395,32 @@ def main():
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0) + term.detach() * share / world
             moments = moments + latent_sums(z)                                  # (2, c)
-        norm = clip_gradients(trained, args).item()
+        norm = clip_gradients(trained, args)
         if with_gan:
             average_gradients(gan, world)
             totals["gan_grad_norm"] = clip_gradients(gan.parameters(), args) / world
 
         # One small sum over the processes: loss terms, the latents' moments, and whether anybody was asked to stop
-        shared = torch.cat([torch.stack(list(totals.values())).double().cpu(), moments.flatten(),
-                            torch.tensor([float(run.stop.received)])])
-        shared = summed(shared, device, world)
-        moments, stopped = shared[len(totals):-1].view(2, -1), shared[-1] > 0
-        totals = dict(zip(totals, shared.tolist()))
+        shared = torch.cat([torch.stack([*totals.values()]).to(moments.dtype), moments.flatten(), stop_flag(run)])
+        shared = summed(shared, world)
+        moments, stop = shared[len(totals):-1].view(2, -1), shared[-1]
+        totals = dict(zip(totals, shared))
 
-        # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients
-        if math.isfinite(norm) and shared.isfinite().all():
-            optimizer.step()
-            if with_gan:
-                gan_optimizer.step()
-            if norm_trains:
-                model.decoder.norm_z.update(args.batch_size * z_shape[1] * z_shape[2], *moments)
-            update_ema(ema, model, args.ema, step - args.ema_start)
-            run.skipped_in_a_row = 0
-        else:
-            skip_step(run, norm, totals, index)
+        # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients.
+        # Decided on the device, which nobody waits for.
+        good = norm.isfinite() & shared.isfinite().all()
+        step_if(good, optimizer)
+        if with_gan:
+            step_if(good, gan_optimizer)
+        if norm_trains:
+            model.decoder.norm_z.update(args.batch_size * z_shape[1] * z_shape[2], *moments, good)
+        update_ema(averaged, args.ema, step - args.ema_start)  # after a bad step of the model as it was
         optimizer.zero_grad()
         if with_gan:
             gan_optimizer.zero_grad()
 
         # Log and save
-        finish_step(run, totals, norm, stopped)
+        finish_step(run, totals, norm.to(shared.dtype), stop, good, index)
 
     run.bar.close()
     if rank == 0:
