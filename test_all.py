@@ -4577,7 +4577,7 @@ def test_a_run_that_loses_its_data_saves_first(tmp_path, monkeypatch, module):
 @pytest.mark.skipif(os.name != "posix", reason="POSIX's signals")
 def test_a_killed_reader_of_images_is_one_sentence(tmp_path):
     folder_of(tmp_path / "images", 4)
-    loader = make_loader(make_dataset(str(tmp_path / "images"), 16, train=True), 2, train=True, workers=1)
+    loader = data.make_loader(data.make_dataset(str(tmp_path / "images"), 16, train=True), 2, train=True, workers=1)
     batches = iter(loader)
     next(batches)
     for child_process in multiprocessing.active_children():
