@@ -19,15 +19,20 @@ import io
 import json
 import math
 import os
+import pickle
 import socket
+import struct
 import sys
 import time
+import tokenize
+import zipfile
 import zlib
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFilter, UnidentifiedImageError
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -1038,6 +1043,13 @@ def now(device):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files, written whole or not at all
+
+# What reading a damaged file raises, in one library or another.
+BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, struct.error,
+               pickle.UnpicklingError, SafetensorError)
+# ... and what zip archives (torch's files, .npz) and numpy's arrays, which begin with a line of Python, raise besides.
+BROKEN_ARCHIVE = (*BROKEN_FILE, zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError)
+
 
 def temporary_name(path):
     """-> a name beside `path`, this process's own. OSError as `whole` says."""

@@ -19,7 +19,6 @@ from torch import nn
 
 from data import check_numbers, guarded, make_dataset, make_loader, parts_taken, setup
 from evaluate import evaluate, print_table, write_results
-from losses import EqM
 from model import DCSSDAE, check_size, compile_blocks
 from sampler import image_noise
 
@@ -58,8 +57,7 @@ class OneStep(nn.Module):
     def __init__(self, student, lpips, repa):
         super().__init__()
         self.decoder, self.repa, self.lpips = student.decoder, repa, [lpips]
-        cfg = student.config
-        self.eqm = EqM(cfg["c"], cfg["a"], cfg["b"], cfg["lam"]) if cfg["loss"] == "eqm" else None
+        self.eqm = student.eqm
 
     def forward(self, z, e, target):
         """z latents, e noise (B, 3, H, W), target x_T (B, 3, H, W) -> {name: scalar}."""

@@ -36,9 +36,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import data
-from data import best_device, gathered
+from data import BROKEN_ARCHIVE, BROKEN_FILE, best_device, gathered
 from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPSLoss, dreamsim_distance, finite_table
-from model import BROKEN_ARCHIVE, BROKEN_FILE, local_file
+from model import local_file
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")

@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import import_torchvision
+from data import BROKEN_FILE, import_torchvision
 from encoder import LappedCode
-from model import BROKEN_FILE
 
 
 def check_same_shape(*tensors):
@@ -92,6 +91,7 @@ class EqM:
         if not (0 < a < 1 and 0 < b < math.inf and 0 < lam < math.inf):
             raise ValueError(f"EqM needs 0 < a < 1, b > 0 and lam > 0, got a={a}, b={b}, lam={lam}")
         self.kind, self.a, self.b, self.lam = c, a, b, lam
+        self.at_noise = lam * (b if c == "piecewise" else 1.0)  # lam c(0)
 
     def mix(self, x, e, g):
         """x_g: the image at level g (B,). ValueError for other shapes."""

@@ -18,10 +18,6 @@ import math
 import os
 import pickle
 import re
-import struct
-import tokenize
-import zipfile
-import zlib
 from typing import NamedTuple
 
 import torch
@@ -32,6 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sampler
+from data import BROKEN_FILE
 from encoder import (
     LARGEST_WIDTH,
     DCDown,
@@ -48,6 +45,7 @@ from encoder import (
     recomputed,
     start_at_zero,
 )
+from losses import EqM
 
 # Decoder sizes, as SSDD names them. Parameters in millions at z_dim 4, window 17: with time (FM) and without (EqM).
 SIZES = {
@@ -60,11 +58,6 @@ SIZES = {
     "XL": (128, (1, 2, 4, 4), 16),                  # 161.42   153.86
     "H": (192, (1, 2, 4, 4), 16),                   # 363.01   346.03
 }
-# What reading a damaged file raises, in one library or another.
-BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, struct.error,
-               pickle.UnpicklingError, SafetensorError)
-# ... and what zip archives (torch's files, .npz) and numpy's arrays, which begin with a line of Python, raise besides.
-BROKEN_ARCHIVE = (*BROKEN_FILE, zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError)
 # A network that adds to a linear base learns from a residual that is small and mostly unpredictable at first. Adam
 # makes full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less
 # of it is to fall silent. So, beside a linear base, and beside UViT.addition:
@@ -73,7 +66,6 @@ GROUP_SIZE = 8  # channels of a group of the norms; XS as published, 32 groups o
 OUTPUT_GAIN = 0.3  # of the network's output: about the deviation of what the code leaves out
 INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about the image
 T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
-NOISE_LEFT = 0.01  # EqM: of what sampling starts from, with c = linear before the last default step
 RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
 FORMAT = 4  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution,
 #             3 no UViT.revision beside a linear base, and other norms
@@ -763,8 +755,11 @@ class DCSSDAE(nn.Module):
         if linear_encoder:
             options["linear"] = True
         self.encoder = make_encoder(enc, enc_width, **options)
-        # times (e - x); lam c(0) for EqM
-        self.field_at_noise = -1.0 if loss == "fm" else lam * (b if c == "piecewise" else 1.0)
+        # The field at the noise end is this number times (e - x).
+        self.eqm, self.field_at_noise = None, -1.0
+        if loss == "eqm":
+            self.eqm = EqM(c, a, b, lam)
+            self.field_at_noise = self.eqm.at_noise
         self.decoder = UViT(dec, self.encoder.z_dim, loss == "fm", depth, window,
                             skip=self.field_at_noise if input_skip else 0.0, joint_input=joint_input, without=without,
                             base=(self.downscale, linear_decoder) if linear_decoder else None)
@@ -821,7 +816,7 @@ class DCSSDAE(nn.Module):
         if method == "gd" and "mu" in options:
             raise ValueError("gradient descent (gd) has no momentum: leave mu out, or take nesterov")
         if "eta" not in options:
-            options |= self.default_steps(steps)
+            options |= sampler.default_steps(self.eqm, steps)
         descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
         return descend(self.decoder, noise, condition, steps, lam=cfg["lam"], **options)
 
@@ -862,44 +857,6 @@ class DCSSDAE(nn.Module):
         self._check_latents(z)
         mean, std = self.config["latents"]["mean"], self.config["latents"]["std"]
         return torch.tensor(mean).to(z)[:, None, None], torch.tensor(std).to(z)[:, None, None]           # (c, 1, 1)
-
-    def default_steps(self, steps):
-        """Step sizes of EqM sampling where none is given, as the sampler's options.
-
-        With c = linear a step of 1 / lam lands on the network's estimate: the last one does, or else what is left of
-        the noise would stay in the picture.
-        """
-        if steps == 1 or self.config["c"] != "linear":
-            return {"eta": self.default_eta(steps)}
-        eta = (1.0 - NOISE_LEFT ** (1.0 / (steps - 1))) / self.field_at_noise
-        return {"eta": eta, "last_eta": 1.0 / self.field_at_noise}
-
-    def default_eta(self, steps):
-        """Step size of EqM sampling with steps of one size. One step: 1 / (lam c(0)), the estimate from pure noise.
-
-        Several: with c = linear, a step of size eta removes the fraction eta lam of the noise that is left; 1 % is left
-        after all. The others fall to zero faster, so that steps larger than 1 - a swing: the least noise after all.
-        """
-        if steps == 1:
-            return 1.0 / self.field_at_noise
-        if self.config["c"] == "linear":
-            return (1.0 - NOISE_LEFT ** (1.0 / steps)) / self.field_at_noise
-        candidates = [k / 1000 for k in range(1, 1001)]
-        return min(candidates, key=lambda eta: self._noise_left(eta, steps)) / self.config["lam"]
-
-    def _noise_left(self, eta, steps):
-        """1 - g after `steps` steps of size eta / lam from pure noise, in size; c(g) as in losses.EqM."""
-        c, a, b = self.config["c"], self.config["a"], self.config["b"]
-        noise = 1.0
-        for _ in range(steps):
-            g = 1 - noise
-            if g > a:
-                noise -= eta * (noise / (1 - a))
-            elif c == "trunc":
-                noise -= eta * 1.0
-            else:
-                noise -= eta * (b - (b - 1) * g / a)
-        return abs(noise)
 
     @torch.no_grad()
     def fit_linear_decoder(self, images):

@@ -87,6 +87,35 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=N
     return out.index_copy(0, alive, x), nfe
 
 
+def default_steps(eqm, steps):
+    """Step sizes of EqM sampling where none is given, as the samplers' options. eqm: losses.EqM.
+
+    With c = linear a step of 1 / lam lands on the network's estimate: the last one does, or else what is left of the
+    noise would stay in the picture.
+    """
+    if steps == 1 or eqm.kind != "linear":
+        return {"eta": default_eta(eqm, steps)}
+    return {"eta": (1.0 - NOISE_LEFT ** (1.0 / (steps - 1))) / eqm.lam, "last_eta": 1.0 / eqm.lam}
+
+
+def default_eta(eqm, steps):
+    """Step size of EqM sampling with steps of one size. One step: 1 / (lam c(0)), the estimate from pure noise.
+
+    Several: with c = linear, a step of size eta removes the fraction eta lam of the noise that is left; 1 % is left
+    after all. The others fall to zero faster, so that steps larger than 1 - a swing: the least noise after all.
+    """
+    if steps == 1:
+        return 1.0 / eqm.at_noise
+    if eqm.kind == "linear":
+        return (1.0 - NOISE_LEFT ** (1.0 / steps)) / eqm.lam
+    candidates = torch.arange(1, 1001, dtype=torch.float64, device="cpu") / 1000
+    noise = torch.ones_like(candidates)  # 1 - g, what is left of it on the way
+    for _ in range(steps):
+        noise = noise - candidates * eqm.c(1 - noise)
+    return candidates[noise.abs().argmin()].item() / eqm.lam
+
+
+NOISE_LEFT = 0.01  # of what EqM sampling starts from, with c = linear before the last default step
 MOST_STEPS = 10**6  # of a sampler
 
 

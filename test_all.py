@@ -876,9 +876,9 @@ def test_default_step_sizes_end_on_the_data(c, lam):
     data, noise = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
     for n in (1, 2, 3, 4, 8, 25):
         out, _ = sampler.gradient_descent(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, n,
-                                          model.default_eta(n))
+                                          sampler.default_eta(model.eqm, n))
         assert abs(out) < 0.0101, (n, out)
-        options = model.default_steps(n)
+        options = sampler.default_steps(model.eqm, n)
         assert ("last_eta" in options) == (c == "linear" and n > 1)
         out, nfe = sampler.gradient_descent(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, n,
                                             **options)
@@ -886,7 +886,7 @@ def test_default_step_sizes_end_on_the_data(c, lam):
     # A sample that the adaptive stop ends lands, too; one that is not a number has not arrived.
     if c == "linear":
         out, nfe = sampler.nesterov(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, 16, mu=0.3,
-                                    lam=lam, tol=0.2, **model.default_steps(16))
+                                    lam=lam, tol=0.2, **sampler.default_steps(model.eqm, 16))
         assert 1 < nfe.item() < 10 and abs(out) < 1e-6
     _, nfe = sampler.gradient_descent(lambda y, z: y * math.nan, noise, data, 3, 1.0, lam, tol=0.2)
     assert nfe.tolist() == [3]
@@ -3502,10 +3502,7 @@ class Quadratic:
     """A model for calibrate: descent on sum of a (x - x*)^2 / 2 over two directions, starting at distance 1."""
 
     def __init__(self, *curvatures):
-        self.a, self.config = curvatures, {"loss": "eqm"}
-
-    def default_eta(self, n):
-        return 1.0
+        self.a, self.config, self.eqm = curvatures, {"loss": "eqm"}, EqM()
 
     def measure(self, runs):
         for n, o in runs.values():
@@ -3519,7 +3516,8 @@ class Quadratic:
             yield {"psnr_pooled": -10 * np.log10(loss) if loss < 1e30 else float("nan")}
 
 
-def test_calibration_finds_the_best_step_sizes():
+def test_calibration_finds_the_best_step_sizes(monkeypatch):
+    monkeypatch.setattr(sweep, "default_eta", lambda eqm, steps: 1.0)
     model = Quadratic(1.0, 4.0)
     best = sweep.calibrate(model, [1, 2, 8], lambda runs: list(model.measure(runs)))
     assert set(best) == {(s, n) for s in ("gd", "nesterov") for n in (1, 2, 8)}

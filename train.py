@@ -38,6 +38,8 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import (
+    BROKEN_ARCHIVE,
+    BROKEN_FILE,
     MANY,
     check_compiler,
     check_numbers,
@@ -57,8 +59,6 @@ from data import (
 from encoder import parse_name
 from evaluate import REFERENCES, evaluate, print_table, write_results
 from model import (
-    BROKEN_ARCHIVE,
-    BROKEN_FILE,
     DCSSDAE,
     SIZES,
     AdaGN,
@@ -70,7 +70,7 @@ from model import (
 )
 from sampler import seeded_generator
 
-from losses import (EqM, LPIPSLoss, PatchGAN, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix,  # isort: skip
+from losses import (LPIPSLoss, PatchGAN, REPALoss, WeightsUnavailable, eqm_loss, fm_loss, fm_mix,  # isort: skip
                     fm_predict_x, hinge_loss, kl_loss, repa_projection)
 
 # Two cores without GPU or network. Measured results stand in the README's quick start.
@@ -1170,7 +1170,7 @@ class Objective(nn.Module):
         self.model, self.repa = model, repa
         # In lists: LPIPS is neither trained, synchronised nor saved, and the discriminator has its own of each.
         self.lpips, self.gan = [lpips], [gan]
-        self.eqm = EqM(args.c, args.a, args.b, args.lam) if args.loss == "eqm" else None
+        self.eqm = model.eqm
 
     def forward(self, x, e, eps, s, with_gan=False):
         """x images, e noise (B, 3, H, W), eps (B, c, h, w) posterior noise, s (B,) level -> ({name: scalar}, latents

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data import check_numbers, guarded, make_dataset, ready_folder, save_grid, setup
 from evaluate import load_model, shared_arguments
-from losses import EqM, fm_mix, fm_predict_x, psnr, to8bit
+from losses import fm_mix, fm_predict_x, psnr, to8bit
 from model import folder_beside
 from sampler import euler, image_noise
 
@@ -35,7 +35,7 @@ def estimates(model, x, e, z, t):
         field = model.decoder(x_t, z, t).float()
         return x_t, field, fm_predict_x(x_t, field, t)
     field = model.decoder(x_t, z).float()
-    eqm = EqM(cfg["c"], cfg["a"], cfg["b"], cfg["lam"])
+    eqm = model.eqm
     return x_t, field, eqm.predict_x(x_t, field, 1 - t)
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (
+    BROKEN_ARCHIVE,
     check_numbers,
     gathered,
     guarded,
@@ -34,7 +35,7 @@ from data import (
     write_whole,
 )
 from evaluate import load_model, loader_arguments, shared_arguments
-from model import BROKEN_ARCHIVE, local_file, read_weights
+from model import local_file, read_weights
 from sampler import image_noise
 
 LARGEST_HALF = 65504                                         # where float16 ends

@@ -30,6 +30,7 @@ from data import (
 from evaluate import evaluate, load_model, loader_arguments, report, shared_arguments
 from fid import check_metrics, load_networks, metric_arguments
 from model import folder_beside
+from sampler import default_eta
 
 COUNTS = [1, 2, 3, 4, 8, 16, 25]                             # numbers of steps
 MOMENTA = (0.3, 0.6, 0.9)                                    # Nesterov's mu
@@ -47,7 +48,7 @@ def starting_options(sampler, steps, model):
     """Options to start the search from, one set for each momentum."""
     if sampler == "euler":
         return [{"t_shift": T_SHIFT}]
-    eta = model.default_eta(steps)
+    eta = default_eta(model.eqm, steps)
     if sampler == "gd":
         return [{"method": "gd", "eta": eta}]
     return [{"method": "nesterov", "mu": mu, "eta": eta} for mu in MOMENTA]
