@@ -2559,7 +2559,7 @@ def test_fid_command(tmp_path, inception_file, monkeypatch, capsys):
     assert cli("fid.py", tmp_path / "no.npz", saved, ok=False).startswith("error: ")
     none = ["--inception", tmp_path / "none.pth"]  # what is said before it is looked for is said before any work
     assert "--batch_size 0" in sentence(fid, monkeypatch, a, b, *none, "--batch_size", 0)
-    assert "--size is -1" in sentence(fid, monkeypatch, a, b, *none, "--size", -1)
+    assert "--size -1" in sentence(fid, monkeypatch, a, b, *none, "--size", -1)
     missing = tmp_path / "missing" / "a.npz"
     assert f"there is no folder {missing.parent}" in sentence(fid, monkeypatch, a, *none, "--save", missing)
     assert "is a folder" in sentence(fid, monkeypatch, a, *none, "--save", tmp_path)
