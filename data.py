@@ -1003,9 +1003,10 @@ RANGES = {
 }
 
 
-def check_numbers(args):
-    """ValueError where a flag that was given, a number or a list of them, is not in its range."""
-    for name, (low, high, interval) in RANGES.items():
+def check_numbers(args, names=tuple(RANGES)):
+    """ValueError where one of these flags that was given, a number or a list of them, is not in its range."""
+    for name in names:
+        low, high, interval = RANGES[name]
         value = getattr(args, name, None)
         numbers = value if isinstance(value, list) else [value]
         for number in numbers:

@@ -620,7 +620,7 @@ def save_cached(paths, result):
 
 def check_arguments(args):
     """Complaints before any work: ValueError, FileNotFoundError, NotADirectoryError."""
-    data.check_numbers(args)
+    data.check_numbers(args, ("size", "batch_size"))  # its a and b are other things than train.py's
     for source in (args.a, args.b):
         if source and not os.path.exists(source):
             raise FileNotFoundError(f"there is no {source}")

@@ -2908,7 +2908,7 @@ def test_fid_command(tmp_path, inception_file, monkeypatch, capsys):
     assert cli("fid.py", tmp_path / "no.npz", saved, ok=False).startswith("error: ")
     none = ["--inception", tmp_path / "none.pth"]  # what is said before it is looked for is said before any work
     assert "--batch_size 0" in sentence(fid, monkeypatch, a, b, *none, "--batch_size", 0)
-    assert "--size is -1" in sentence(fid, monkeypatch, a, b, *none, "--size", -1)
+    assert "--size -1" in sentence(fid, monkeypatch, a, b, *none, "--size", -1)
     missing = tmp_path / "missing" / "a.npz"
     assert f"there is no folder {missing.parent}" in sentence(fid, monkeypatch, a, *none, "--save", missing)
     assert "is a folder" in sentence(fid, monkeypatch, a, *none, "--save", tmp_path)
@@ -5165,7 +5165,7 @@ def test_field_picture(tmp_path, monkeypatch, loss):
 #     FUZZ=10000 python -m pytest test_all.py -k fuzz -s       # the cases 0 ... 9999; FUZZ_FIRST=N begins at another
 #     FUZZ_CASE=1234 python -m pytest test_all.py -k fuzz -s   # this case alone: a case depends on its number alone
 
-FUZZ_CASES = 200
+FUZZ_CASES = 150
 FUZZ_SECONDS, FUZZ_BYTES = 120, 3 * 2**30  # of a case: how long it may take, how much memory beside what there is
 REFUSALS = (ValueError, TypeError, OSError)  # in Python, each with a message
 ODD_WORDS = ["", "x", "nan", "inf", "-inf", "-1", "0", "-0", "1.5", "1e400", "1e-30", "1e30", "0x10", "１", "٣", "None",
@@ -5243,13 +5243,13 @@ def fuzz_command(rng, box):
         argv += [rng.choice(["images", "s.npz", "nowhere"]), rng.choice(["images", "s.npz", "r"])]
     if module is compare:
         argv += rng.sample(["r", "r_s1", "images", "nowhere"], rng.randint(1, 2))
-    if module is bench and rng.random() < 0.9:
-        argv += rng.choice([["nothing"], ["--size", "0"], ["--size", "x"]])  # to time anything takes long
     for action in rng.choices(box.actions[module], k=rng.randint(1, 3)):
         flag = rng.choice(action.option_strings or [None])
         count = {0: 0, "+": rng.randint(0, 3), "*": rng.randint(0, 2)}.get(action.nargs, 1)
         words = [odd_word(rng, action) for _ in range(count)]
         argv += ([flag] if flag else []) + words
+    if module is bench:
+        argv += ["--size", rng.choice(["0", "x"])]  # to time anything takes long
     call_main(module, argv)
 
 
