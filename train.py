@@ -79,7 +79,7 @@ TEACHING = {"enc_width": 0.125, "dec": "XS", "depth": 2, "warmup": 50, "decay": 
 PRESETS = {
     "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 1500, "t_mean": 2.0, "g_power": 2.0,
                         "eval_every": 500, "eval_images": 256, "save_every": 750},
-    "deep": TEACHING | {"enc": "dc_f32c32", "size": 64, "batch_size": 4, "steps": 1200, "t_mean": 4.0, "g_power": 6.0,
+    "deep": TEACHING | {"enc": "dc_f32c32", "size": 64, "batch_size": 4, "steps": 1200, "t_mean": 4.0, "g_power": 20.0,
                         "eval_every": 300, "eval_images": 64, "save_every": 600},
 }
 
