@@ -2716,6 +2716,19 @@ def test_distillation_brings_one_step_to_the_teacher(tmp_path):
         assert distance["distilled"] < 0.8 * distance["undistilled"], (loss, distance)
 
 
+def test_distillation_in_micro_batches_with_evaluations_on_the_way(tmp_path, checkpoint, monkeypatch):
+    common = ["--ckpt", checkpoint, "--teacher_steps", 2, "--batch_size", 4, "--steps", 2, "--eval_images", 4,
+              "--log_every", 1, "--device", "cpu", "--dtype", "float32", "--workers", 0]
+    run_main(distill, monkeypatch, *common, "--out", tmp_path / "a")
+    run_main(distill, monkeypatch, *common, "--micro_batch", 3, "--checkpointing", "--eval_every", 1,
+             "--out", tmp_path / "b")
+    a, b = (DCSSDAE.load(tmp_path / name / "model.safetensors").state_dict() for name in "ab")
+    assert all(torch.allclose(v.float(), b[k].float(), atol=2e-4) for k, v in a.items())
+    losses_of = [[line["loss"] for line in lines_of(tmp_path / name / "log.jsonl") if "loss" in line] for name in "ab"]
+    assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-4)
+    assert [line["step"] for line in lines_of(tmp_path / "b" / "log.jsonl") if "eval" in line] == [1, 2]
+
+
 def same_weights(a, b):
     a, b = (torch.load(folder / "latest.pt", weights_only=True) for folder in (a, b))
     same = [torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part]]
