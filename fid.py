@@ -181,6 +181,15 @@ class InceptionFeatures(nn.Module):
         return x.mean((2, 3))                                          # (B, 2048, 8, 8) -> (B, 2048)
 
 
+def empty_network(timm, name, **options):
+    """A network of timm's without the random weights that a file will replace; with them where timm is too old."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **options)
+    except RuntimeError:  # timm 1.0.9 reads numbers of tensors, which have none there
+        return timm.create_model(name, **options)
+
+
 class DINOv2Features(nn.Module):
     """The 1024 features of FD-DINOv2: the class token of ViT-L/14 after the last norm. ImportError without timm.
 
@@ -200,8 +209,7 @@ class DINOv2Features(nn.Module):
             raise ImportError(f"FD-DINOv2 needs the timm package: pip install timm ({error})") from None
         path, state, self.sha256 = read_weights(weights, DINO_URL, "--dinov2")
         state.pop("mask_token", None)                                  # timm's file is the same without
-        with torch.device("meta"):
-            self.vit = timm.create_model("vit_large_patch14_dinov2.lvd142m", num_classes=0, img_size=224)
+        self.vit = empty_network(timm, "vit_large_patch14_dinov2.lvd142m", num_classes=0, img_size=224)
         try:
             first, grid = state["pos_embed"].split([1, 37 * 37], dim=1)
             grid = F.interpolate(grid.mT.unflatten(2, (37, 37)), scale_factor=16.1 / 37, mode="bicubic")
@@ -258,8 +266,7 @@ class TimmFeatures(nn.Module):
         if not timm.is_model(name):
             raise ValueError(f"{path} is refused: timm knows no network {name}; the file's name must be one")
         _, state, self.sha256 = read_weights(path, path, "--features")
-        with torch.device("meta"):  # no random initialisation that the file replaces
-            self.network = timm.create_model(name, num_classes=0)
+        self.network = empty_network(timm, name, num_classes=0)
         kept = {key: state[key] for key in self.network.state_dict() if key in state}  # without the classifier
         try:
             self.network.load_state_dict(kept, assign=True)

@@ -2092,8 +2092,7 @@ def vgg_file(tmp_path_factory):
 def dino_file(tmp_path_factory):
     data.import_torchvision()
     timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        state = timm.create_model("vit_base_patch14_dinov2.lvd142m", pretrained=False, num_classes=0).state_dict()
+    state = fid.empty_network(timm, "vit_base_patch14_dinov2.lvd142m", num_classes=0).state_dict()
     g, path = torch.Generator().manual_seed(0), tmp_path_factory.mktemp("nets") / "dino.pth"
     torch.save({k: torch.randn(v.shape, generator=g) * 0.02 + (".gamma" in k or "norm" in k and "weight" in k)
                 for k, v in state.items()}, path)
@@ -2182,8 +2181,7 @@ def test_repa_with_random_dinov2(dino_file):
     assert not repa.dino.training and repa.mlp.state_dict().keys() == exact.state_dict().keys()
     # The square 518 px input it was made for: the same tokens as timm's model
     import timm
-    with torch.device("meta"):
-        dino = timm.create_model("vit_base_patch14_dinov2.lvd142m", pretrained=False, num_classes=0).eval()
+    dino = fid.empty_network(timm, "vit_base_patch14_dinov2.lvd142m", num_classes=0).eval()
     dino.load_state_dict(torch.load(dino_file, weights_only=True), assign=True)
     repa.largest = 296
     with torch.no_grad():
