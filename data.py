@@ -994,7 +994,7 @@ RANGES = {
     "enc_width": (0, 64, "(]"), "depth": (0, 1000, "[]"), "window": (1, 1000, "[]"),
     "a": (0, 1, "()"), "b": (0, INF, "()"), "lam": (0, INF, "()"), "t_mean": (-INF, INF, "()"),
     "g_power": (0, INF, "()"), "w_kl": (0, INF, "[)"), "w_gan": (0, INF, "[)"), "w_lpips": (0, INF, "[)"),
-    "w_repa": (0, INF, "[)"), "gan_start": (0, MANY, "[]"),
+    "w_repa": (0, INF, "[)"), "repa_size": (8, 65536, "[]"), "gan_start": (0, MANY, "[]"),
     "keep": (1, 1000, "[]"), "eval_every": (0, MANY, "[]"), "eval_steps": (1, MANY, "[]"),
     "eval_images": (1, MANY, "[]"), "save_every": (1, MANY, "[]"), "log_every": (1, MANY, "[]"),
     "teacher_steps": (1, MANY, "[]"), "t_shift": (0, INF, "()"), "eta": (0, INF, "()"), "mu": (0, 1, "[)"),

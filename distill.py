@@ -40,7 +40,7 @@ def get_args(argv=None):
 
     shared_arguments(p)
     p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000,
-                   eval_every=0, eval_steps=[1])
+                   eval_every=0)
     args = p.parse_args(argv)
     check_numbers(args)
     if not args.out:
@@ -163,7 +163,7 @@ def main():
 
     for step in range(start, args.steps):
         if evaluation_is_due(step, args) and step != evaluated:  # the last one comes after the loop
-            validate(run, ema, val, dtype)
+            validate(run, ema, val, dtype, [1])
 
         # Draw
         set_learning_rate(optimizer, step, args)

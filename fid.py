@@ -181,6 +181,15 @@ class InceptionFeatures(nn.Module):
         return x.mean((2, 3))                                          # (B, 2048, 8, 8) -> (B, 2048)
 
 
+def empty_network(timm, name, **options):
+    """A network of timm's without the random weights that a file will replace; with them where timm is too old."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **options)
+    except RuntimeError:  # timm 1.0.9 reads numbers of tensors, which have none there
+        return timm.create_model(name, **options)
+
+
 class DINOv2Features(nn.Module):
     """The 1024 features of FD-DINOv2: the class token of ViT-L/14 after the last norm. ImportError without timm.
 
@@ -200,8 +209,7 @@ class DINOv2Features(nn.Module):
             raise ImportError(f"FD-DINOv2 needs the timm package: pip install timm ({error})") from None
         path, state, self.sha256 = read_weights(weights, DINO_URL, "--dinov2")
         state.pop("mask_token", None)                                  # timm's file is the same without
-        with torch.device("meta"):
-            self.vit = timm.create_model("vit_large_patch14_dinov2.lvd142m", num_classes=0, img_size=224)
+        self.vit = empty_network(timm, "vit_large_patch14_dinov2.lvd142m", num_classes=0, img_size=224)
         try:
             first, grid = state["pos_embed"].split([1, 37 * 37], dim=1)
             grid = F.interpolate(grid.mT.unflatten(2, (37, 37)), scale_factor=16.1 / 37, mode="bicubic")
@@ -242,12 +250,48 @@ class FileFeatures(nn.Module):
         return self.network(2 * x - 1)
 
 
+class TimmFeatures(nn.Module):
+    """Features of a network that timm knows by name, before its classifier: NAME.safetensors, say
+    resnet50.a1_in1k.safetensors, with timm's own tensor names. No code comes from the file. Images are resized to the
+    network's own size (bicubic, antialiasing) and normalised as timm says. FileNotFoundError, ValueError; ImportError
+    without timm."""
+
+    def __init__(self, path):
+        super().__init__()
+        try:
+            import timm
+        except (ImportError, RuntimeError) as error:                   # RuntimeError: torchvision of another build
+            raise ImportError(f"--features {path} needs the timm package: pip install timm ({error})") from None
+        name = Path(path).name.removesuffix(".safetensors")
+        if not timm.is_model(name):
+            raise ValueError(f"{path} is refused: timm knows no network {name}; the file's name must be one")
+        _, state, self.sha256 = read_weights(path, path, "--features")
+        self.network = empty_network(timm, name, num_classes=0)
+        kept = {key: state[key] for key in self.network.state_dict() if key in state}  # without the classifier
+        try:
+            self.network.load_state_dict(kept, assign=True)
+        except RuntimeError:
+            raise ValueError(f"{path} does not hold the weights of timm's {name}") from None
+        self.dim, settings = self.network.num_features, self.network.pretrained_cfg
+        self.size = settings["input_size"][-2:]
+        self.mean, self.std = settings["mean"], settings["std"]
+        self.float().eval().requires_grad_(False)
+
+    @on_8bit
+    def forward(self, x):
+        x = F.interpolate(x, size=self.size, mode="bicubic", antialias=True)
+        mean, std = x.new_tensor(self.mean)[:, None, None], x.new_tensor(self.std)[:, None, None]
+        return self.network((x - mean) / std)
+
+
 def load_features(name, inception=None, dinov2=None, size=256):
     """The network of --features `name`: "inception", "dinov2" (their weight files: the next two) or a file."""
     if name == "inception":
         return InceptionFeatures(inception)
     if name == "dinov2":
         return DINOv2Features(dinov2)
+    if name.endswith(".safetensors"):
+        return TimmFeatures(name)
     return FileFeatures(name, size)
 
 
@@ -474,7 +518,8 @@ def metric_arguments(parser):
     add("--lpips_weights", nargs="+", metavar="FILE", help="ImageNet weights, one file for each --lpips_net")
     add("--dreamsim", action="store_true", help="also DreamSim, where that package is installed")
     add("--features", nargs="*", default=["inception"], metavar="F", help="of Frechet distances: inception (rFID), "
-        "dinov2 (FD-DINOv2), TorchScript files that map (B, 3, H, W) in [-1, 1] to (B, D) [inception]")
+        "dinov2 (FD-DINOv2), NAME.safetensors with weights of timm's network NAME, or TorchScript files that map "
+        "(B, 3, H, W) in [-1, 1] to (B, D), which torch is giving up [inception]")
     add("--inception", metavar="FILE", help="FID's Inception weights; default: torch.hub's cache or download")
     add("--dinov2", metavar="FILE", help="DINOv2 ViT-L/14 weights; default: torch.hub's cache or download")
     add("--cache", default="~/.cache/dc-ssdae", help="folder for originals' statistics; '' for none [%(default)s]")

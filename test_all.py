@@ -2418,8 +2418,7 @@ def dino_file(tmp_path, monkeypatch):
     data.import_torchvision()
     timm = pytest.importorskip("timm")
     monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
-    with torch.device("meta"):
-        state = timm.create_model("vit_base_patch14_dinov2.lvd142m", pretrained=False, num_classes=0).state_dict()
+    state = fid.empty_network(timm, "vit_base_patch14_dinov2.lvd142m", num_classes=0).state_dict()
     g, path = torch.Generator().manual_seed(0), tmp_path / "dino.pth"
     torch.save({k: torch.randn(v.shape, generator=g) * 0.02 + (".gamma" in k or "norm" in k and "weight" in k)
                 for k, v in state.items()}, path)
@@ -2528,8 +2527,7 @@ def test_repa_with_random_dinov2(dino_file):
     assert not repa.dino.training and repa.mlp.state_dict().keys() == exact.state_dict().keys()
     # The square 518 px input it was made for: the same tokens as timm's model
     import timm
-    with torch.device("meta"):
-        dino = timm.create_model("vit_base_patch14_dinov2.lvd142m", pretrained=False, num_classes=0).eval()
+    dino = fid.empty_network(timm, "vit_base_patch14_dinov2.lvd142m", num_classes=0).eval()
     dino.load_state_dict(torch.load(dino_file, weights_only=True), assign=True)
     repa.largest = 296
     with torch.no_grad():
@@ -3104,6 +3102,19 @@ def test_distillation_brings_one_step_to_the_teacher(tmp_path):
         assert distance["distilled"] < 0.8 * distance["undistilled"], (loss, distance)
 
 
+def test_distillation_in_micro_batches_with_evaluations_on_the_way(tmp_path, checkpoint, monkeypatch):
+    common = ["--ckpt", checkpoint, "--teacher_steps", 2, "--batch_size", 4, "--steps", 2, "--eval_images", 4,
+              "--log_every", 1, "--device", "cpu", "--dtype", "float32", "--workers", 0]
+    run_main(distill, monkeypatch, *common, "--out", tmp_path / "a")
+    run_main(distill, monkeypatch, *common, "--micro_batch", 3, "--checkpointing", "--eval_every", 1,
+             "--out", tmp_path / "b")
+    a, b = (DCSSDAE.load(tmp_path / name / "model.safetensors").state_dict() for name in "ab")
+    assert all(torch.allclose(v.float(), b[k].float(), atol=2e-4) for k, v in a.items())
+    losses_of = [[line["loss"] for line in lines_of(tmp_path / name / "log.jsonl") if "loss" in line] for name in "ab"]
+    assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-4)
+    assert [line["step"] for line in lines_of(tmp_path / "b" / "log.jsonl") if "eval" in line] == [1, 2]
+
+
 def same_weights(a, b):
     a, b = (torch.load(folder / "latest.pt", weights_only=True) for folder in (a, b))
     same = [torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part]]
@@ -3406,6 +3417,25 @@ def test_dinov2_features_are_those_of_the_original_code(tmp_path, monkeypatch, o
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="timm"):
         fid.DINOv2Features(tmp_path / "original.pth")
+
+
+def test_features_of_a_timm_network_by_name(tmp_path):
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_resnet.r160_in1k", pretrained=False).eval()
+    path = str(tmp_path / "test_resnet.r160_in1k.safetensors")
+    save_file(net.state_dict(), path)
+    network, images = fid.load_features(path), torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    x = F.interpolate(images / 255, size=net.pretrained_cfg["input_size"][1:], mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(net.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        want = net.forward_head(net.forward_features((x - mean) / std), pre_logits=True)
+    assert network(images).shape == (2, network.dim) and relative_error(network(images), want) < 1e-5
+    assert network.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    for name, tensors, words in (("nonesuch", net.state_dict(), "timm knows no network nonesuch"),
+                                 ("test_resnet", {"weight": torch.zeros(3)}, "does not hold the weights")):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(ValueError, match=words):
+            fid.load_features(str(tmp_path / f"{name}.safetensors"))
 
 
 class Bomb(nn.Module):

@@ -1222,13 +1222,14 @@ def evaluation_is_due(step, args):
     return step > 0 and args.eval_every > 0 and step % args.eval_every == 0
 
 
-def validate(run, ema, val, dtype):
-    """evaluate's result on the validation images; printed, written and logged. Does not count as time of training."""
+def validate(run, ema, val, dtype, steps):
+    """evaluate's result on the validation images, decoded in each of `steps`; printed, written and logged. Does not
+    count as time of training."""
     read_reports(run)  # of steps before it
     before = time.time()
     loader = make_loader(val, VALIDATION_BATCH * run.world, train=False, rank=run.rank, world=run.world,
                          device=run.device)
-    result = evaluate(ema, loader, run.device, steps=run.args.eval_steps, seed=run.args.seed, dtype=dtype,
+    result = evaluate(ema, loader, run.device, steps=steps, seed=run.args.seed, dtype=dtype,
                       rank=run.rank, world=run.world)
     if run.rank == 0:
         write_results(result, run.args.out)  # before anything else can fail
@@ -1363,7 +1364,7 @@ def main():
         # Evaluate: here, not after the step, so that a run that is stopped between a checkpoint and its evaluation
         # catches up on it.
         if evaluation_is_due(step, args) and step != evaluated:
-            result = validate(run, ema, val, dtype)
+            result = validate(run, ema, val, dtype, args.eval_steps)
         if step == args.steps:
             break
 
