@@ -22,9 +22,9 @@ from model import DCSSDAE, check_size
 from sampler import image_noise
 
 from train import (VALIDATION_BATCH, Run, append_log, autocast, check_content, check_shared,  # isort: skip
-                   clip_gradients, data_parallel, draw, finish_step, make_optimizer, make_parser, matching, next_batch,
-                   open_board, open_run, perceptual_losses, pick_dtype, restore, set_learning_rate, shared_arguments,
-                   skip_step, summed, training_batches, update_ema)
+                   clip_gradients, data_parallel, draw, finish_step, image_arguments, make_optimizer, make_parser,
+                   matching, next_batch, open_board, open_run, perceptual_losses, pick_dtype, restore, run_arguments,
+                   set_learning_rate, skip_step, summed, training_batches, update_ema)
 
 
 def get_args(argv=None):
@@ -36,7 +36,8 @@ def get_args(argv=None):
     add("--eta", type=float, help="EqM: of the teacher's gradient descent")
     add("--mu", type=float, help="EqM: Nesterov momentum of the teacher")
 
-    shared_arguments(p)
+    image_arguments(p)
+    run_arguments(p)
     p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000)
     args = p.parse_args(argv)
     check_numbers(args)

@@ -134,7 +134,8 @@ def get_args(argv=None):
     add("--w_gan", type=float, default=0.0, help="weight of a PatchGAN on the one-step estimate; 0: off [%(default)s]")
     add("--gan_start", type=int, default=0, help="first step with the GAN [%(default)s]")
 
-    optimisation, run = shared_arguments(p)
+    image_arguments(p)
+    optimisation, run = run_arguments(p)
     optimisation("--micro_batch", type=int, help="images per forward pass and process; gradients add up to the batch's")
     optimisation("--checkpointing", action="store_true", help="less memory: compute residual blocks twice")
     run("--compile", action="store_true", help="torch.compile encoder and decoder")
@@ -197,9 +198,8 @@ def flags(values, names):
     return "".join(f" --{name} {values[name]}" for name in names)
 
 
-def shared_arguments(p):
-    """The flags that train.py and distill.py have in common, with the defaults of train.py. -> add_argument of the
-    groups "optimisation" and "run"."""
+def image_arguments(p):
+    """The flags of programs that train on images: data, and losses in the features of pretrained networks."""
     add = p.add_argument_group("data").add_argument
     add("--data", metavar="DIR", type=str, default="demo",
         help="demo (built in), imagenette, cifar10, or a folder of images [%(default)s]")
@@ -218,6 +218,10 @@ def shared_arguments(p):
     add("--w_repa", type=float, default=0.25, help="weight of REPA (DINOv2 ViT-B/14); 0: off [%(default)s]")
     add("--repa_weights", metavar="FILE", type=str, help="DINOv2 ViT-B/14; else Hugging Face's cache or a download")
 
+
+def run_arguments(p):
+    """The flags of any training run, with the defaults of train.py. -> add_argument of the groups "optimisation" and
+    "run"."""
     add = optimisation = p.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=192, help="images per step over all processes [%(default)s]")
     add("--steps", type=int, default=250_000, help="optimiser steps [%(default)s]")
@@ -261,7 +265,7 @@ def check_args(args):
 # Pieces that distill.py shares: what is built
 
 def check_shared(args, world):
-    """Complaints about the flags of shared_arguments."""
+    """Complaints about the flags that programs have in common."""
     if args.batch_size % world:
         raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {world} processes")
 
