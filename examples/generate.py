@@ -154,7 +154,7 @@ class DiT(nn.Module):
 
 @torch.no_grad()
 def generate(ema, tokenizer, latents, index, args, device, dtype):
-    """8-bit images (b, 3, H, W) in [-1, 1] with the numbers `index`; classes take turns."""
+    """Images (b, 3, H, W) with the numbers `index`; classes take turns."""
     labels = None
     if ema.label is not None:
         labels = torch.tensor(index, device=device) % ema.label.num_embeddings
@@ -163,39 +163,36 @@ def generate(ema, tokenizer, latents, index, args, device, dtype):
         z, _ = euler(ema, image_noise(args.seed, index, latents.shape).to(device), labels, args.eval_steps, t_shift=1.0)
         z = z.float().cpu() * latents.std + latents.mean
         images = tokenizer.decode(z.to(device), 1, image_noise(args.seed, index, (3, size, size)).to(device))
-    return to8bit(images.float())
+    return images.float()
 
 
-def statistics_of_images(made_of, features, limit, device, rank, world):
-    """Statistics of `limit` of the images that the latents were made of, as the manifest says."""
-    dataset = make_dataset(made_of["data"], made_of["size"], train=False, limit=limit, crop=made_of["crop"],
-                           split=made_of["part"])
+def statistics_of(images, features, device):
+    """Statistics of the features of batches of images, over all processes."""
     statistics = Statistics(features.dim, device)
-    for x, _ in make_loader(dataset, BATCH * world, train=False, rank=rank, world=world):
+    for x in images:
         statistics.update(features(to8bit(x.to(device))))
     statistics.all_reduce()
     return statistics
 
 
 def validate(run, ema, tokenizer, latents, features, reference, dtype):
-    """Generate --eval_images: samples.png, a line of the log, and the Frechet distance to the Statistics reference."""
+    """Generate --eval_images: samples.png, a line of the log, the Frechet distance to the Statistics `reference`."""
     args, start = run.args, now(run.device)
-    statistics = Statistics(features.dim, run.device) if features else None
     numbers = list(range(run.rank, args.eval_images, run.world))
+    images = []
     for first in range(0, len(numbers), BATCH):
-        images = generate(ema, tokenizer, latents, numbers[first:first + BATCH], args, run.device, dtype)
-        if features:
-            statistics.update(features(images))
-        if first == 0 and run.rank == 0:
-            save_grid(Path(args.out, "samples.png"), [*images.split(8)])
+        index = numbers[first:first + BATCH]
+        images.append(generate(ema, tokenizer, latents, index, args, run.device, dtype).cpu())
     values = {"name": "samples", "images": args.eval_images, "seconds": now(run.device) - start}
-    run.evaluating += values["seconds"]
     if features:
-        statistics.all_reduce()
+        statistics = statistics_of(images, features, run.device)
         values[metric_of(args.features)] = distance_or_none(statistics, reference)
+    run.evaluating += now(run.device) - start
     if run.rank == 0:
+        save_grid(Path(args.out, "samples.png"), [*images[0].split(8)])
         train.append_log(run.log_path, run.board, run.done, eval=[values])
         run.bar.write(f"step {run.done}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -214,7 +211,10 @@ def main():
     features = reference = None
     if args.features:
         features = load_features(args.features, size=size).to(device)
-        reference = statistics_of_images(latents.manifest, features, args.eval_images, device, rank, world)
+        of = latents.manifest
+        originals = make_dataset(of["data"], size, False, limit=args.eval_images, crop=of["crop"], split=of["part"])
+        loader = make_loader(originals, BATCH * world, train=False, rank=rank, world=world)
+        reference = statistics_of((x for x, _ in loader), features, device)
 
     checkpoint, log_path, evaluated = train.open_run(args, rank, world)
     train.check_content(checkpoint, latents, args)
