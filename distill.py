@@ -23,10 +23,10 @@ from model import DCSSDAE, check_size, compile_blocks
 from sampler import image_noise
 
 from train import (VALIDATION_BATCH, Run, append_log, autocast, check_content, check_shared,  # isort: skip
-                   clip_gradients, compiles, data_parallel, draw, evaluation_is_due, finish_step, make_optimizer,
-                   make_parser, matching, next_batch, open_board, open_run, paired_tensors, perceptual_losses,
-                   pick_dtype, prefer_speed, restore, set_learning_rate, shared_arguments, step_if, stop_flag, summed,
-                   training_batches, update_ema, validate)
+                   clip_gradients, compiles, data_parallel, draw, evaluation_is_due, finish_step, image_arguments,
+                   make_optimizer, make_parser, matching, next_batch, open_board, open_run, paired_tensors,
+                   perceptual_losses, pick_dtype, prefer_speed, restore, run_arguments, set_learning_rate, step_if,
+                   stop_flag, summed, training_batches, update_ema, validate)
 
 
 def get_args(argv=None):
@@ -38,7 +38,8 @@ def get_args(argv=None):
     add("--eta", type=float, help="EqM: of the teacher's gradient descent")
     add("--mu", type=float, help="EqM: Nesterov momentum of the teacher")
 
-    shared_arguments(p)
+    image_arguments(p)
+    run_arguments(p)
     p.set_defaults(size=None, w_lpips=None, w_repa=0.0, steps=10_000, lr=1e-4, warmup=50, decay=0.5, save_every=2000,
                    eval_every=0)
     args = p.parse_args(argv)

@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,6 +60,7 @@ import model as model_module
 import sampler
 import train
 from encoder import DiagonalGaussian, LappedCode, lapped_basis, make_encoder, parse_name
+from examples import generate
 from losses import EqM, PatchGAN, hinge_loss
 from model import (
     BROKEN_FILE,
@@ -129,7 +130,7 @@ def cli(*args, ok=True, nproc=None, cwd=HERE, env=None, timeout=300):
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"] if nproc else []
     program = [os.path.join(HERE, args[0])]
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore", **(env or {}))
-    if str(args[0]).startswith("tools."):
+    if str(args[0]).startswith(("tools.", "examples.")):
         program = ["-m", args[0]]
         environment["PYTHONPATH"] = HERE  # for another cwd than the repository's root
     done = subprocess.run([sys.executable, *launch, *program, *map(str, args[1:])], cwd=cwd, env=environment,
@@ -2835,7 +2836,7 @@ def test_rfid_of_a_perfect_decoder_is_zero_and_originals_are_reused():
 def run_main(module, monkeypatch, *argv):
     """A command in this process, where its parts can be replaced."""
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
-    if module in (evaluate, distill) or module.__name__.startswith("tools."):
+    if module in (evaluate, distill) or module.__name__.startswith(("tools.", "examples.")):
         data.guarded(module.main)
     else:  # guards itself
         module.main()
@@ -5577,3 +5578,58 @@ def test_fuzz(tmp_path, monkeypatch, offline):
             signal.signal(s, handler)
     assert before == {path: path.stat().st_mtime_ns for path in box.good.rglob("*")}, "written in place"
     assert not problems, f"{len(problems)} of {len(numbers)} cases: " + "\n\n".join(problems[:20])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# examples/
+
+def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
+    """Resumed = uninterrupted = two processes; silent at the start; labels matter; refusals."""
+    for k, name in enumerate(("cat", "dog")):
+        folder_of(tmp_path / "images" / "train" / name, 7 + k, (40, 32))
+    folder_of(tmp_path / "images" / "val", 2)
+    run_main(latents, monkeypatch, "--ckpt", checkpoint, "--data", tmp_path / "images", "--shard", 4, "--flip",
+             "--workers", 0, "--device", "cpu", "--out", tmp_path / "latents")
+    stored = generate.Latents(tmp_path / "latents")
+    both = torch.cat([torch.from_numpy(np.array(shard)) for shard in stored.shards]).float()  # (15, 2, c, h, w)
+    drawn, labels = stored.batch([(epoch, i) for epoch in range(20) for i in range(15)], seed=0)
+    drawn = (drawn * stored.std + stored.mean).view(20, 15, *stored.shape)
+    for i in range(15):
+        is_first = (drawn[:, i] - both[i, 0]).abs().amax(dim=(1, 2, 3)) < 1e-3
+        is_mirrored = (drawn[:, i] - both[i, 1]).abs().amax(dim=(1, 2, 3)) < 1e-3
+        assert (is_first | is_mirrored).all() and is_first.any() and is_mirrored.any()
+    assert labels[:15].tolist() == [0] * 7 + [1] * 8
+
+    torch.jit.trace(nn.Sequential(nn.AvgPool2d(8), nn.Flatten()), torch.zeros(1, 3, 32, 32)).save(tmp_path / "f.ts")
+    common = ["--latents", tmp_path / "latents", "--ckpt", checkpoint, "--width", 64, "--depth", 1, "--batch_size", 4,
+              "--warmup", 1, "--log_every", 1, "--eval_images", 9, "--eval_steps", 2, "--features", tmp_path / "f.ts",
+              "--device", "cpu", "--out"]
+    run_main(generate, monkeypatch, *common, tmp_path / "whole", "--steps", 4)
+    run_main(generate, monkeypatch, *common, tmp_path / "parts", "--steps", 2)
+    run_main(generate, monkeypatch, *common, tmp_path / "parts", "--steps", 4, "--resume")
+    cli("examples.generate", *common, tmp_path / "two", "--steps", 4, nproc=2)
+    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts", "two")}
+    logs = {name: [json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in weights}
+    for key, value in weights["whole"].items():
+        assert torch.equal(value, weights["parts"][key])
+        assert torch.allclose(value, weights["two"][key], atol=1e-6)
+    distances = {name: logs[name][-1]["eval"][0]["fd_f"] for name in weights}
+    assert distances["whole"] == distances["parts"] == pytest.approx(distances["two"], rel=1e-3)
+    assert Image.open(tmp_path / "whole" / "samples.png").size == (8 * 34 + 2, 2 * 34 + 2)
+
+    keys = next(iter(data.TrainBatches(15, 4, 0, 0, 1, 0)))
+    x, _ = stored.batch(keys, 0)
+    e, _, _ = train.draw(0, 0, range(4), stored.shape, (), "cpu")
+    assert logs["whole"][0]["loss"] == pytest.approx((x - e).square().mean().item(), rel=1e-5)  # the network says 0
+
+    model = randomise(generate.DiT(stored.shape, 64, 2, classes=2))
+    x, t = torch.randn(2, *stored.shape), torch.tensor([0.3, 0.3])
+    of_cat, of_dog = (model(x, torch.full((2,), k), t) for k in range(2))
+    assert of_cat.shape == x.shape and (of_cat - of_dog).abs().amax() > 1e-3
+    assert (model(x.flip(3), torch.zeros(2).long(), t).flip(3) - of_cat).abs().amax() > 1e-3  # it knows where a cell is
+
+    assert "no finished latents" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--latents", tmp_path)
+    assert "multiple of 64" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--width", 100)
+    other = DCSSDAE("dc_f8c8", "XS", enc_width=0.0625, depth=0, loss="fm")
+    other.save(tmp_path / "other.safetensors")
+    assert "makes" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--ckpt", tmp_path / "other.safetensors")

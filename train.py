@@ -158,7 +158,8 @@ def get_args(argv=None):
     add("--w_gan", type=float, default=0.0, help="weight of a PatchGAN on the one-step estimate; 0: off [%(default)s]")
     add("--gan_start", type=int, default=0, help="first step with the GAN [%(default)s]")
 
-    run = shared_arguments(p)
+    image_arguments(p)
+    run = run_arguments(p)
     run("--eval_steps", type=int, nargs="+", default=[1, 4], help="sampler steps of evaluations %(default)s")
 
     known = p.parse_known_args(argv)[0]
@@ -219,9 +220,8 @@ def flags(values, names):
     return "".join(f" --{name} {values[name]}" for name in names)
 
 
-def shared_arguments(p):
-    """The flags that train.py and distill.py have in common, with the defaults of train.py. -> add_argument of the
-    group "run"."""
+def image_arguments(p):
+    """The flags of programs that train on images: data, and losses in the features of pretrained networks."""
     add = p.add_argument_group("data").add_argument
     add("--data", metavar="DIR", type=str, default="demo",
         help="demo (built in), imagenette, cifar10, or a folder of images [%(default)s]")
@@ -242,6 +242,15 @@ def shared_arguments(p):
         "the fourth power [%(default)s]")
     add("--repa_weights", metavar="FILE", type=str, help="DINOv2 ViT-B/14; else Hugging Face's cache or a download")
 
+    add = p.add_argument_group("memory and speed").add_argument
+    add("--micro_batch", type=int, help="images per forward pass and process; gradients add up to the batch's")
+    add("--checkpointing", action="store_true", help="less memory: compute residual blocks twice")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for the networks' blocks; default: on "
+        "NVIDIA's GPUs, where Triton is installed")
+
+
+def run_arguments(p):
+    """The flags of any training run, with the defaults of train.py. -> add_argument of the group "run"."""
     add = p.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=192, help="images per step over all processes [%(default)s]")
     add("--steps", type=int, default=250_000, help="optimiser steps [%(default)s]")
@@ -252,8 +261,6 @@ def shared_arguments(p):
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: no limit [%(default)s]")
     add("--ema", type=float, default=0.999, help="decay of the weights' average, which is what is saved [%(default)s]")
     add("--ema_start", type=int, default=0, help="until then the average is the weights themselves [%(default)s]")
-    add("--micro_batch", type=int, help="images per forward pass and process; gradients add up to the batch's")
-    add("--checkpointing", action="store_true", help="less memory: compute residual blocks twice")
 
     add = run = p.add_argument_group("run").add_argument
     add("--out", metavar="DIR", type=str, help="folder of the run; else named after what is trained")
@@ -263,8 +270,6 @@ def shared_arguments(p):
     add("--device", metavar="NAME", type=str, help="cuda, mps or cpu; else the best there is")
     add("--dtype", type=str, choices=["auto", "float32", "bf16"], default="auto",
         help="bf16: autocast; auto: bf16 where the hardware has it [%(default)s]")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for the networks' blocks; default: on "
-        "NVIDIA's GPUs, where Triton is installed")
     add("--seed", type=int, default=0, help="of everything random [%(default)s]")
     add("--eval_every", type=int, default=5000, help="steps between evaluations; 0: only at the end [%(default)s]")
     add("--eval_images", type=int, default=64, help="validation images of evaluations [%(default)s]")
@@ -290,7 +295,7 @@ def check_args(args):
 # Pieces that distill.py shares: what is built
 
 def check_shared(args, world):
-    """Complaints about the flags of shared_arguments."""
+    """Complaints about the flags that programs have in common."""
     check_folder(args.out)
     if args.batch_size % world:
         raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {world} processes")
@@ -650,7 +655,7 @@ def save_run(run):
     run.save_is_due, run.saved = False, run.done
     if run.rank == 0:
         state = {"step": run.done, "skipped": run.skipped, "args": vars(run.args), "content": run.content,
-                 "config": run.parts["ema"].config}
+                 "config": getattr(run.parts["ema"], "config", {})}
         for name, part in run.parts.items():
             state[name] = None if part is None else part.state_dict()
         save_checkpoint(run.args.out, state, run.args.keep, run.parts["ema"])
