@@ -3297,7 +3297,7 @@ TOOLS = sorted(f"tools.{path.stem}" for path in Path(HERE, "tools").glob("[!_]*.
 @pytest.fixture(scope="module")
 def helps():
     """{program as it stands after python or python -m: its --help}"""
-    programs = ("train.py", "distill.py", "evaluate.py", "fid.py", "data.py", *TOOLS)
+    programs = ("train.py", "distill.py", "evaluate.py", "fid.py", "data.py", *TOOLS, "examples.generate")
     return {name: command(name, "--help") for name in programs}
 
 
@@ -3332,7 +3332,7 @@ def test_the_documents_commands_are_of_programs_and_flags_that_exist(helps):
                 found[program] += 1
                 for flag in re.findall(r"(?<= )--\w+", flags):
                     assert re.search(rf"{flag}\b", helps[program]), (document, program, flag)
-    assert {"train.py", "distill.py", "evaluate.py", *TOOLS} <= found.keys(), found
+    assert {"train.py", "distill.py", "evaluate.py", *TOOLS, "examples.generate"} <= found.keys(), found
 
 
 @pytest.mark.parametrize(("argv", "words"), [
