@@ -200,7 +200,7 @@ def main():
         # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients
         good = norm.isfinite() & shared.isfinite().all()
         step_if(good, optimizer)
-        update_ema(averaged, args.ema, step - args.ema_start)
+        update_ema(averaged, args.ema, step - args.ema_start, good)
         optimizer.zero_grad(set_to_none=True)
 
         # Log and save

@@ -3422,8 +3422,8 @@ def test_dinov2_features_are_those_of_the_original_code(tmp_path, monkeypatch, o
 
 def test_features_of_a_timm_network_by_name(tmp_path):
     timm = pytest.importorskip("timm")
-    net = timm.create_model("test_resnet.r160_in1k", pretrained=False).eval()
-    path = str(tmp_path / "test_resnet.r160_in1k.safetensors")
+    net = timm.create_model("resnet10t.c3_in1k", pretrained=False).eval()
+    path = str(tmp_path / "resnet10t.c3_in1k.safetensors")
     save_file(net.state_dict(), path)
     network, images = fid.load_features(path), torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
     x = F.interpolate(images / 255, size=net.pretrained_cfg["input_size"][1:], mode="bicubic", antialias=True)
@@ -3433,7 +3433,7 @@ def test_features_of_a_timm_network_by_name(tmp_path):
     assert network(images).shape == (2, network.dim) and relative_error(network(images), want) < 1e-5
     assert network.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     for name, tensors, words in (("nonesuch", net.state_dict(), "timm knows no network nonesuch"),
-                                 ("test_resnet", {"weight": torch.zeros(3)}, "does not hold the weights")):
+                                 ("resnet10t", {"weight": torch.zeros(3)}, "does not hold the weights")):
         save_file(tensors, tmp_path / f"{name}.safetensors")
         with pytest.raises(ValueError, match=words):
             fid.load_features(str(tmp_path / f"{name}.safetensors"))
@@ -5440,7 +5440,7 @@ def read_checkpoint(rng):
 
 
 def averaged(ema, model, decay):
-    return train.update_ema(train.paired_tensors(ema, model), decay, 5)
+    return train.update_ema(train.paired_tensors(ema, model), decay, 5, torch.tensor(True))
 
 
 def fuzz_python(rng, box):

@@ -474,14 +474,16 @@ def paired_tensors(ema, model):
 
 
 @torch.no_grad()
-def update_ema(tensors, decay, step):
+def update_ema(tensors, decay, step, good):
     """paired_tensors' parameters and float buffers (the latents' statistics too): ema <- decay * ema + (1 - decay) *
-    model; faster in the first steps, a copy before step 0. ValueError for a decay that is not in [0, 1]."""
+    model; faster in the first steps, a copy before step 0; nothing where `good`, a bool tensor, is false. ValueError
+    for a decay that is not in [0, 1]."""
     if not 0 <= decay <= 1:
         raise ValueError(f"the decay of an average lies in [0, 1], got {decay}")
     decay = min(decay, (1 + step) / (10 + step)) if step >= 0 else 0.0
     (averages, values), others = tensors
-    torch._foreach_lerp_(averages, values, 1 - decay)
+    weight = good.to(averages[0].dtype) * (1 - decay)  # on the device, which alone knows
+    torch._foreach_lerp_(averages, values, [weight] * len(averages))
     for average, value in others:
         average.copy_(value)
 
@@ -1420,7 +1422,7 @@ def main():
             step_if(good, gan_optimizer)
         if norm_trains:
             model.decoder.norm_z.update(args.batch_size * z_shape[1] * z_shape[2], *moments, good)
-        update_ema(averaged, args.ema, step - args.ema_start)  # after a bad step of the model as it was
+        update_ema(averaged, args.ema, step - args.ema_start, good)
         optimizer.zero_grad()
         if with_gan:
             gan_optimizer.zero_grad()

@@ -258,7 +258,7 @@ def main():
         # Step and average, unless something is not finite
         good = norm.isfinite() & mean_loss.isfinite()
         train.step_if(good, optimizer)
-        train.update_ema(averaged, args.ema, step - args.ema_start)
+        train.update_ema(averaged, args.ema, step - args.ema_start, good)
         optimizer.zero_grad()
         index = torch.tensor([i for _, i in keys])
         train.finish_step(run, {"loss": mean_loss}, norm.to(stop), stop, good, index)
