@@ -411,7 +411,8 @@ class WindowAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         if not windows.single:
             out = out.unflatten(1, (self.heads, -1)).flatten(2, 3)[:, :, windows.back]   # (B, heads, N, C / heads)
-        return linear(out.mT.flatten(1, 2).unflatten(2, x.shape[2:]), self.out)
+        out = out.transpose(1, 2).flatten(2).mT                                          # (B, C, N), channels last
+        return linear(out.unflatten(2, x.shape[2:]), self.out)
 
 
 class TransformerBlock(nn.Module):

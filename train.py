@@ -510,7 +510,7 @@ def exact_type(device):
 def step_if(good, optimizer):
     """optimizer.step(), which changes nothing where `good`, a bool tensor, is false. It stays on the device."""
     if optimizer.param_groups[0]["fused"]:
-        optimizer.found_inf = (~good).float()
+        optimizer.found_inf = (~good).to(torch.float32)
         optimizer.step()
     elif good:  # Apple's GPUs, and checkpoints from before all optimisers were fused
         optimizer.step()
