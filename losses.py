@@ -40,8 +40,8 @@ def check_levels(s, *tensors):
     check_same_shape(*tensors)
     x = tensors[0]
     if x.ndim != 4 or s.shape != x.shape[:1] or not s.is_floating_point():
-        raise ValueError(f"levels (t or g) of images (B, 3, H, W) are floating-point (B,), got {s.dtype} "
-                         f"{tuple(s.shape)} for {tuple(x.shape)}")
+        raise ValueError(f"levels (t or g) of images (B, 3, H, W) are floating-point of shape (B,), "
+                         f"got {s.dtype} {tuple(s.shape)} for {tuple(x.shape)}")
 
 
 def per_image(s):

@@ -4085,9 +4085,11 @@ def test_compiles_without_graph_breaks_and_checkpointing_changes_nothing():
         return [p.grad.clone() for p in unet.parameters()]
 
     plain = gradients(unet)
+    largest = max(gradient.norm() for gradient in plain)
     for other in (gradients(torch.compile(unet, fullgraph=True, backend="aot_eager")),
                   gradients(lambda *a: setattr(unet, "checkpointing", True) or unet(*a))):
-        assert all((a - b).norm() <= 1e-5 * (b.norm() + 1e-2) for a, b in zip(other, plain, strict=True))
+        # Biases that a norm takes away have no gradient but rounding.
+        assert all((a - b).norm() <= 1e-5 * (b.norm() + 0.01 * largest) for a, b in zip(other, plain, strict=True))
     saved = []
     for unet.checkpointing in (False, True):
         sizes = []
@@ -4401,7 +4403,7 @@ def test_a_bad_step_of_one_rank_is_skipped_on_all(tmp_path):
     _, output = run(tmp_path / "o", *flags, "--out", tmp_path / "a", world=2, sabotage={1: {1: "nan"}})
     assert output.count("step 1 skipped") == 1
     log = step_lines(tmp_path / "a")
-    assert [line["skipped"] for line in log] == [0, 1, 1, 1] and math.isnan(log[1]["grad_norm"])
+    assert [line["skipped"] for line in log] == [0, 1, 1, 1] and log[1]["grad_norm"] is None
     state = load_checkpoint(tmp_path / "a")
     assert (
         state["skipped"] == 1

@@ -149,7 +149,10 @@ def grouped(folders):
 def rows_by_name(groups):
     """{row of the table: rows of the runs that it averages}: references once for all, where all have the same."""
     runs = list(itertools.chain(*groups.values()))
-    baselines = {(run["rows"][0]["name"], round(run["rows"][0]["psnr"], 2)) for run in runs}
+    baselines = set()
+    for run in runs:
+        first = run["rows"][0]
+        baselines.add((first["name"], first["psnr"] and round(first["psnr"], 2)))  # None: not finite
     table = {}
     for group, members in groups.items():
         for row in itertools.chain(*(run["rows"] for run in members)):
