@@ -85,6 +85,9 @@ from model import (
 from tools import bench, check, compare, field, latents, sweep
 from train import load_checkpoint, save_checkpoint
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers and fixtures that several sections share
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -193,42 +196,1236 @@ TINY = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--workers"
         "--eval_images", 4, "--log_every", 1, "--enc_width", 0.0625, "--depth", 1]
 
 
+def photo(w, h, seed=0):
+    """A smooth RGB picture with different corners."""
+    image = Image.fromarray(data.demo_image(64, seed, "val", 0))
+    return image.resize((w, h), Image.BICUBIC)
+
+
+def folder_of(path, n=6, size=(48, 40), ext="png"):
+    path.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        photo(*size, seed=i).save(path / f"{i:02d}.{ext}")
+    return str(path)
+
+
+def take(loader, n):
+    batches = []
+    for x, index in loader:
+        batches.append((x.clone(), index.clone()))
+        if len(batches) == n:
+            break
+    return batches
+
+
+def same_batches(a, b):
+    """Two lists of (x, index) batches are equal, bit by bit."""
+    pairs = [(p, q) for one, two in zip(a, b, strict=True) for p, q in zip(one, two, strict=True)]
+    return all(torch.equal(p, q) for p, q in pairs)
+
+
+def pixels(x):
+    """(3, H, W) in [-1, 1] -> (H, W, 3) in 0..255."""
+    return ((x + 1) * 127.5).permute(1, 2, 0).numpy()
+
+
+def failing_open(monkeypatch, code, times):
+    """Let data.py's first `times` attempts to open a file fail with this errno, and not wait in between."""
+    left = [times]
+
+    def fail(path, *args):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(code, os.strerror(code), path)
+        return open(path, *args)
+
+    monkeypatch.setattr(data, "open", fail, raising=False)
+    monkeypatch.setattr(data, "PAUSES", (0, 0, 0))
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    with torch.device("meta"):  # the classifier, nine tenths of VGG-16, is not needed
+        features = data.import_torchvision().models.vgg16(weights=None).features
+    features.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight), nn.init.zeros_(layer.bias)
+    path = tmp_path_factory.mktemp("nets") / "vgg16.pth"
+    torch.save({f"features.{k}": v for k, v in features.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture
+def dino_file(tmp_path, monkeypatch):
+    """DINOv2 with two of its twelve blocks, also where timm makes it: the names and the rest are those of the whole."""
+    data.import_torchvision()
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
+    state = fid.empty_network(timm, "vit_base_patch14_dinov2.lvd142m", num_classes=0).state_dict()
+    g, path = torch.Generator().manual_seed(0), tmp_path / "dino.pth"
+    torch.save({k: torch.randn(v.shape, generator=g) * 0.02 + (".gamma" in k or "norm" in k and "weight" in k)
+                for k, v in state.items()}, path)
+    return path
+
+
+def demo_batch(n=3, size=48):
+    """Demo images with more in them than noise: (n, 3, size, size) in [-1, 1]."""
+    return torch.stack([data.make_dataset("demo", size, train=False, limit=n)[i][0] for i in range(n)])
+
+
+class TinyInception(nn.Module):
+    """In the place of fid.InceptionFeatures where its size is not the point."""
+    dim, sha256 = 16, "0" * 64
+
+    def __init__(self, weights=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 16, 8)
+
+    def forward(self, x):
+        return self.conv(x).tanh().mean((2, 3)).detach()
+
+
+def run_main(module, monkeypatch, *argv):
+    """A command in this process, where its parts can be replaced."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
+    if module in (evaluate, distill) or module.__name__.startswith(("tools.", "examples.")):
+        data.guarded(module.main)
+    else:  # guards itself
+        module.main()
+
+
+def sentence(module, monkeypatch, *argv):
+    """The message with which a command stops; sys.exit(str) prints it on stderr and exits with 1."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(module, monkeypatch, *argv)
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code and stop.value.code.startswith("error: ")
+    return stop.value.code
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.125, depth=1, loss="eqm", notes={"size": 32})
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["eqm", "fm"])
+def trained(request, tmp_path_factory):
+    """A tiny run of train.py for either loss: its folder."""
+    out = tmp_path_factory.mktemp("runs") / request.param
+    launch = cli if request.param == "eqm" else command
+    output = launch("train.py", *TINY, "--loss", request.param, "--steps", 6, "--eval_every", 3, "--out", out)
+    assert "PSNR" in output and "saved" in output
+    return out
+
+
+def same_weights(a, b):
+    a, b = (torch.load(folder / "latest.pt", weights_only=True) for folder in (a, b))
+    same = [torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part]]
+    a, b = a["optimizer"]["state"], b["optimizer"]["state"]
+    same += [torch.equal(s["exp_avg"], b[k]["exp_avg"]) for k, s in a.items()]
+    return all(same)
+
+
+TOOLS = sorted(f"tools.{path.stem}" for path in Path(HERE, "tools").glob("[!_]*.py"))
+
+
+def script(path, dim=5, module=None):
+    """A TorchScript file: averages of random linear functions of the pixels, for any size."""
+    torch.manual_seed(1)
+    net = module or nn.Sequential(nn.Conv2d(3, dim, 8, bias=False), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        torch.jit.trace(net, torch.zeros(2, 3, 16, 16)).save(path)
+    return net
+
+
+def plain_norm_silu(x, scale, shift, eps=1e-5):
+    """AdaGN in its plainest form: normalise, enlarge scale and shift to the map, SiLU."""
+    scale, shift = (F.interpolate(m, size=x.shape[2:], mode="nearest") for m in (scale, shift))
+    return F.silu(F.group_norm(x, 32, eps=eps) * scale + shift)
+
+
+# Processes that can be killed are forked from a server that has imported torch, which takes seconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__, "torch._dynamo"])
+
+
+def child(module, argv, env, output, sabotage):
+    """A command in a child process. sabotage: {step: name of a signal, "nan" or "lost"} for this rank, when that step
+    draws its noise, or its images."""
+    os.environ.update(env, CUDA_VISIBLE_DEVICES="")
+    if "FLOAT64" in env:  # rounding out of the way
+        torch.set_default_dtype(torch.float64)
+        torch.Tensor.float = torch.Tensor.double
+        train.evaluate = lambda *a, **kw: sys.exit(0)  # it works in float32
+    multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers, as everywhere else
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115 until the process ends
+    sys.argv = [module, *map(str, argv)]
+    draw = train.draw
+
+    def drawing(seed, step, *rest):
+        e, eps, s = draw(seed, step, *rest)
+        if str(sabotage.get(step, "nan")).startswith("SIG"):
+            # torchrun and schedulers signal the loader's workers too; from another process: torch's workers see who
+            workers = (
+                [worker.pid for worker in multiprocessing.active_children()] if sabotage[step] != "SIGKILL" else []
+            )
+            subprocess.run(["kill", "-s", sabotage[step][3:], *map(str, [*workers, os.getpid()])], check=True)
+            time.sleep(0.1)
+        return (e * float("nan") if sabotage.get(step) == "nan" else e), eps, s
+
+    next_batch = train.next_batch
+
+    def losing(run, batches):
+        def lost():
+            raise OSError(errno.ESTALE, "Stale file handle")
+            yield
+        return next_batch(run, lost() if sabotage.get(run.done) == "lost" else batches)
+
+    train.draw = distill.draw = drawing
+    train.next_batch = distill.next_batch = losing
+    if "TINY_INCEPTION" in env:
+        fid.InceptionFeatures = TinyInception
+    try:
+        data.guarded(importlib.import_module(module).main)
+    finally:
+        train.kill_workers()  # forked children skip atexit
+
+
+def run(folder, *argv, module="train", world=1, sabotage=None, env=None, ok=(0,)):
+    """Run a command on `world` processes; (exit codes, which must be in ok, output of rank 0). sabotage: {rank: {step:
+    what}}."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    processes = []
+    for rank in range(world):
+        names = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        processes.append(
+            FORKS.Process(
+                target=child,
+                args=(
+                    module,
+                    argv,
+                    {**(names if world > 1 else {}), **(env or {})},
+                    str(folder / f"output{rank}"),
+                    (sabotage or {}).get(rank, {}),
+                ),
+            )
+        )
+        processes[-1].start()
+    deadline = time.time() + 100
+    while any(p.is_alive() for p in processes):
+        multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
+        if time.time() > deadline or any(p.exitcode == -signal.SIGKILL for p in processes):
+            for p in processes:  # as torchrun does
+                p.kill()
+    codes, output = [p.exitcode for p in processes], (folder / "output0").read_text()
+    assert all(code in ok for code in codes), (codes, output)
+    return codes, output
+
+
+KILLED = (0, 1, -signal.SIGKILL)
+SMALL = [*TINY, "--decay", 0, "--warmup", 2, "--size", 24, "--eval_every", 3, "--save_every", 2, "--eval_steps", 1]
+
+
+def write_run(folder, gain, baseline=20.0, rate=None, **more):
+    """What tools.compare reads of a run; with `rate` its log too, whose last line is cut off. -> folder"""
+    rows = [{"name": "shrink x 8", "steps": 0, "psnr": baseline, "ssim": 0.5, "hf": 0.0, **more},
+            {"name": "1 step", "steps": 1, "psnr": baseline + gain, "psnr_se": 9.0, "ssim": 0.25 * gain, **more}]
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps({"images": 7, "rows": rows}))
+    if rate:
+        lines = [{"step": k, "images": 10 * k, "eqm": k / 10, "images_per_s": rate} for k in (50, 120)]
+        lines.insert(1, {"step": 100, "eval": rows})
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
+    return folder
+
+
+FUZZ_CASES = 150
+FUZZ_SECONDS, FUZZ_BYTES = 120, 3 * 2**30  # of a case: how long it may take, how much memory beside what there is
+REFUSALS = (ValueError, TypeError, OSError)  # in Python, each with a message
+ODD_WORDS = ["", "x", "nan", "inf", "-inf", "-1", "0", "-0", "1.5", "1e400", "1e-30", "1e30", "0x10", "１", "٣", "None",
+             str(10**30), "true", "hf:", "hf://o/r", "\udcff", "a" * 300]
+ODD_VALUES = [None, True, -1, 0, 1, 2, 1.5, -0.5, math.nan, math.inf, -math.inf, 10**30, "", "x", "vq_f8c4", [], {},
+              [None], [[1, 2], [3]], {"x": 1}, b"x", (1, 2)]
+# What makes an accepted command line slow or large: of these flags only small numbers, and such that are refused.
+COSTLY = {"size", "batch_size", "steps", "eval_steps", "teacher_steps", "limit", "workers", "depth", "window", "rows",
+          "calibrate", "eval_images"}
+LEFT_OUT = {"help", "compile", "tensorboard", "dreamsim", "dinov2", "enc"}  # slow, or with networks of their own
+FUZZ_PROGRAMS = {  # module: flags of a command that ends soon
+    train: [*TINY, "--size", 8, "--batch_size", 2, "--steps", 1, "--eval_images", 1, "--eval_steps", 1],
+    distill: ["--ckpt", "model.safetensors", "--w_lpips", 0, "--size", 8, "--batch_size", 2, "--steps", 1,
+              "--teacher_steps", 1, "--eval_images", 1, "--workers", 0, "--dtype", "float32"],
+    evaluate: ["--ckpt", "model.safetensors", "--limit", 1, "--size", 8, "--workers", 0, "--features", "--cache", "",
+               "--lpips_net", "vgg"],
+    fid: ["--batch_size", 2, "--features", "features.pt", "--size", 8],
+    data: ["--size", 8, "--rows", 1],
+    bench: ["--size", 8, "--dec", "XS"],
+    compare: [],
+    field: ["--ckpt", "model.safetensors", "--size", 8],
+    latents: ["--ckpt", "model.safetensors", "--size", 8, "--limit", 2, "--workers", 0, "--out", "latents"],
+    sweep: ["--ckpt", "model.safetensors", "--size", 8, "--limit", 1, "--calibrate", 1, "--workers", 0, "--features",
+            "--lpips_net", "vgg", "--steps", 1],
+}
+
+
+class Payload:
+    """Makes a folder where a pickle is executed."""
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def odd_tensor(rng, shape, dtype=torch.float32):
+    """Mostly of this shape and type; sometimes of another, or with values that are not finite."""
+    if rng.random() < 0.25:
+        shape = rng.choice([(), (0,), (3,), shape[:-1], (*shape, 1), (0, *shape[1:]), (*shape[:-1], 0), (2, 3, 7, 9),
+                            (1,) * 5, (1, *shape[1:]), (shape[0], 1, *shape[2:])])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(rng.getrandbits(32)))
+    if x.numel() and rng.random() < 0.2:
+        x.view(-1)[0] = rng.choice([math.nan, math.inf, -1e38])
+    if rng.random() < 0.15:
+        dtype = rng.choice([torch.uint8, torch.int64, torch.bool, torch.float64, torch.float16, torch.bfloat16,
+                            torch.complex64])
+    return x.nan_to_num(0, 1, -1).to(dtype) if not dtype.is_floating_point else x.to(dtype)
+
+
+def damaged(rng, value):
+    """The same tree of dicts, lists and tensors, but for one part of it."""
+    is_tree = isinstance(value, (dict, list)) and len(value) > 0
+    if is_tree and rng.random() < 0.95:
+        changed = value.copy()
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        what = rng.random()
+        if what < 0.1:
+            del changed[key]
+        elif what < 0.2 and isinstance(value, dict):
+            changed[rng.choice(["x", 5, f"{key}2"])] = changed[key]
+        else:
+            changed[key] = damaged(rng, value[key])
+        return changed
+    if isinstance(value, torch.Tensor) and rng.random() < 0.8:
+        return odd_tensor(rng, value.shape or (1,), value.dtype) if rng.random() < 0.5 else value * math.nan
+    return rng.choice([*ODD_VALUES, Payload()])
+
+
+def averaged(ema, model, decay):
+    return train.update_ema(train.paired_tensors(ema, model), decay, 5, torch.tensor(True))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Formulas
+# data.py: the built-in images
+# The same in every process, varied, and with the statistics of photographs.
 
-def test_fm_closed_forms():
-    x, e = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
-    t = torch.tensor([0.0, 0.25, 0.5, 0.8, 1.0])
-    x_t = losses.fm_mix(x, e, t)
-    assert torch.equal(x_t[0], x[0]) and torch.equal(x_t[4], e[4])  # t=0 is data, t=1 noise
-    assert torch.allclose(losses.fm_predict_x(x_t, x - e, t), x, atol=1e-6)
-    assert losses.fm_loss(x - e, x, e) == 0
-    assert losses.fm_loss(x - e + 0.5, x, e) == pytest.approx(0.25, rel=1e-5)
-
-
-@pytest.mark.parametrize("c", ["linear", "trunc", "piecewise"])
-@pytest.mark.parametrize("lam", [1.0, 4.0])
-def test_eqm_closed_forms(c, lam):
-    eqm = EqM(c, a=0.8, b=1.4, lam=lam)
-    g = torch.tensor([0.0, 0.5, 0.8, 0.95, 1.0])
-    x, e = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
-    x_g = eqm.mix(x, e, g)
-    assert torch.equal(x_g[0], e[0]) and torch.equal(x_g[4], x[4])  # g=0 is noise, g=1 data
-    target = eqm.target(x, e, g)
-    assert target[4].abs().max() == 0  # the data is an equilibrium
-    assert torch.allclose(eqm.predict_x(x_g, target, g), x, atol=2e-6)  # perfect field, also at g=1
-    expected = {"linear": [1, .5, .2, .05, 0], "trunc": [1, 1, 1, .25, 0], "piecewise": [1.4, 1.15, 1, .25, 0]}[c]
-    assert torch.allclose(eqm.c(g), torch.tensor(expected), atol=1e-6)
-    assert losses.eqm_loss(target, x, e, g, eqm) == 0
-    if c == "linear" and lam == 1:
-        assert torch.allclose(target, x_g - x, atol=1e-6)  # the field is the displacement
+def test_demo_is_pure_and_varied():
+    a = data.demo_image(32, 0, "train", 5)
+    assert a.shape == (32, 32, 3) and a.dtype == np.uint8
+    data.demo_image(64, 3, "val", 9)
+    assert np.array_equal(a, data.demo_image(32, 0, "train", 5))
+    for other in (("train", 6), ("val", 5)):
+        assert np.abs(a.astype(int) - data.demo_image(32, 0, *other)).mean() > 5
+    assert np.abs(a.astype(int) - data.demo_image(32, 1, "train", 5)).mean() > 5
+    # the same arrangement at twice the size
+    big = np.asarray(Image.fromarray(data.demo_image(64, 0, "train", 5)).reduce(2)).astype(float)
+    assert np.corrcoef(big.ravel(), a.ravel())[0, 1] > 0.8
 
 
-def test_eqm_refuses_bad_values():
-    for bad in ({"c": "cubic"}, {"a": 1.0}, {"lam": 0.0}):
-        with pytest.raises(ValueError):
-            EqM(**bad)
+def test_demo_statistics():
+    x = np.stack([data.demo_image(64, 0, "train", i) for i in range(100)]).astype(float)
+    assert x.min() < 10 and x.max() > 245 and 70 < x.mean() < 180 and x.std((1, 2, 3)).min() > 3
+    x = x.mean(-1)
+    x = (x - x.mean((1, 2), keepdims=True)) * np.hanning(64)[:, None] * np.hanning(64)
+    power = (np.abs(np.fft.fft2(x)) ** 2).mean(0)
+    f = np.hypot(*np.meshgrid(np.fft.fftfreq(64) * 64, np.fft.fftfreq(64) * 64)).round()
+    slope = np.polyfit(np.log(np.arange(2, 32)), [np.log(power[f == k].mean()) for k in range(2, 32)], 1)[0]
+    assert -3.5 < slope < -2.3                             # photographs: about -3 at this size
+    assert 0.02 < power[f >= 8].sum() / power.sum() < 0.5  # detail is there and does not dominate
 
+
+def test_demo_speed():
+    data.demo_image(64, 0, "train", 0)
+    rates = []
+    for k in range(5):
+        start = time.process_time()                        # others share the machine: count our own time only
+        for i in range(30):
+            data.demo_image(64, 0, "train", 30 * k + i)
+        rates.append(30 / (time.process_time() - start))
+    assert max(rates) >= 150, rates
+
+
+def test_demo_dataset():
+    train, val = data.make_dataset("demo", 32, True), data.make_dataset("demo", 32, False)
+    assert len(train) == 100_000 and len(val) == 2_000
+    x, i = train[7]
+    assert i == 7 and x.shape == (3, 32, 32) and x.dtype == torch.float32 and x.is_contiguous()
+    assert -1 <= x.min() < x.max() <= 1
+    assert torch.equal(x, train[(0, 7)][0])
+    plain = torch.from_numpy(data.demo_image(32, 0, "train", 7).copy()).permute(2, 0, 1) / 127.5 - 1
+    flips = [torch.equal(train[(e, 7)][0], plain.flip(-1)) for e in range(12)]
+    assert any(flips) and not all(flips)                   # the epoch decides
+    assert all(torch.allclose(train[(e, 7)][0], plain.flip(-1) if f else plain) for e, f in enumerate(flips))
+    expected = torch.from_numpy(data.demo_image(32, 0, "val", 3).copy()).permute(2, 0, 1) / 127.5 - 1
+    assert torch.allclose(val[3][0], expected)
+    with pytest.raises(IndexError):
+        val[2000]
+
+
+def test_preview_command(tmp_path):
+    """Another process makes the same built-in images."""
+    common = ["data.py", "--size", 16, "--rows", 3, "--out", tmp_path / "grid.png"]
+    cli(*common, "--split", "val")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (3 * 18 + 2, 3 * 18 + 2, 3)
+    for i in range(9):
+        top, left = 2 + 18 * (i // 3), 2 + 18 * (i % 3)
+        assert np.array_equal(grid[top:top + 16, left:left + 16], data.demo_image(16, 0, "val", i))
+    command(*common)
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), grid)  # training images
+    output = command(*common, "--data", tmp_path / "nowhere", ok=False)
+    assert output.startswith("error: there is no folder") and len(output.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: the stream of batches
+# The order of images depends on seed and step alone, whatever the processes and workers.
+
+def test_stream_workers_world_resume(tmp_path):
+    train = data.make_dataset(folder_of(tmp_path / "a", 10), 16, True, seed=3)
+    one = take(data.make_loader(train, 4, True, seed=3), 7)
+    assert all(x.shape == (4, 3, 16, 16) and i.dtype == torch.int64 for x, i in one)
+    assert same_batches(one, take(data.make_loader(train, 4, True, seed=3), 7))
+    assert same_batches(one, take(data.make_loader(train, 4, True, workers=2, seed=3), 7))
+    ranks = [take(data.make_loader(train, 4, True, seed=3, rank=r, world=2), 7) for r in range(2)]
+    assert same_batches(one, [tuple(torch.cat(p) for p in zip(a, b, strict=True)) for a, b in zip(*ranks, strict=True)])
+    assert same_batches(one[3:], take(data.make_loader(train, 4, True, seed=3, start=3), 4))
+    assert not same_batches(one, take(data.make_loader(train, 4, True, seed=4), 7))
+    order = torch.cat([i for _, i in one])                 # 28 positions: epochs of 10
+    for e in range(2):
+        assert sorted(order[10 * e:10 * e + 10].tolist()) == list(range(10))
+    assert order[:10].tolist() != order[10:20].tolist()
+
+
+def test_images_cross_processes_in_8_bit_and_become_numbers_on_the_device():
+    dataset = data.make_dataset("demo", 16, train=True)
+    (levels, i), = dataset.__getitems__([(0, 3)])
+    x, _ = dataset[3]
+    assert levels.dtype == torch.uint8 and i == 3 and torch.equal(x, levels.float() / 127.5 - 1)
+    loader = data.make_loader(dataset, 4, train=False)
+    batch, index = next(iter(loader))
+    assert torch.equal(batch, torch.stack([dataset[int(i)][0] for i in index]))
+    loader.device = "meta"
+    assert next(iter(loader))[0].is_meta
+
+
+def test_stream_leaves_global_random_state_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(data.make_loader(data.make_dataset("demo", 16, True), 2, True), 2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_fewer_images_than_batch():
+    dataset = data.make_dataset("demo", 16, True, limit=3)
+    assert len(dataset) == 3
+    (x, index), = take(data.make_loader(dataset, 8, True), 1)
+    assert x.shape[0] == 8 and sorted(index[:3].tolist()) == [0, 1, 2] == sorted(index[3:6].tolist())
+
+
+def test_eval_order_and_ranks():
+    dataset = data.make_dataset("demo", 16, False, limit=7)
+    assert [i.tolist() for _, i in data.make_loader(dataset, 3, False)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [i.tolist() for _, i in data.make_loader(dataset, 4, False, rank=1, world=2)] == [[1, 3], [5]]
+    assert same_batches(list(data.make_loader(dataset, 3, False)), list(data.make_loader(dataset, 3, False, workers=2)))
+    assert list(data.make_loader(data.make_dataset("demo", 16, False, limit=1), 4, False, rank=1, world=2)) == []
+
+
+def test_bad_batch_size():
+    dataset = data.make_dataset("demo", 16, True)
+    for args in ({"batch_size": 3, "world": 2}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="batch_size"):
+            data.make_loader(dataset, train=True, **args)
+
+
+def test_default_workers_share_the_processors(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)), raising=False)
+    assert data.default_workers() == 8
+    for processes, workers in ((2, 6), (4, 3), (24, 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert data.default_workers() == workers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    assert data.default_workers() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: single images
+# What becomes of a file of any kind: colours, orientation, damaged metadata, crops and their cost.
+
+def test_modes(tmp_path):
+    rgba = np.zeros((40, 40, 4), np.uint8)
+    rgba[:20] = (255, 0, 0, 255)                           # the lower half is transparent
+    Image.fromarray(rgba).save(tmp_path / "a.PNG")
+    grey = np.tile(np.linspace(0, 65535, 40), (40, 1)).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "b.png")         # 16 bits
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.mode.startswith("I")
+    Image.fromarray((grey >> 8).astype(np.uint8)).save(tmp_path / "c.bmp")
+    Image.new("RGB", (40, 40), (0, 255, 0)).quantize(4).save(tmp_path / "d.png")
+    Image.new("CMYK", (40, 40), (0, 255, 255, 0)).save(tmp_path / "e.JPeG")   # red
+    Image.new("RGBA", (40, 40), (0, 0, 255, 0)).quantize(4).save(tmp_path / "f.png", transparency=0)
+    Image.new("1", (40, 40), 1).save(tmp_path / "g.png")
+    Image.new("LA", (40, 40), (0, 0)).save(tmp_path / "h.png")
+    Image.new("RGB", (40, 40), (0, 0, 255)).save(tmp_path / "i.webp", lossless=True)
+    dataset = data.make_dataset(str(tmp_path), 40, False)
+    a, b, c, d, e, f, g, h, i = (pixels(dataset[k][0]) for k in range(9))
+    assert np.allclose(a[10, 5], (255, 0, 0)) and np.allclose(a[30, 5], 255)
+    assert np.allclose(b[7, :, 0], np.linspace(0, 255, 40), atol=0.6) and np.allclose(b[..., 0], b[..., 2])
+    assert np.allclose(c[7, :, 0], np.linspace(0, 255, 40), atol=1)
+    assert np.allclose(d[3, 3], (0, 255, 0), atol=2) and np.allclose(e[3, 3], (255, 0, 0), atol=6)
+    assert np.allclose(f, 255) and np.allclose(g, 255) and np.allclose(h, 255) and np.allclose(i[3, 3], (0, 0, 255))
+    train = data.make_dataset(str(tmp_path), 16, True)
+    assert all(train[k][0].shape == (3, 16, 16) for k in range(9)) and int(train.skipped.sum()) == 0
+    assert np.allclose(pixels(train[4][0])[3, 3], (255, 0, 0), atol=6)        # CMYK, decoded at half size
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_exif_orientation(tmp_path, train):
+    upright = photo(60, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                       # stored lying on its side: turn by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", quality=98, subsampling=0, exif=exif)
+    upright.save(tmp_path / "b.jpg", quality=98, subsampling=0)
+    dataset = data.make_dataset(str(tmp_path), 24, train)
+    images = [dataset.decode(j, 24) for j in range(2)]
+    assert images[0].size == images[1].size == (60, 30)
+    a, b = (np.asarray(image).astype(float) for image in images)
+    assert np.abs(a - b).mean() < 3 < np.abs(a - b[::-1, ::-1]).mean()
+    assert train or np.abs(pixels(dataset[0][0]) - pixels(dataset[1][0])).mean() < 3
+
+
+def exif_block(*entries):
+    """An EXIF block of (tag, type, count, 4 bytes of value or offset) in this order."""
+    rows = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + rows + bytes(4)
+
+
+TURNED = (0x0112, 3, 1, b"\6\0\0\0")                      # lying on its side
+DAMAGED = {
+    "make as rational": (0x010F, 5, 1, b"ab\0\0"),
+    "make beyond the end": (0x010F, 2, 2**31, b"\xff\xff\xff\x7f"),
+    "unknown type": (0x0110, 99, 7, bytes(4)),
+    "resolution as text": (0x011A, 2, 3, b"72\0\0"),
+    "unit out of range": (0x0128, 3, 1, b"\xff\xff\0\0"),
+    "no directory": (0x8769, 4, 1, b"\xff\xff\xff\xff"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_exif_tags_do_not_hide_the_orientation(damage, tmp_path):
+    for entries in ((TURNED, DAMAGED[damage]), (DAMAGED[damage], TURNED)):
+        photo(60, 30).save(tmp_path / "a.jpg", exif=exif_block(*entries))
+        photo(60, 30).save(tmp_path / "b.png", exif=exif_block(*entries))
+        photo(60, 30).save(tmp_path / "c.webp", exif=exif_block(*entries), lossless=True)
+        for name in ("a.jpg", "b.png", "c.webp"):
+            assert data.read_image(tmp_path / name).size == (30, 60)
+            assert data.to_rgb(data.read_image(tmp_path / name)).size == (30, 60)  # turned once, not twice
+    for junk in (b"", b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0no TIFF at all"):
+        photo(60, 30).save(tmp_path / "a.jpg", exif=junk)
+        assert data.read_image(tmp_path / "a.jpg").size == (60, 30)
+
+
+def png_chunk(kind, content, checksum=None):
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def test_damaged_metadata_beside_good_pixels(tmp_path):
+    """Profiles, comments and text of any kind: damaged, wrong checksum, longer than Pillow takes."""
+    buffer = io.BytesIO()
+    photo(60, 30).save(buffer, "PNG")
+    png, want = buffer.getvalue(), np.asarray(photo(60, 30))
+    long = zlib.compress(bytes(2**21))                     # 2 MB of text, packed
+    for chunk in (png_chunk(b"zTXt", b"note\0\0" + long), png_chunk(b"iTXt", b"note\0\1\0\0\0" + long),
+                  png_chunk(b"iCCP", b"profile\0\0" + long), png_chunk(b"iCCP", b"profile\0\0no zlib"),
+                  png_chunk(b"tEXt", b"a\0b", checksum=1), png_chunk(b"pHYs", b"")):
+        turned = png_chunk(b"eXIf", exif_block(TURNED)[6:], checksum=2)
+        assert np.array_equal(data.decode_image(png[:33] + chunk + png[33:]), want)      # 33: after the header
+        assert np.array_equal(data.decode_image(png[:33] + turned + chunk + png[33:]), np.rot90(want, -1))
+    with pytest.raises(data.Unreadable):
+        data.decode_image(png[:33] + chunk + png[33:-60])  # the pixels themselves are damaged
+    buffer = io.BytesIO()
+    photo(60, 30).save(buffer, "JPEG", icc_profile=b"no profile", xmp=b"<x tiff:Orientation=", comment=b"\xff\0")
+    assert data.decode_image(buffer.getvalue()).size == (60, 30)
+
+
+def test_tiff_and_pgm(tmp_path):
+    grey = np.tile(np.linspace(0, 65535, 40), (30, 1)).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    Image.fromarray(grey).save(tmp_path / "b.pgm")
+    Image.fromarray(np.tile(np.linspace(0, 255, 40), (30, 1)).astype(np.uint8)).save(tmp_path / "c.ppm")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(60, 30).save(tmp_path / "d.tiff", exif=exif)
+    Image.fromarray(grey.astype(np.float32) / 65535).save(tmp_path / "e.tiff")           # what is white in it?
+    dataset = data.make_dataset(str(tmp_path), 30, False)
+    assert len(dataset) == 5 and dataset.decode(3, 30).size == (30, 60) and dataset[4] is None
+    for j in range(3):
+        assert np.allclose(np.asarray(dataset.decode(j, 30))[7, :, 1], np.linspace(0, 255, 40), atol=1)
+
+
+@pytest.mark.parametrize("crop", ["center", "adm"])
+def test_long_pictures_cost_little(crop, monkeypatch):
+    size = 32
+    for w, h in ((900, 40), (40, 900), (700, 130)):
+        monkeypatch.setattr(data, "LONGEST", 100)
+        whole = np.asarray(data.prepare_eval(photo(w, h), size, crop)).astype(int)
+        monkeypatch.setattr(data, "LONGEST", 2)
+        assert np.abs(np.asarray(data.prepare_eval(photo(w, h), size, crop)) - whole).max() <= 1
+    for side in range(1, 40):                              # no rounding leads beyond the border
+        assert data.prepare_eval(Image.new("RGB", (20 * side, side)), 100, crop).size == (100, 100)
+    monkeypatch.undo()
+    largest, resize = [0], Image.Image.resize
+
+    def spy(self, *args, **kwargs):
+        out = resize(self, *args, **kwargs)
+        largest.append(out.width * out.height)
+        return out
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    for shape in ((20_000, 2), (2, 20_000)):
+        long = Image.new("RGB", shape)
+        prepared = data.prepare_eval(long, 256, crop), data.prepare_train(long, 256, 256, [0.5] * 3)
+        assert [image.size for image in prepared] == [(256, 256)] * 2
+    assert max(largest) <= 16 * 256**2
+
+
+def test_draft_only_in_training_and_large_enough(tmp_path, monkeypatch):
+    photo(1000, 640).save(tmp_path / "a.jpg", quality=95)
+    photo(640, 1000).save(tmp_path / "b.jpg", quality=95)
+    sizes, original = [], data.to_rgb
+
+    def spy(image):
+        out = original(image)
+        sizes.append(out.size)
+        return out
+
+    monkeypatch.setattr(data, "to_rgb", spy)
+    train, val = (data.make_dataset(str(tmp_path), 64, t, aug_scale=2.0) for t in (True, False))
+    seen = set()
+    for epoch in range(12):
+        u = np.random.default_rng([data.ITEM, 0, epoch, 0]).random(4)
+        short = 64 * (1 + u[3])
+        sizes.clear()
+        reduced = pixels(train[(epoch, 0)][0])
+        assert short <= min(sizes[0]) < 320                # 1/4 or 1/8 of 640, and still enough
+        seen.add(min(sizes[0]))
+        with Image.open(tmp_path / "a.jpg") as image:
+            full = np.asarray(data.prepare_train(image.convert("RGB"), 64, short, u)).astype(float)
+        assert np.abs(reduced - full).mean() < 4, epoch
+    assert seen == {80, 160}
+    sizes.clear()
+    val[0]
+    assert sizes[0] == (1000, 640)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(160, 2000).save(tmp_path / "a.jpg", exif=exif)   # narrow and turned: 160 // 100 allows no reduction
+    assert data.make_dataset(str(tmp_path), 100, True, aug_scale=1)[0][0].shape == (3, 100, 100)
+    assert min(sizes[-1]) == 160
+
+
+def test_training_crops(tmp_path):
+    ramp = np.zeros((200, 400, 3), np.uint8)               # red counts columns, green rows
+    ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 400)[None], np.linspace(0, 255, 200)[:, None]
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    dataset = data.make_dataset(str(tmp_path), 50, True, aug_scale=2.0)
+    heights, flips, starts = [], 0, []
+    for epoch in range(200):
+        x = pixels(dataset[(epoch, 0)][0])
+        heights.append((x[-1, 0, 1] - x[0, 0, 1]) / 255 * 50 / 49)            # the crop's share of the short side
+        flips += x[0, 0, 0] > x[0, -1, 0]
+        starts.append(min(x[0, 0, 0], x[0, -1, 0]) / 255)
+    shares = 1 / np.array(heights)                         # = short / size, uniform in [1, 2]
+    assert 0.97 < shares.min() < 1.06 and 1.9 < shares.max() < 2.1 and abs(shares.mean() - 1.5) < 0.08
+    assert 60 < flips < 140 and min(starts) < 0.05 and max(starts) > 0.5
+    one = data.make_dataset(str(tmp_path), 50, True, aug_scale=1.0)
+    assert all(abs(pixels(one[(e, 0)][0])[:, 0, 1].mean() - 127.5) < 1 for e in range(5))
+
+
+def test_training_crops_end_at_the_pictures_own_pixels(tmp_path, monkeypatch):
+    folder_of(tmp_path, 1, (80, 60))
+    shorts, prepare = [], data.prepare_train
+    monkeypatch.setattr(data, "prepare_train", lambda image, size, short, u: (shorts.append(short),
+                                                                              prepare(image, size, short, u))[1])
+    for size, enlarge, low, high in ((40, False, 40, 60), (40, True, 60, 80), (64, False, 64, 64), (64, True, 64, 128)):
+        shorts.clear()
+        dataset = data.make_dataset(str(tmp_path), size, True, enlarge=enlarge)
+        for epoch in range(60):
+            dataset[(epoch, 0)]
+        assert min(shorts) >= size and max(shorts) <= (2 * size if enlarge else max(size, 60))
+        assert low <= max(shorts) <= high
+        assert enlarge or size > 60 or 10 < shorts.count(60) < 50  # half of the draws lie above
+
+
+@pytest.mark.parametrize("w,h", [(301, 200), (97, 330), (64, 64), (20, 33), (500, 129), (31, 30)])
+def test_prepare_eval_against_references(w, h):
+    image, size = photo(w, h), 32
+    # torchvision's Resize + CenterCrop on PIL images, written out
+    new = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    small = image.resize(new, Image.BILINEAR)
+    left, top = round((new[0] - size) / 2.0), round((new[1] - size) / 2.0)
+    expected = small.crop((left, top, left + size, top + size))
+    assert np.array_equal(np.asarray(data.prepare_eval(image, size)), np.asarray(expected))
+    # ADM's center_crop_arr, written out
+    small = image
+    while min(*small.size) >= 2 * size:
+        small = small.resize(tuple(v // 2 for v in small.size), resample=Image.BOX)
+    scale = size / min(*small.size)
+    small = np.array(small.resize(tuple(round(v * scale) for v in small.size), resample=Image.BICUBIC))
+    y, x = (small.shape[0] - size) // 2, (small.shape[1] - size) // 2
+    assert np.array_equal(np.asarray(data.prepare_eval(image, size, "adm")), small[y:y + size, x:x + size])
+    with pytest.raises(ValueError, match="crop"):
+        data.prepare_eval(image, size, "left")
+
+
+def test_prepare_eval_agrees_with_torchvision():
+    transforms = data.import_torchvision().transforms
+    pipe = transforms.Compose([transforms.Resize(40), transforms.CenterCrop(40)])
+    for size in ((301, 200), (97, 330), (41, 40), (20, 33)):
+        assert np.array_equal(np.asarray(pipe(photo(*size))), np.asarray(data.prepare_eval(photo(*size), 40)))
+
+
+def test_small_images_are_enlarged(tmp_path):
+    folder_of(tmp_path / "a", 2, (9, 7))
+    for training in (True, False):
+        assert data.make_dataset(str(tmp_path / "a"), 32, training)[0][0].shape == (3, 32, 32)
+
+
+def test_save_grid(tmp_path):
+    x = torch.zeros(2, 3, 3, 8, 10)
+    x[0, 1], x[1, 2] = 1.5, -3.0                           # clipped
+    data.save_grid(tmp_path / "g.png", x)
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    assert grid.shape == (2 * 10 + 2, 3 * 12 + 2, 3) and os.listdir(tmp_path) == ["g.png"]
+    assert (grid[2:10, 14:24] == 255).all() and (grid[12:20, 26:36] == 0).all() and (grid[2:10, 2:12] == 128).all()
+    assert (grid[:2] == 255).all() and (grid[10:12] == 255).all()
+    data.save_grid(str(tmp_path / "h.png"), [x[0], x[1, :1]])
+    assert np.asarray(Image.open(tmp_path / "h.png")).shape == grid.shape
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: files that cannot be read
+# A broken file is named and replaced; an error of the system is tried again and is no broken file.
+
+def broken_folder(path):
+    folder_of(path, 6, (80, 60), "jpg")
+    (path / "01.jpg").write_bytes((path / "01.jpg").read_bytes()[:900])       # truncated
+    (path / "02.jpg").write_bytes(b"")
+    (path / "05.jpg").write_bytes(b"no picture at all")
+    return str(path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_in_evaluation(tmp_path, capfd, workers):
+    dataset = data.make_dataset(broken_folder(tmp_path / "a"), 24, False)
+    loader = data.make_loader(dataset, 2, False, workers=workers)
+    assert [i.tolist() for _, i in loader] == [[0], [3], [4]]
+    assert [i.tolist() for _, i in data.make_loader(dataset, 1, False, workers=workers)] == [[0], [3], [4]]
+    assert int(dataset.skipped.sum()) == 3 and dataset.skipped.tolist() == [0, 1, 1, 0, 0, 1]
+    err = capfd.readouterr().err
+    for name in ("01.jpg", "02.jpg", "05.jpg"):
+        assert sum(name in line and "warning" in line for line in err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_in_training(tmp_path, capfd, workers):
+    dataset = data.make_dataset(broken_folder(tmp_path / "a"), 24, True)
+    batches = take(data.make_loader(dataset, 6, True, workers=workers), 3)
+    assert all(len(x) == 6 and sorted(i.tolist()) == list(range(6)) for x, i in batches)
+    assert int(dataset.skipped.sum()) == 3
+    err = capfd.readouterr().err
+    assert all(name in err for name in ("01.jpg", "02.jpg", "05.jpg"))
+    if workers == 0:
+        assert err.count("warning") == 3                   # once a file
+        fresh = data.make_dataset(str(tmp_path / "a"), 24, True)
+        assert same_batches(batches, take(data.make_loader(fresh, 6, True, workers=2), 3))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable(tmp_path, train, workers):
+    for name in "abc":
+        (tmp_path / f"{name}.jpg").write_bytes(b"x")
+    dataset = data.make_dataset(str(tmp_path), 24, train)
+    loader = data.make_loader(dataset, 2, train, workers=workers)
+    with pytest.raises(ValueError, match="none of the 3 images") as error:
+        take(loader, 5)
+    assert "\n" not in str(error.value)
+    if workers:
+        loader._iterator._shutdown_workers()               # pytest keeps the traceback: torch would wait 5 s at its end
+
+
+def test_a_row_of_broken_images_ends_training(tmp_path, monkeypatch):
+    """One item does not walk through the whole set in search of a stand-in."""
+    folder_of(tmp_path, 10, (20, 20))
+    for i in range(2, 7):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"broken")
+    monkeypatch.setattr(data, "STAND_INS", 4)
+    dataset = data.make_dataset(str(tmp_path), 16, True)
+    assert torch.equal(dataset[4][0], dataset[4][0]) and int(dataset.skipped.sum()) == 3
+    with pytest.raises(ValueError, match=r"4 images in a row cannot be decoded, .*02.png to .*05.png"):
+        dataset[2]
+    assert int(dataset.skipped.sum()) == 5
+    with pytest.raises(ValueError, match="4 images in a row"):
+        list(data.make_loader(data.make_dataset(str(tmp_path), 16, True), 10, True, workers=1))
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EMFILE, errno.EACCES])
+@pytest.mark.parametrize("train", [False, True])
+def test_errors_of_the_system_are_tried_again(tmp_path, monkeypatch, capfd, code, train):
+    dataset = data.make_dataset(folder_of(tmp_path, 2), 16, train)
+    want = dataset[1][0]
+    failing_open(monkeypatch, code, times=3)
+    assert torch.equal(dataset[1][0], want)
+    assert capfd.readouterr().err.count("warning: cannot read") == 1
+    failing_open(monkeypatch, code, times=4)
+    with pytest.raises(OSError, match="for 0 s: '.*png'") as error:
+        dataset[0]
+    assert error.value.errno == code and dataset.skipped.sum() == 0
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_errors_of_the_system_in_a_worker(tmp_path, monkeypatch, train):
+    dataset = data.make_dataset(folder_of(tmp_path, 8), 16, train)
+    failing_open(monkeypatch, errno.EIO, times=1000)
+    loader = data.make_loader(dataset, 2, train, workers=1)
+    with pytest.raises(OSError) as error:
+        take(loader, 9)
+    assert error.value.errno == errno.EIO and "\n" not in str(error.value) and dataset.skipped.sum() == 0
+    loader._iterator._shutdown_workers()
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker")
+    assert len(dataset.__getitems__([0, 1, 2])) == 1       # the first error ends it, the others need not wait
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_folder_that_vanishes(tmp_path, monkeypatch, left, train):
+    folder, away, waited = tmp_path / "images", tmp_path / "away", []
+    dataset = data.make_dataset(folder_of(folder, 3), 16, train)
+    want = dataset[2][0]
+    folder.rename(away)
+    if left != "nothing":                                  # as where it was mounted
+        folder.mkdir()
+
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:                               # it comes back
+            away.rename(folder)
+
+    monkeypatch.setattr(data.time, "sleep", wait)
+    assert torch.equal(dataset[2][0], want)
+    assert waited == list(data.PAUSES[:3]) == sorted(data.PAUSES[:3])
+    folder.rename(away)
+    waited = [0] * 10
+    with pytest.raises(FileNotFoundError):
+        dataset[0]
+    assert dataset.skipped.sum() == 0 and len(waited) == 10 + len(data.PAUSES)
+
+
+def test_a_file_that_was_deleted(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(data, "PAUSES", (0, 0))
+    folder_of(tmp_path, 3)
+    (tmp_path / "03.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "04.png").symlink_to(tmp_path / "04.png")
+    train, val = (data.make_dataset(str(tmp_path), 16, training) for training in (True, False))
+    (tmp_path / "01.png").unlink()
+    assert [i.tolist() for _, i in data.make_loader(val, 5, False)] == [[0, 2]]
+    assert val.skipped.tolist() == [0, 1, 0, 1, 1]
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("skipping unreadable" in line and "no such file" in line for line in lines)
+    assert train[1][0].shape == (3, 16, 16) and train.skipped.tolist() == [0, 1, 0, 0, 0]
+
+
+def test_training_ends_with_the_error_of_the_system(tmp_path):
+    """The folder vanishes in the fourth epoch, for good, under two workers."""
+    folder_of(tmp_path / "images", 4)
+    (tmp_path / "run.py").write_text(f"""
+import os
+import data
+import train
+from data import guarded
+
+data.PAUSES = (0.01, 0.02)
+item, folder = data.ImageDataset.item, {str(tmp_path / "images")!r}
+
+def item_until_it_vanishes(self, epoch, i):
+    if epoch == 3 and os.path.exists(folder):
+        os.rename(folder, folder + "_away")
+    return item(self, epoch, i)
+
+data.ImageDataset.item = item_until_it_vanishes
+guarded(train.main)
+""")
+    command = [tmp_path / "run.py", *TINY, "--workers", 2, "--data", tmp_path / "images", "--out", tmp_path / "run"]
+    done = subprocess.run([sys.executable, *map(str, command)], env=dict(os.environ, PYTHONPATH=HERE), check=False,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "skipping" not in done.stderr, done.stderr
+    said = done.stderr.partition("error: ")[2].splitlines()[0]                # the progress bar's last line may follow
+    assert "No such file or directory, for 0.03 s" in said and f"{tmp_path}/images/" in said
+    assert "training on 4 images of" in done.stdout and "which train, too" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: folders, named sets, torchvision
+# Which images a --data names, which of them train and which validate, and what is refused.
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], cwd=HERE, check=False, capture_output=True, text=True,
+                          timeout=120)
+
+
+def test_folder_layouts(tmp_path):
+    root = tmp_path / "set"
+    folder_of(root / "train" / "cat", 3)
+    folder_of(root / "train" / "dog" / "deep", 2, ext="jpg")
+    assert len(data.make_dataset(str(root), 16, True)) == 5
+    folder_of(root / "val" / "cat", 4)
+    (root / "val" / "notes.txt").write_text("no image")
+    (root / "val" / "._hidden.jpg").write_bytes(b"")
+    (root / "val" / "loop").symlink_to(root / "val")
+    train, val = (data.make_dataset(str(root), 16, t) for t in (True, False))
+    assert len(train) == 5 and len(val) == 4
+    (x, index), = list(data.make_loader(val, 8, False))
+    assert x.shape == (4, 3, 16, 16) and index.tolist() == [0, 1, 2, 3]
+    names = [os.fsdecode(n) for n in train.images]
+    assert names == sorted(names) and names[0].endswith("cat/00.png") and names[-1].endswith("deep/01.jpg")
+
+
+def test_hidden_folders_and_other_types(tmp_path, capfd):
+    folder_of(tmp_path / "a", 2)
+    for name in (".ipynb_checkpoints", "__MACOSX", ".thumbnails", "a/.hidden", "a/@eaDir"):
+        folder_of(tmp_path / name, 1)
+    for name in ("a/x.gif", "a/y.GIF", "labels.csv", "README", "a/.z.gif"):
+        (tmp_path / name).write_text("")
+    assert len(data.list_images(str(tmp_path))) == 2
+    data.list_images(str(tmp_path))                        # said once
+    data.list_images(str(tmp_path / "__MACOSX"))           # asked for by name
+    note, = capfd.readouterr().err.splitlines()
+    assert note.endswith("being of other types: 2 .gif, 1 .csv, 1 without extension")
+    assert f"4 files below {tmp_path} " in note
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "Validation"])
+def test_names_of_validation_folders(tmp_path, name):
+    for k, c in enumerate("abc"):
+        folder_of(tmp_path / "train" / c, 1 + k, (8, 8))
+    folder_of(tmp_path / name / "a", 1, (8, 8))
+    folder_of(tmp_path / name / "c", 2, (8, 8))
+    train, val = (data.make_dataset(str(tmp_path), 8, part) for part in (True, False))
+    assert train.labels.tolist() == [0, 1, 1, 2, 2, 2] and val.labels.tolist() == [0, 2, 2]    # no b in validation
+    assert train.classes == val.classes == ["a", "b", "c"]
+    limited = data.make_dataset(str(tmp_path), 8, False, limit=2)
+    assert data.parts_taken(train, limited) == (
+        f"training on 6 images of {tmp_path}/train (3 classes); validating on 2 of 3 images of {tmp_path}/{name} "
+        "(3 classes)")
+    folder_of(tmp_path / name / "d", 1, (8, 8))            # only there: a class all the same, after the others
+    assert data.make_dataset(str(tmp_path), 8, False).labels.tolist() == [0, 2, 2, 3]
+    if name != "test":
+        folder_of(tmp_path / "test", 5, (8, 8))
+        assert len(data.make_dataset(str(tmp_path), 8, False)) == 4
+
+
+def test_unlabelled_validation_images(tmp_path, capfd):
+    folder_of(tmp_path / "train" / "n01", 1, (8, 8))
+    folder_of(tmp_path / "val" / "images", 2, (8, 8))
+    train, val = (data.make_dataset(str(tmp_path), 8, part) for part in (True, False))
+    assert train.labels.tolist() == [0] and val.labels.tolist() == [-1, -1] and val.classes == ["n01"]
+    assert "have no labels" in capfd.readouterr().err
+
+
+def test_a_plain_tree_serves_both(tmp_path):
+    for name in ("a", "b"):
+        folder_of(tmp_path / name, 2, (8, 8))
+    train, val = (data.make_dataset(str(tmp_path), 8, part) for part in (True, False))
+    assert train.images.tolist() == val.images.tolist() and train.labels.tolist() == [0, 0, 1, 1]
+    assert data.parts_taken(train, val).endswith("which train, too: there are no folders train/ and val/")
+
+
+@pytest.mark.parametrize("folders,train,words", [
+    (["train"], False, r"holds train/ but no val/ .* or give .*/train, whose images then serve"),
+    (["val"], True, r"holds val/ but no train/"),
+    (["train", "val", "validation"], False, r"holds val/ and validation/: keep the one"),
+    (["train", "val", "validation"], True, r"holds val/ and validation/: keep the one"),
+    (["train", "val", "."], True, r"holds images \(00.png ...\) beside train/ and val/"),
+    (["train", "."], True, r"holds images \(00.png ...\) beside train/"),
+    (["train", "bus", "car"], True, r"holds train/ beside other folders \(bus/ and car/\)"),
+    (["cat", "dog", "test"], False, r"holds test/ beside other folders \(cat/ and dog/\)"),
+    (["set/train", "set/val"], True, r"/set holds training and other images"),
+    (["cat/train", "cat/test", "dog/train"], False, r"/cat holds training and other images"),
+])
+def test_unclear_parts_are_refused(tmp_path, folders, train, words):
+    for folder in folders:
+        folder_of(tmp_path / folder, 1, (8, 8))
+    with pytest.raises(ValueError, match=words) as error:
+        data.make_dataset(str(tmp_path), 8, train)
+    assert "\n" not in str(error.value)
+
+
+def test_limit(tmp_path):
+    spec = folder_of(tmp_path / "a", 6)
+    dataset = data.make_dataset(spec, 16, False, limit=3)
+    assert [os.path.basename(os.fsdecode(n)) for n in dataset.images] == ["00.png", "02.png", "04.png"]
+    assert len(dataset.skipped) == 3
+    assert len(data.make_dataset(spec, 16, False, limit=100)) == 6
+    assert len(data.make_dataset("demo", 16, True, limit=10)) == 10
+
+
+def test_clear_errors(tmp_path):
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    (tmp_path / "file.txt").write_text("x")
+    for spec, kind, words in ((tmp_path / "missing", FileNotFoundError, "no folder"),
+                              (tmp_path / "empty", ValueError, "no images in"),
+                              (tmp_path / "file.txt", NotADirectoryError, "is a file")):
+        with pytest.raises(kind, match=words) as error:
+            data.make_dataset(str(spec), 16, True)
+        assert str(spec) in str(error.value) and "\n" not in str(error.value)
+    for name, value in (("size", 0), ("size", -8), ("size", 1.5), ("aug_scale", 0.5), ("limit", 0), ("seed", -1),
+                        ("crop", "x")):
+        with pytest.raises(ValueError, match=f"{name} is"):
+            data.make_dataset("demo", **{"size": 8, "train": True, name: value})
+
+
+class FakeTorchvision:
+    """Stands in for torchvision: the two data sets, made on the spot."""
+
+    class datasets:
+        class CIFAR10:
+            def __init__(self, root, train, download):
+                assert download
+                self.data = np.random.default_rng(int(train)).integers(0, 256, (9 if train else 5, 32, 32, 3), np.uint8)
+                self.targets, self.classes = [0] * len(self.data), ["airplane"]
+
+        class Imagenette:
+            def __init__(self, root, split, size, download):
+                assert download and size == "320px"
+                for s, n in (("train", 4), ("val", 2)):
+                    folder_of(Path(root) / "imagenette2-320" / s / "n01440764", n, (40, 32), "jpeg")
+
+
+def test_named_sets(tmp_path, monkeypatch):
+    monkeypatch.setenv("DCSSDAE_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "import_torchvision", lambda: FakeTorchvision)
+    for spec, sizes in (("cifar10", (9, 5)), ("imagenette", (4, 2))):
+        for training, n in zip((True, False), sizes, strict=True):
+            dataset = data.make_dataset(spec, 32, training)
+            assert len(dataset) == n
+            (x, _), = take(data.make_loader(dataset, 2, train, workers=0), 1)
+            assert x.shape == (2, 3, 32, 32)
+    raw = FakeTorchvision.datasets.CIFAR10("", False, True).data
+    assert np.allclose(pixels(data.make_dataset("cifar10", 32, False)[3][0]), raw[3], atol=1e-3)
+    assert np.allclose(pixels(data.make_dataset("cifar10", 32, False, limit=1)[0][0]), raw[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("failure", [OSError("<urlopen error\nno network>"), RuntimeError("File not found.")])
+def test_failed_download(tmp_path, monkeypatch, failure):
+    def fail(*args, **kwargs):
+        raise failure
+
+    datasets = types.SimpleNamespace(CIFAR10=fail, Imagenette=fail)
+    monkeypatch.setenv("DCSSDAE_DATA", str(tmp_path))
+    monkeypatch.setattr(data, "import_torchvision", lambda: types.SimpleNamespace(datasets=datasets))
+    for spec in ("cifar10", "imagenette"):
+        with pytest.raises(OSError, match=f"cannot get {spec}.*check the network") as error:
+            data.make_dataset(spec, 32, True)
+        assert "\n" not in str(error.value)
+
+
+def test_import_torchvision_without_its_operators():
+    """A CPU-only torch cannot load the CUDA build's operators: here every extension library is refused, as there."""
+    code = """
+import torch
+def refuse(path):
+    raise OSError("libcudart.so: cannot open shared object file")
+torch.ops.load_library = refuse
+try:
+    import torchvision  # a version that does without its operators has nothing to work around
+except RuntimeError as error:
+    assert "operator torchvision::nms does not exist" in str(error), error
+import data
+torchvision = data.import_torchvision()
+assert data.import_torchvision() is torchvision
+torchvision.models.vgg16, torchvision.datasets.CIFAR10
+x = torchvision.transforms.functional.resize(torch.zeros(3, 8, 8), 4)
+assert x.shape == (3, 4, 4)
+import lpips, timm
+print("fine")
+"""
+    result = python(code)
+    assert result.stdout.strip().endswith("fine"), result.stderr
+
+
+def test_import_torchvision_passes_other_errors_on(monkeypatch):
+    real = builtins.__import__
+
+    def broken(name, *args, **kwargs):
+        if name == "torchvision":
+            raise RuntimeError("something else")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        data.import_torchvision()
+
+
+def test_training_images_without_augmentation_and_labels(tmp_path, monkeypatch):
+    for part in ("train", "val"):
+        folder_of(tmp_path / part / "n02" / "x", 2, (50, 40))
+        folder_of(tmp_path / part / "n01", 1, (40, 50))
+    folder_of(tmp_path / "train", 1, (40, 40))
+    for root in (str(tmp_path), f"{tmp_path}/"):
+        dataset = data.make_dataset(root, 24, train=False, split="train")
+        names = [os.path.relpath(os.fsdecode(f), tmp_path) for f in dataset.images]
+        assert dataset.labels.tolist() == [(-1, 0, 1)[f.count("/") - 1] for f in names] and len(names) == 4
+        for i, name in enumerate(names):
+            want = np.asarray(data.prepare_eval(Image.open(tmp_path / name), 24)).transpose(2, 0, 1)
+            assert np.allclose(dataset[i][0] * 127.5 + 127.5, want, atol=1e-3)
+    demo = data.make_dataset("demo", 16, train=False, split="train", limit=3)
+    assert demo.labels.tolist() == [-1] * 3
+    want = data.demo_image(16, 0, "train", int(demo.images[1]))
+    assert np.allclose(demo[1][0] * 127.5 + 127.5, want.transpose(2, 0, 1), atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: processes, ranges and errors that every program shares
+# One sentence for what the user can mend, from every rank; numbers out of range are refused before any work.
+
+def test_numbers_out_of_range_are_refused_by_every_program(monkeypatch, checkpoint):
+    """Before anything is read or written: NaN, infinity, and what lies beyond an end."""
+    given = vars(train.get_args([])) | vars(distill.get_args(["--ckpt", "f"]))
+    for name, value in given.items():
+        is_number = isinstance(value, int | float | list) and not isinstance(value, bool) and name != "without"
+        assert not is_number or name in data.RANGES, f"--{name} has no range"
+    for name, (low, high, _) in data.RANGES.items():
+        for program, first in ((train, []), (distill, ["--ckpt", "f"])):
+            if name not in vars(program.get_args(first)):
+                continue
+            whole = abs(high) in (1000, 65536, 10**6, data.MANY, 2**63)
+            for bad in [str(low - 1)] if whole else ["nan", "inf", str(low - 1) if low > -math.inf else "-inf"]:
+                with pytest.raises(ValueError, match=rf"--{name} \S+ is out of range: give a number in"):
+                    program.get_args([*first, f"--{name}={bad}"])
+    for flag in (["--keep", "1000000000"], ["--eval_steps", "1", "0"], ["--ema", "1"], ["--mu", "1"]):
+        with pytest.raises(ValueError, match=rf"{flag[0]} {flag[-1]}\S* is out of range"):
+            program = distill if flag[0] == "--mu" else train
+            program.get_args([*(["--ckpt", "f"] if program is distill else []), *flag])
+    for flag in (["--mu", 1], ["--eta", "nan"], ["--tol", -1], ["--steps", 1, 0], ["--limit", 0], ["--seed", -1]):
+        assert f"{flag[0]} {flag[-1]}" in sentence(evaluate, monkeypatch, "--ckpt", checkpoint, *flag)
+    for number, inside in ((0, False), (1e-9, True), (1, True), (1.1, False), (math.nan, False)):
+        assert data.lies_within(number, 0, 1, "(]") == inside
+
+
+def gaussian_statistics():
+    statistics = fid.Statistics(2)
+    statistics.update(torch.randn(5, 2))
+    return statistics
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions and pipes are POSIX's")
+def test_files_have_the_permissions_of_others_and_pipes_stay(tmp_path):
+    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1)
+    before = os.umask(0o027)
+    try:
+        model.save(tmp_path / "m.safetensors")
+        data.write_whole(tmp_path / "m.json", "{}")
+        save_checkpoint(tmp_path, small_state(1))
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {"0o640"}
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (model.save, functools.partial(data.write_whole, data="x"),
+                  functools.partial(data.save_grid, images=[torch.zeros(1, 3, 8, 8)])):
+        with pytest.raises(OSError, match="pipe is no ordinary file"):
+            write(pipe)
+    with pytest.raises(OSError, match="pipe is no ordinary file"):
+        gaussian_statistics().save(pipe)
+    assert pipe.is_fifo() and not list(tmp_path.glob("*.tmp"))
+    with data.whole(tmp_path / "m.json") as temporary:  # of two processes each has its own
+        assert str(os.getpid()) in os.path.basename(temporary)
+        Path(temporary).write_text("{}")
+
+
+def test_srun_without_torchrun_is_refused(monkeypatch):
+    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    data.setup("cpu")  # in a job, and not started by srun
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(ValueError, match=r"srun started 8 tasks.*srun --ntasks-per-node=1 torchrun"):
+        data.setup("cpu")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    data.setup("cpu")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("RANK", "0")
+    data.setup("cpu")
+
+
+class Store(dict):
+    """The processes' store, without processes."""
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def wait(self, keys, timeout):
+        if keys[0] not in self:
+            raise RuntimeError("timeout")
+
+    def get(self, key):
+        return self[key]
+
+
+def test_errors_are_heard_from_every_rank(monkeypatch, capsys):
+    """With rank and host, but only once where the first process says the same; on a line of its own."""
+    store = Store()
+    monkeypatch.setattr(data, "shared_store", lambda: store)
+
+    def end(rank, message, error=ValueError):
+        def main():
+            bar = data.tqdm(total=3)
+            bar.update()
+            raise error(message)
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as stop:
+            data.guarded(main)
+        assert capsys.readouterr().err.endswith("\n")
+        return stop.value.code
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    here = socket.gethostname()
+    assert end(3, "no folder /data", OSError) == f"error: rank 3 of 4 on {here}: no folder /data"
+    assert end(0, "--size 3 is wrong") == "error: --size 3 is wrong"
+    assert end(1, "--size 3 is wrong") == 1
+    assert end(2, "no folder /data") == f"error: rank 2 of 4 on {here}: no folder /data"
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(data.dist, "destroy_process_group", lambda: None)
+    assert "another process has ended" in end(0, "[gloo/transport] Connection closed by peer", RuntimeError)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert end(0, "no folder /data") == "error: no folder /data"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoder.py: posteriors and encoders
+# Sizes, starts and values: against torch.distributions and, in the published names, against diffusers.
 
 def test_kl_against_torch_distributions():
     mean, logvar = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
@@ -248,331 +1445,6 @@ def test_posterior_sample_moments_and_noise():
     assert abs(z.mean() - 2) < 0.02 and abs(z.std() - 0.5) < 0.02
     assert torch.equal(posterior.sample(noise=torch.ones(1, 1, 200, 200)), torch.full((1, 1, 200, 200), 2.5))
     assert torch.equal(posterior.mode(), posterior.mean)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Samplers
-
-def test_euler_is_exact_for_a_straight_path():
-    x, e, z = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.zeros(4, 1, 1, 1)
-    for steps, t_shift in ((1, 4.0), (5, 1.0), (8, 4.0)):
-        out, nfe = sampler.euler(lambda x_t, z, t: x - e, e, z, steps, t_shift)
-        assert torch.allclose(out, x, atol=1e-5) and nfe.tolist() == [steps] * 4
-
-
-def test_euler_converges_to_the_exact_flow_of_a_gaussian():
-    """Data N(0, s^2): v = E[x - e | x_t] is linear in x_t and the flow maps e to s e.
-    First order: half the error with twice the steps."""
-    s, e = 0.5, torch.randn(1, 3, 32, 32, dtype=torch.float64)
-
-    def velocity(x_t, z, t):
-        t = losses.per_image(t.double())
-        return ((1 - t) * s * s - t) / ((1 - t) ** 2 * s * s + t ** 2) * x_t
-    error = [relative_error(sampler.euler(velocity, e, e, n, 1.0)[0], s * e) for n in (100, 200)]
-    assert error[0] < 0.02 and 1.8 < error[0] / error[1] < 2.2
-
-
-def test_gradient_descent_lands_in_one_step_on_a_perfect_linear_field():
-    x, e = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
-    for lam in (1.0, 4.0):
-        out, nfe = sampler.gradient_descent(lambda y, z, lam=lam: lam * (y - z), e, x, steps=1, eta=1 / lam, lam=lam)
-        assert torch.allclose(out, x, atol=1e-6) and nfe.tolist() == [1] * 4
-
-
-def test_nesterov_without_momentum_is_gradient_descent():
-    torch.manual_seed(0)
-    e, A = torch.randn(3, 3, 4, 4), torch.rand(3, 4, 4)
-    a = sampler.gradient_descent(lambda y, z: A * y, e, e, steps=7, eta=0.3)[0]
-    b = sampler.nesterov(lambda y, z: A * y, e, e, steps=7, eta=0.3, mu=0.0)[0]
-    assert torch.equal(a, b)
-
-
-def test_nesterov_against_torch_sgd():
-    """torch's SGD(nesterov=True) holds the look-ahead points y_k; ours returns x_{k+1} = y_k - eta f(y_k)."""
-    torch.manual_seed(0)
-    start, A, eta, mu = torch.randn(1, 3, 4, 4), torch.rand(3, 4, 4), 0.2, 0.7
-    p = nn.Parameter(start.clone())
-    optimizer = torch.optim.SGD([p], lr=eta, momentum=mu, nesterov=True)
-    for steps in range(1, 8):
-        y = p.detach().clone()
-        ours = sampler.nesterov(lambda y, z: A * y, start, start, steps=steps, eta=eta, mu=mu)[0]
-        assert torch.allclose(ours, y - eta * A * y, atol=1e-6)
-        p.grad = A * p.detach()
-        optimizer.step()
-
-
-def test_nesterov_accelerates_on_an_ill_conditioned_quadratic():
-    curvature = torch.logspace(-3, 0, 48, dtype=torch.float64).view(1, 3, 4, 4)  # condition number 1000
-    start = torch.ones_like(curvature)
-    nfe = {mu: int(sampler.nesterov(lambda y, z: curvature * y, start, start, steps=20000, eta=1.0, mu=mu, tol=1e-6)[1])
-           for mu in (0.0, 0.9)}
-    assert nfe[0.9] < nfe[0.0] / 5, nfe
-
-
-def test_adaptive_stop_drops_finished_samples_from_the_batch():
-    torch.manual_seed(0)
-    rates = torch.tensor([1.0, 0.5, 0.01, 1e-4])  # the condition z carries each sample's rate
-    z, x, seen = losses.per_image(rates), torch.randn(4, 3, 8, 8), []
-
-    def field(y, z):
-        seen.append(len(y))
-        return z * y
-    out, nfe = sampler.nesterov(field, x, z, steps=50, eta=1.0, mu=0.3, tol=1e-3)
-    assert sum(seen) == int(nfe.sum()) and seen[0] == 4 and seen[-1] < 4 and seen == sorted(seen, reverse=True)
-    assert nfe[0] < nfe[1] < nfe[2] == 50 and nfe[3] == 1  # the last one is flat from the start
-    for i in range(4):  # each as if it were alone
-        alone, n = sampler.nesterov(lambda y, z: z * y, x[i:i + 1], z[i:i + 1], steps=50, eta=1.0, mu=0.3, tol=1e-3)
-        assert torch.allclose(alone[0], out[i], atol=1e-6) and int(n) == int(nfe[i])
-    everything = sampler.nesterov(lambda y, z: z * y, x, z, steps=50, eta=1.0, mu=0.3)
-    assert everything[1].tolist() == [50] * 4  # tol = 0 never stops
-
-
-def test_samplers_refuse_bad_arguments():
-    x = torch.zeros(1, 3, 8, 8)
-    for call in (lambda: sampler.euler(None, x, x, 0), lambda: sampler.gradient_descent(None, x, x, 1, eta=-1.0),
-                 lambda: sampler.nesterov(None, x, x, 1, mu=1.0), lambda: sampler.nesterov(None, x, x, 2.5)):
-        with pytest.raises(ValueError):
-            call()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoder: a plain reference in the published names, one functional call after another, in float64
-
-def published_decoder_shapes(widths, blocks, z_dim, time, window=15, heads=4):
-    """Names and shapes of a published DC-SSDAE decoder file (without the prefix decoder.)."""
-    c, top, shapes = widths[0], widths[-1], {}
-
-    def layer(name, *weight, bias=True):
-        shapes[f"{name}.weight"] = weight
-        if bias:
-            shapes[f"{name}.bias"] = weight[:1]
-
-    def resnet(name, cin, cout):
-        layer(f"{name}.norm1.ctx_proj", 2 * cin, c, 1, 1)
-        layer(f"{name}.conv1", cout, cin, 3, 3)
-        if time:
-            layer(f"{name}.time_emb_proj", 2 * cout, 4 * c)
-        layer(f"{name}.norm2", cout)
-        layer(f"{name}.conv2", cout, cout, 3, 3)
-        if cin != cout:
-            layer(f"{name}.conv_shortcut", cout, cin, 1, 1)
-
-    layer("conv_in_img", c // 2, 3, 3, 3)
-    layer("conv_in_z", c // 2, z_dim, 3, 3)
-    layer("conv_in", c, c, 3, 3)
-    layer("batch_norm_z", z_dim)
-    shapes |= {"batch_norm_z.running_mean": (z_dim,), "batch_norm_z.running_var": (z_dim,),
-               "batch_norm_z.num_batches_tracked": ()}
-    layer("ada_ctx_proj.0", c, z_dim, 3, 3)
-    layer("ada_ctx_proj.2", c, c, 3, 3)
-    if time:
-        layer("time_embedding.linear_1", 4 * c, c)
-        layer("time_embedding.linear_2", 4 * c, 4 * c)
-    skips, cin = [c], c
-    for i, cout in enumerate(widths):
-        for j in range(2):
-            resnet(f"down_blocks.{i}.resnets.{j}", cin, cout)
-            skips.append(cout)
-            cin = cout
-        if i < 3:
-            layer(f"down_blocks.{i}.downsamplers.0.conv", cout, cout, 3, 3)
-            skips.append(cout)
-    for name in ("norm", "proj_in", "proj_out"):
-        layer(f"mid_block.{name}", *((top,) if name == "norm" else (top, top)))
-    for k in range(blocks):
-        b = f"mid_block.transformer_blocks.{k}"
-        layer(f"{b}.norm1.linear", 2 * top, c)
-        for name in "qkv":
-            layer(f"{b}.attn1.to_{name}", top, top, bias=False)
-        layer(f"{b}.attn1.out_proj", top, top)
-        layer(f"{b}.norm2", top)
-        layer(f"{b}.ff.proj_in_act.proj", 8 * top, top)
-        layer(f"{b}.ff.proj_out", top, 4 * top)
-        shapes[f"{b}.relative_position_bias.relative_bias_table"] = (window, window, heads)
-    for i, cout in enumerate(reversed(widths)):
-        for j in range(3):
-            resnet(f"up_blocks.{i}.resnets.{j}", cin + skips.pop(), cout)
-            cin = cout
-        if i < 3:
-            layer(f"up_blocks.{i}.upsamplers.0.conv", cout, cout, 3, 3)
-    layer("conv_norm_out", c)
-    layer("conv_out", 3, c, 3, 3)
-    return shapes
-
-
-def published_decoder(seed=0, **kw):
-    """A random published-layout state dict."""
-    g, state = torch.Generator().manual_seed(seed), {}
-    for name, shape in published_decoder_shapes(**kw).items():
-        value = torch.randn(shape, generator=g) / (
-            math.prod(shape[1:]) ** 0.5 if len(shape) > 1 and "bias_table" not in name else 4)
-        if name.endswith(("norm2.weight", "norm.weight", "norm_out.weight", "norm_z.weight")):
-            value = 1 + value
-        if name.endswith("running_var"):
-            value = 0.5 + value.abs()
-        state[name] = torch.tensor(0) if name.endswith("tracked") else value
-    return state
-
-
-def reference_decoder(p, x, z, t=None, window=15):
-    """The decoder of design and paper, written down naively."""
-    p = {k: v.double() for k, v in p.items()}
-    x, z = x.double(), z.double()
-
-    def conv(name, h, stride=1):
-        w = p[f"{name}.weight"]
-        return F.conv2d(h, w, p[f"{name}.bias"], stride=stride, padding=w.shape[-1] // 2)
-
-    def linear(name, h):
-        return h @ p[f"{name}.weight"].T + (p.get(f"{name}.bias", 0))
-
-    def resize(h, like):  # nearest
-        return h.repeat_interleave(like.shape[2] // h.shape[2], 2).repeat_interleave(like.shape[3] // h.shape[3], 3)
-
-    def resnet(name, h, ctx, temb):
-        scale, shift = resize(conv(f"{name}.norm1.ctx_proj", ctx), h).chunk(2, 1)
-        u = F.silu(F.group_norm(h, 32) * (1 + scale) + shift)
-        u = conv(f"{name}.conv1", u)
-        u = F.group_norm(u, 32, p[f"{name}.norm2.weight"], p[f"{name}.norm2.bias"])
-        if temb is not None:
-            scale, shift = linear(f"{name}.time_emb_proj", F.silu(temb))[:, :, None, None].chunk(2, 1)
-            u = u * (1 + scale) + shift
-        u = conv(f"{name}.conv2", F.silu(u))
-        return u + (conv(f"{name}.conv_shortcut", h) if f"{name}.conv_shortcut.weight" in p else h)
-
-    def attention(name, bias_name, u, rows, cols):
-        table = p[bias_name]
-        heads, r = table.shape[2], window // 2
-        q, k, v = (linear(f"{name}.to_{n}", u).unflatten(-1, (heads, -1)) for n in "qkv")  # (B, N, heads, d)
-        out = torch.zeros_like(q)
-        for i in range(rows * cols):  # one query at a time
-            near = [(j, table[i // cols - j // cols + r, i % cols - j % cols + r]) for j in range(rows * cols)
-                    if abs(i // cols - j // cols) <= r and abs(i % cols - j % cols) <= r]
-            index, bias = [j for j, _ in near], torch.stack([b for _, b in near])  # bias (n, heads)
-            weight = ((q[:, i:i + 1] * k[:, index]).sum(-1) / q.shape[-1] ** 0.5 + bias).softmax(dim=1)
-            out[:, i] = (weight[..., None] * v[:, index]).sum(1)
-        return linear(f"{name}.out_proj", out.flatten(2))
-
-    joint = "conv_in_img.weight" not in p  # as SSDD has published
-    if not joint:
-        mean, var = (p[f"batch_norm_z.running_{name}"][:, None, None] for name in ("mean", "var"))
-        z = (z - mean) / (var + 1e-5).sqrt()
-        z = z * p["batch_norm_z.weight"][:, None, None] + p["batch_norm_z.bias"][:, None, None]
-    ctx = conv("ada_ctx_proj.2", F.silu(conv("ada_ctx_proj.0", z)))
-    temb = None
-    if t is not None:
-        half = p["conv_in.weight"].shape[0] // 2  # C / 2
-        angle = 1000 * t.double()[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
-        temb = linear("time_embedding.linear_1", torch.cat([angle.cos(), angle.sin()], 1))
-        temb = linear("time_embedding.linear_2", F.silu(temb))
-    h = [x, resize(z, x)] if joint else [conv("conv_in_img", x), conv("conv_in_z", resize(z, x))]
-    h = conv("conv_in", torch.cat(h, 1))
-    skips = [h]
-    for i in range(4):
-        for j in range(2):
-            h = resnet(f"down_blocks.{i}.resnets.{j}", h, ctx, temb)
-            skips.append(h)
-        if i < 3:
-            h = conv(f"down_blocks.{i}.downsamplers.0.conv", h, stride=2)
-            skips.append(h)
-    rows, cols = h.shape[2:]
-    tokens_ctx = resize(ctx, h).flatten(2).mT
-    u = F.group_norm(h, 32, p["mid_block.norm.weight"], p["mid_block.norm.bias"], eps=1e-6)
-    u = linear("mid_block.proj_in", u.flatten(2).mT)
-    for k in range(sum(name.endswith("bias_table") for name in p)):
-        b = f"mid_block.transformer_blocks.{k}"
-        shift, scale = linear(f"{b}.norm1.linear", F.silu(tokens_ctx)).chunk(2, -1)
-        bias = f"{b}.relative_position_bias.relative_bias_table"
-        u = u + attention(f"{b}.attn1", bias, F.layer_norm(u, u.shape[-1:]) * (1 + scale) + shift, rows, cols)
-        n = F.layer_norm(u, u.shape[-1:], p[f"{b}.norm2.weight"], p[f"{b}.norm2.bias"])
-        value, gate = linear(f"{b}.ff.proj_in_act.proj", n).chunk(2, -1)
-        u = u + linear(f"{b}.ff.proj_out", value * F.gelu(gate))
-    h = h + linear("mid_block.proj_out", u).mT.unflatten(2, (rows, cols))
-    for i in range(4):
-        for j in range(3):
-            h = resnet(f"up_blocks.{i}.resnets.{j}", torch.cat([h, skips.pop()], 1), ctx, temb)
-        if i < 3:
-            h = conv(f"up_blocks.{i}.upsamplers.0.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3))
-    return conv("conv_out", F.silu(F.group_norm(h, 32, p["conv_norm_out.weight"], p["conv_norm_out.bias"])))
-
-
-@pytest.mark.parametrize("loss", ["fm", "eqm"])
-@pytest.mark.parametrize("enc,size", [("vq_f8c4", (64, 64)), ("dc_f16c8", (32, 96)), ("dc_f32c8", (32, 160))])
-def test_published_decoder_loads_and_equals_the_reference(tmp_path, loss, enc, size):
-    """Published names, a 15 x 15 table in a 17 x 17 window, square and not, grids smaller and larger than the
-    window."""
-    z_dim, f = make_encoder(enc, 0.25).z_dim, make_encoder(enc, 0.25).downscale
-    state = published_decoder(widths=[32, 64, 96, 96], blocks=2, z_dim=z_dim, time=loss == "fm")
-    torch.save({"state_dict": {f"module.decoder.{k}": v for k, v in state.items()}}, tmp_path / "published.pt")
-    model = DCSSDAE(enc, "XS", loss, enc_width=0.25, depth=2, input_skip=True).eval()
-    model.load_published(tmp_path / "published.pt", part="decoder")
-    assert not model.config["input_skip"]  # published decoders have none
-    torch.manual_seed(0)
-    x, z = torch.randn(2, 3, *size), torch.randn(2, z_dim, size[0] // f, size[1] // f)
-    t = torch.rand(2) if loss == "fm" else None
-    with torch.no_grad():
-        assert relative_error(model.decoder(x, z, t), reference_decoder(state, x, z, t)) < 1e-5
-
-
-def test_ssdd_decoder_loads_and_equals_the_reference(tmp_path):
-    """One input convolution on image and latent, no normalisation of the latent: the same class, chosen by the file."""
-    state = published_decoder(widths=[32, 64, 96, 96], blocks=2, z_dim=4, time=True)
-    for name in [k for k in state if k.startswith(("conv_in_img", "conv_in_z", "batch_norm_z"))]:
-        del state[name]
-    state["conv_in.weight"] = torch.randn(32, 7, 3, 3) / 8
-    torch.save({f"module.decoder.{k}": v for k, v in state.items()}, tmp_path / "ssdd.pt")
-    model = DCSSDAE("vq_f8c4", "XS", "fm", enc_width=0.25, depth=2, input_skip=True).eval()
-    encoder = model.encoder
-    model.load_published(tmp_path / "ssdd.pt", part="decoder")
-    assert model.encoder is encoder and model.config["joint_input"] and not model.config["input_skip"]
-    x, z, t = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 4, 6), torch.rand(2)
-    with torch.no_grad():
-        assert relative_error(model.decoder(x, z, t), reference_decoder(state, x, z, t)) < 1e-5
-    model.save(tmp_path / "m.safetensors")
-    assert torch.equal(DCSSDAE.load(tmp_path / "m.safetensors").decoder(x, z, t), model.decoder(x, z, t))
-
-
-def test_window_attention_equals_reference_at_17(tmp_path):
-    state = published_decoder(widths=[32, 64, 96, 96], blocks=1, z_dim=4, time=False, window=17)
-    torch.manual_seed(0)
-    x, z = torch.randn(1, 3, 80, 160), torch.randn(1, 4, 10, 20)
-    model = DCSSDAE("vq_f8c4", "XS", "eqm", enc_width=0.25, depth=1)
-    save_file({f"decoder.{k}": v for k, v in state.items()}, tmp_path / "d.safetensors")
-    model.load_published(tmp_path / "d.safetensors", part="decoder")
-    with torch.no_grad():
-        ours, reference = model.decoder(x, z), reference_decoder(state, x, z, window=17)
-    assert relative_error(ours, reference) < 1e-5
-    assert relative_error(ours, reference_decoder(state, x, z, window=15)) > 1e-5  # the outermost offsets count
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
-
-MILLIONS = {"XS": (5.00, 4.61), "S": (14.09, 12.78), "B": (21.18, 19.61), "M": (50.36, 46.85), "L": (90.84, 86.59),
-            "XL": (161.42, 153.86), "H": (363.01, 346.03)}
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_decoder_parameter_counts(size):
-    """The published counts have 15 x 15 tables; ours of 17 x 17 hold 64 more entries a head and block."""
-    for time_cond, expected in zip((True, False), MILLIONS[size]):
-        with torch.device("meta"):
-            decoder = UViT(size, z_dim=4, time_cond=time_cond)
-        extra = sum(64 * block.attn.heads for block in decoder.blocks)
-        assert (sum(p.numel() for p in decoder.parameters()) - extra) / 1e6 == pytest.approx(expected, abs=0.0051)
-
-
-def test_a_constant_latent_decodes_to_a_constant():
-    """Why a deep latent is hard to decode: but for the image's borders, nothing tells the decoder where in a patch of
-    the latent a pixel lies. It needs noise, or differences between neighbouring latents."""
-    torch.manual_seed(0)
-    decoder = randomise(UViT("XS", z_dim=32, time_cond=False, depth=1, window=3)).eval()
-    z, x = torch.randn(1, 32, 1, 1).expand(1, 32, 10, 10), torch.zeros(1, 3, 320, 320)
-    with torch.no_grad():
-        image, inside = decoder(x, z), (..., slice(144, 176), slice(144, 176))
-        assert image.std() > 0.01 and image[inside].std((2, 3)).max() < 1e-5 * image.std()
-        for different in decoder(x + torch.randn(x.shape), z), decoder(x, z + torch.randn(1, 32, 10, 10)):
-            assert different[inside].std((2, 3)).min() > 1e-2 * image.std()
 
 
 def test_encoder_parameter_counts():
@@ -610,740 +1482,11 @@ def test_the_dc_encoder_starts_linear_and_with_what_is_coarse(enc):
         assert smooth > 2 * explained(encoder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The linear code: an untrained model is one, and a trained one starts from it
-
-@pytest.mark.parametrize("f", [8, 16, 32, 64, 128])
-def test_the_lapped_basis_is_orthonormal_and_ordered(f):
-    basis = lapped_basis(f)
-    torch.testing.assert_close(basis @ basis.T, torch.eye(f, dtype=torch.float64), rtol=0, atol=1e-12)
-    next_cell = basis[:, :f] @ basis[:, f:].T  # with the same vectors f pixels further
-    assert next_cell.abs().max() < 1e-12
-    pixels = torch.arange(2 * f, dtype=torch.float64)
-    variance = ((basis @ 0.98 ** (pixels[:, None] - pixels).abs()) * basis).sum(1)  # of a first-order Markov line
-    assert (variance[:8].diff() < 0).all()
-
-
-@pytest.mark.parametrize("f, size", [(8, (24, 40)), (16, (16, 64)), (32, (64, 32))])
-def test_the_lapped_code_is_exact_with_all_vectors_and_a_projection_with_fewer(f, size):
-    g = torch.Generator().manual_seed(f)
-    x = torch.randn(2, 3, *size, generator=g)
-    whole = LappedCode(f, 3 * f * f)
-    z = whole.encode(x)
-    torch.testing.assert_close(whole.decode(z), x, rtol=0, atol=1e-5)
-    part = LappedCode(f, 20)
-    torch.testing.assert_close(part.encode(x), z[:, :20], rtol=0, atol=1e-5)
-    torch.testing.assert_close(part.encode(part.decode(z[:, :20])), z[:, :20], rtol=0, atol=1e-5)
-    # decode is encode's adjoint, but for the deviations that one divides by and the other multiplies with
-    y, scaled = torch.randn(2, 20, *z.shape[2:], generator=g), part.deviation.square()
-    torch.testing.assert_close((part.decode(y) * x).sum(), (y * scaled * part.encode(x)).sum(), rtol=1e-4, atol=1e-2)
-    with pytest.raises(ValueError, match="have 192 coefficients"):
-        LappedCode(8, 193)
-
-
-@pytest.fixture(scope="module")
-def demo_images():
-    """Built-in images to fit to, and others: (400, 3, 64, 64) and (100, 3, 64, 64)."""
-    images = []
-    for train_set, n in ((True, 400), (False, 100)):
-        dataset = data.make_dataset("demo", 64, train=train_set, limit=n)
-        images.append(torch.stack([dataset[i][0] for i in range(n)]).double())
-    return images
-
-
-@pytest.mark.parametrize("f, c", [(8, 4), (8, 16), (16, 16)])
-def test_the_lapped_code_is_no_worse_than_principal_components(demo_images, f, c):
-    fitted, x = demo_images
-    patches = F.unfold(fitted, f, stride=f).mT.flatten(0, 1)
-    mean = patches.mean(0)
-    vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean)).eigenvectors[:, -c:]
-    components = (F.unfold(x, f, stride=f).mT - mean) @ vectors @ vectors.T + mean
-    components = F.fold(components.mT, (64, 64), f, stride=f)
-    code = LappedCode(f, c)
-    z = code.encode(x)
-    lapped = code.decode(z).double()
-
-    def quality(y):
-        return losses.psnr((y - x).square().mean((1, 2, 3))).mean()
-
-    assert quality(lapped) > quality(components) - 0.1
-    deviations = z.std((0, 2, 3))
-    assert deviations.min() > 0.4 and deviations.max() < 2
-
-
-@pytest.mark.parametrize("enc", ["dc_f32c32", "vq_f8c4", "dc_f64c128"])
-@pytest.mark.parametrize("loss", ["fm", "eqm"])
-def test_an_untrained_model_is_the_linear_code(enc, loss):
-    torch.manual_seed(0)
-    _, f, c = parse_name(enc)
-    model = DCSSDAE(enc, "XS", loss, 0.125, depth=1, input_skip=True, linear_encoder=True, linear_decoder=c).eval()
-    code = LappedCode(f, c)
-    x = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    with torch.no_grad():
-        z = model.encode(x).mode()
-        torch.testing.assert_close(z, code.encode(x), rtol=0, atol=1e-5)
-        for steps in (1, 4):
-            atol = 0.06 if loss == "fm" and steps == 4 else 1e-5  # FM's last steps stop short by T_MIN
-            torch.testing.assert_close(model.decode(z, steps), code.decode(z), rtol=0, atol=atol)
-
-
-def test_the_linear_decoder_is_fitted_by_least_squares():
-    torch.manual_seed(0)
-    model = DCSSDAE("dcae_f32c32", "XS", "eqm", 0.125, depth=1, input_skip=True, linear_decoder=40).eval()
-    g = torch.Generator().manual_seed(0)
-    batches = [torch.rand(8, 3, 64, 64, generator=g) * 2 - 1 for _ in range(4)]
-    model.fit_linear_decoder(batches)
-    code = LappedCode(32, 40)
-    with torch.no_grad():
-        z = torch.cat([model.encode(x).mode() for x in batches]).double()
-        c = torch.cat([code.encode(x) for x in batches]).double()
-    z, c = z.permute(0, 2, 3, 1).reshape(-1, 32).numpy(), c.permute(0, 2, 3, 1).reshape(-1, 40).numpy()
-    z = np.concatenate([z, np.ones((len(z), 1))], 1)
-    ridge = np.sqrt(RIDGE * np.mean(np.sum(z * z, 0))) * np.eye(33)  # as further equations
-    expected, *_ = np.linalg.lstsq(np.concatenate([z, ridge]), np.concatenate([c, np.zeros((33, 40))]), rcond=None)
-    np.testing.assert_allclose(model.decoder.base.weight[:, :, 0, 0].detach().numpy().T, expected[:32], atol=1e-4)
-    np.testing.assert_allclose(model.decoder.base.bias.detach().numpy(), expected[32], atol=1e-4)
-    unexplained = np.mean((z @ expected - c) ** 2, 0) / np.var(c, 0)
-    np.testing.assert_allclose(model.decoder.revision[:, 0, 0].detach().numpy(), unexplained, atol=1e-4)
-    with pytest.raises(ValueError, match="no image"):
-        model.fit_linear_decoder([])
-    with pytest.raises(ValueError, match="no linear decoder"):
-        DCSSDAE("vq_f8c4", "XS", enc_width=0.125, depth=1).fit_linear_decoder(batches)
-
-
-def test_the_network_adds_what_the_linear_code_leaves_out():
-    torch.manual_seed(0)
-    decoder = UViT("XS", 4, time_cond=False, depth=1, skip=1.0, base=(8, 4))
-    out = torch.randn(2, 3, 32, 48)
-    code = LappedCode(8, 4)
-    with torch.no_grad():
-        added = decoder.addition(out)
-        torch.testing.assert_close(code.encode(added), torch.zeros(2, 4, 4, 6), rtol=0, atol=1e-5)
-        torch.testing.assert_close(added + OUTPUT_GAIN * code.decode(code.encode(out)), OUTPUT_GAIN * out)
-        decoder.revision.fill_(1)
-        torch.testing.assert_close(decoder.addition(out), OUTPUT_GAIN * out)
-        # and so the estimate of the image has the latent's coefficients, whatever the weights
-        decoder.revision.fill_(0)
-        torch.nn.init.normal_(decoder.conv_out.weight)
-        x, z = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 4, 6)
-        estimate = x - decoder(x, z)
-        assert (estimate - decoder.base_image(z)).std() > 0.1
-        torch.testing.assert_close(code.encode(estimate), z, rtol=0, atol=1e-4)
-
-
-def test_what_the_linear_flag_builds():
-    def config(*flags):
-        args = train.get_args(["--enc", "dc_f32c32", "--enc_width", "0.125", "--dec", "XS", "--depth", "1", *flags])
-        config = train.new_model(args).config
-        return config["linear_encoder"], config["linear_decoder"]
-
-    assert config() == (True, 32) and config("--linear", "off") == (False, 0)
-    assert config("--linear", "encoder") == (True, 0) and config("--linear", "decoder") == (False, 256)
-    assert config("--enc", "dcae_f32c32") == (False, 256)  # given encoders keep their latents: a fit, of more than c
-    assert config("--enc", "vq_f8c4", "--enc_ckpt", "some file") == (False, 32)
-    with pytest.raises(ValueError, match="--linear off"):
-        train.check_args(train.get_args(["--no-input_skip"]))
-
-
-def test_linear_models_are_saved_and_their_encoders_taken_over(tmp_path):
-    torch.manual_seed(0)
-    model = DCSSDAE("dc_f8c4", "XS", "fm", 0.125, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.02)
-    model.save(tmp_path / "m.safetensors")
-    x = torch.rand(1, 3, 32, 32) * 2 - 1
-    again, other = DCSSDAE.load(tmp_path / "m.safetensors"), DCSSDAE("dc_f8c4", "XS", "eqm", 0.125, depth=1).eval()
-    other.load_published(tmp_path / "m.safetensors", part="encoder")
-    with torch.no_grad():
-        z = model.eval().encode(x).mode()
-        assert torch.equal(again.encode(x).mode(), z) and torch.equal(other.encode(x).mode(), z)
-        noise = torch.randn(1, 3, 32, 32)
-        assert torch.equal(again.decode(z, 2, noise), model.decode(z, 2, noise))
-    assert other.config["linear_encoder"] and not other.config["linear_decoder"]
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "decoder.revision"}
-    save_file(state, tmp_path / "old.safetensors", {"format": "3", "config": json.dumps(model.config)})
-    with pytest.raises(ValueError, match="format 3"):
-        DCSSDAE.load(tmp_path / "old.safetensors")
-    with pytest.raises(ValueError, match="input skip"):
-        DCSSDAE("dc_f8c4", "XS", linear_decoder=4)
-
-
-@pytest.mark.parametrize("enc", ["vq_f8c4", "vq_f16c16", "dc_f8c4", "dc_f16c16", "dc_f32c32", "dc_f32c64",
-                                 "dc_f64c128", "dc_f64c256", "dc_f128c512", "dc_f128c1024"])
-def test_every_latent_configuration_builds_and_trains(enc):
-    torch.manual_seed(0)
-    model = DCSSDAE(enc, "XS", "eqm", enc_width=0.125 if enc.startswith("dc") else 0.25, depth=1)
-    f, c, size = model.downscale, model.encoder.z_dim, max(32, model.downscale)
-    assert enc.endswith(f"f{f}c{c}")
-    x = torch.rand(1, 3, size, size) * 2 - 1  # one image, one latent pixel: no NaN
-    history = []
-    for _ in range(2):
-        posterior = model.encode(x)
-        assert posterior.mean.shape == (1, c, size // f, size // f)
-        loss = F.mse_loss(model.decoder(x, posterior.sample(torch.zeros_like(posterior.mean))), torch.zeros_like(x))
-        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)  # z = mean: logvar has none
-        step = 0.02 * loss.detach() / sum(g.square().sum() for g in grads if g is not None)  # to first order -2 %
-        with torch.no_grad():
-            for p, g in zip(model.parameters(), grads, strict=True):
-                if g is not None:
-                    p -= step * g
-        history.append(float(loss.detach()))
-    assert history[1] < history[0]
-
-
 @pytest.mark.parametrize("name", ["dc_f32", "foo_f8c4", "dc_f12c4", "dc_f8c0", "DC_f8c4", "vq_f8c4x"])
 def test_unknown_encoder_names(name):
     with pytest.raises(ValueError, match="unknown encoder"):
         make_encoder(name)
 
-
-@pytest.mark.parametrize("loss", ["fm", "eqm"])
-def test_every_parameter_gets_a_gradient_and_matters_at_every_call(loss):
-    """Also after a first call: nothing derived from parameters may be kept between calls."""
-    def build(seed):
-        return randomise(DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=2, input_skip=True), seed)
-
-    model = build(0)
-    torch.manual_seed(0)
-    x, t, eps = torch.rand(1, 3, 16, 16), torch.tensor([0.3]) if loss == "fm" else None, torch.randn(1, 4, 1, 1)
-    z = model.encode(x).sample(eps)
-    with torch.no_grad():
-        before = model.decoder(x, z, t)
-    model.decoder(x, z, t).square().sum().backward()
-    for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
-    fresh = build(1)
-    with torch.no_grad():
-        for old, new in ((model.parameters(), fresh.parameters()), (model.buffers(), fresh.buffers())):
-            for value, new_value in zip(old, new, strict=True):
-                value.copy_(new_value)
-        after = model.decoder(x, z, t)
-        assert torch.equal(after, fresh.decoder(x, z, t)) and not torch.equal(after, before)
-        assert torch.equal(model.encode(x).mean, fresh.encode(x).mean)
-
-
-def test_samples_do_not_depend_on_each_other_or_on_the_mode():
-    model = randomise(DCSSDAE("vq_f8c4", "XS", "eqm", enc_width=0.25, depth=1))
-    x = torch.rand(3, 3, 32, 32)
-    with torch.no_grad():
-        together = model.train().decoder(x, model.encode(x).mode())
-        alone = model.eval().decoder(x[1:2], model.encode(x[1:2]).mode())
-    torch.testing.assert_close(together[1], alone[0], rtol=0, atol=1e-4)  # kernels differ with the batch size
-
-
-def test_latent_norm_is_batch_norm_in_evaluation():
-    # momentum None: plain average, as ours over the first batches
-    ours, theirs = LatentNorm(4), nn.BatchNorm2d(4, momentum=None)
-    torch.manual_seed(0)
-    for _ in range(3):
-        z = 3 * torch.randn(5, 4, 2, 2) + 1
-        theirs(z)
-        ours.update(z.numel() // 4, z.double().sum(dim=(0, 2, 3)), z.double().square().sum(dim=(0, 2, 3)),
-                    torch.tensor(True))
-    for name, value in theirs.state_dict().items():
-        assert torch.allclose(ours.state_dict()[name].float(), value.float(), rtol=1e-4), name
-    ours.load_state_dict(theirs.state_dict())
-    assert torch.allclose(ours(z), theirs.eval()(z), atol=1e-6)
-
-
-def test_shapes_are_checked():
-    model = DCSSDAE("dc_f16c4", "XS", "fm", enc_width=0.0625, depth=1)
-    with pytest.raises(ValueError, match="multiples of 16"):
-        model.encode(torch.zeros(1, 3, 24, 32))
-    with pytest.raises(ValueError, match="multiples of 8"):
-        model.decoder(torch.zeros(1, 3, 20, 20), torch.zeros(1, 4, 2, 2), torch.zeros(1))
-    with pytest.raises(ValueError, match="needs t"):
-        model.decoder(torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 2, 2))
-    for bad in ({"dec": "XXS"}, {"loss": "gan"}, {"window": 4}, {"enc_width": 0.3}):
-        with pytest.raises(ValueError):
-            DCSSDAE(**{"enc": "dc_f16c4", "dec": "XS", **bad})
-
-
-@pytest.mark.parametrize("loss", ["fm", "eqm"])
-@pytest.mark.parametrize("c", ["linear", "piecewise"])
-def test_input_skip_is_the_field_at_the_noise_end(loss, c):
-    """With skip and a network that outputs the image (up to scale), one step from pure noise returns the image."""
-    model = DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=1, c=c, lam=2.0, input_skip=True).eval()
-    nn.init.zeros_(model.decoder.conv_out.weight)
-    nn.init.constant_(model.decoder.conv_out.bias, 0.5 if loss == "fm" else -0.5 * model.field_at_noise)
-    assert torch.allclose(model.decode(torch.randn(2, 4, 2, 2)), torch.full((2, 3, 32, 32), 0.5), atol=1e-5)
-
-
-@pytest.mark.parametrize("c", ["linear", "trunc", "piecewise"])
-@pytest.mark.parametrize("lam", [1.0, 4.0])
-def test_default_step_sizes_end_on_the_data(c, lam):
-    """On a perfect field at most 1 % of the noise is left, whatever the number of steps."""
-    model, eqm = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1, c=c, lam=lam), EqM(c, lam=lam)
-    data, noise = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-    for n in (1, 2, 3, 4, 8, 25):
-        out, _ = sampler.gradient_descent(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, n,
-                                          sampler.default_eta(model.eqm, n))
-        assert abs(out) < 0.0101, (n, out)
-        options = sampler.default_steps(model.eqm, n)
-        assert ("last_eta" in options) == (c == "linear" and n > 1)
-        out, nfe = sampler.gradient_descent(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, n,
-                                            **options)
-        assert nfe.tolist() == [n] and abs(out) < (1e-6 if c == "linear" else 0.0101), (n, out)
-    # A sample that the adaptive stop ends lands, too; one that is not a number has not arrived.
-    if c == "linear":
-        out, nfe = sampler.nesterov(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, 16, mu=0.3,
-                                    lam=lam, tol=0.2, **sampler.default_steps(model.eqm, 16))
-        assert 1 < nfe.item() < 10 and abs(out) < 1e-6
-    _, nfe = sampler.gradient_descent(lambda y, z: y * math.nan, noise, data, 3, 1.0, lam, tol=0.2)
-    assert nfe.tolist() == [3]
-
-
-def test_decode_is_reproducible_differentiable_and_says_what_it_takes():
-    model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)).eval()
-    z = torch.randn(2, 4, 2, 3, requires_grad=True)
-    a, b = (model.decode(z, steps=2, generator=torch.Generator().manual_seed(1)) for _ in range(2))
-    assert a.shape == (2, 3, 32, 48) and torch.equal(a, b)
-    a.sum().backward()
-    assert z.grad.abs().sum() > 0
-    _x, nfe = model.sample(z, steps=6, method="nesterov", mu=0.3, eta=0.1, tol=1e9)
-    assert nfe.tolist() == [1, 1]
-    with pytest.raises(ValueError, match="t_shift"):
-        model.decode(z, t_shift=1.0)
-    with pytest.raises(ValueError, match="method"):
-        model.decode(z, method="adam")
-    with pytest.raises(ValueError, match="takes the sampler options t_shift"):
-        DCSSDAE("dc_f16c4", "XS", "fm", enc_width=0.0625, depth=1).decode(z, eta=0.1)
-    half = model.bfloat16()  # weights and maps; the image is summed up in float32
-    assert half.decode(z[:1, :, :1, :1].detach().bfloat16(), steps=2).dtype == torch.float32
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-@pytest.mark.parametrize("enc,loss", [("dc_f16c4", "fm"), ("vq_f8c4", "eqm")])
-def test_save_and_load_round_trip(tmp_path, enc, loss):
-    options = {"norm": False} if enc.startswith("dc") else {}
-    width = 0.0625 if enc.startswith("dc") else 0.25
-    model = randomise(DCSSDAE(enc, "XS", loss, enc_width=width, enc_options=options, depth=1, c="trunc", lam=4.0,
-                              input_skip=True, notes={"size": 64})).eval()
-    model.save(tmp_path / "m.safetensors")
-    loaded = DCSSDAE.load(tmp_path / "m.safetensors")
-    assert loaded.config == model.config and not loaded.training and os.listdir(tmp_path) == ["m.safetensors"]
-    for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
-    x, noise = torch.rand(1, 3, 32, 32), torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        a, b = (m.decode(m.encode(x).mode(), 2, noise) for m in (loaded, model))
-    assert torch.equal(a, b)
-    other = DCSSDAE(enc, "XS", loss, enc_width=width, depth=1)
-    # --enc_ckpt takes our own files; the variant without norms is built
-    other.load_published(tmp_path / "m.safetensors", part="encoder")
-    assert torch.equal(other.encode(x).mean, model.encode(x).mean)
-
-
-def test_damaged_and_foreign_weight_files(tmp_path):
-    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
-    model.save(tmp_path / "m.safetensors")
-    whole = (tmp_path / "m.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "junk.pt").write_bytes(b"this is not a checkpoint")
-    marker = tmp_path / "executed"
-
-    class Malicious:
-        def __reduce__(self):
-            return os.mkdir, (str(marker),)
-    torch.save({"state_dict": Malicious()}, tmp_path / "evil.pt")
-    torch.save({"w": torch.zeros(1)}, tmp_path / "other.pt")
-    for name, words in (("cut.safetensors", "not a readable"), ("junk.pt", "junk.pt"),
-                        ("evil.pt", "refused.*convert it once.*'state_dict'"), ("none.pt", "no weight file")):
-        with pytest.raises((ValueError, FileNotFoundError), match=words):
-            read_weights(tmp_path / name)
-    assert not marker.exists()
-    with pytest.raises(ValueError, match="no DC-SSDAE configuration"):
-        DCSSDAE.load(tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="does not fit this model.*of another shape"):
-        DCSSDAE("dc_f16c8", "XS", "eqm", enc_width=0.0625, depth=1).load_published(tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match="missing.*time"):
-        DCSSDAE("dc_f16c4", "XS", "fm", enc_width=0.0625, depth=1).load_published(tmp_path / "m.safetensors")
-
-
-@pytest.mark.parametrize("change", [{"depth": 1.5}, {"depth": 10**9}, {"enc_width": 1e29}, {"unknown": 1}, {"dec": [1]},
-                                    {"enc": "dc_f16c99999999"}, {"without": 3}, {"lam": None}, {"depth": 300},
-                                    {"latents": {"mean": [0], "std": [0]}}, {"enc_options": {"kind": "dc"}}, [],
-                                    "text"])
-def test_configurations_that_no_model_has(tmp_path, change):
-    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
-    config = model.config | change if isinstance(change, dict) else change
-    meta = {"format": "4", "config": json.dumps(config)}
-    save_file(model.state_dict(), tmp_path / "m.safetensors", metadata=meta)
-    start = time.process_time()  # others share the machine: count our own time only
-    with pytest.raises(ValueError, match="m.safetensors") as stop:
-        DCSSDAE.load(tmp_path / "m.safetensors")
-    assert "\n" not in str(stop.value) and time.process_time() - start < 7
-
-
-def test_weights_that_are_not_finite_are_refused(tmp_path):
-    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
-    model.decoder.conv_in.weight.data[0] = math.nan
-    model.save(tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match="not finite in 1 tensors"):
-        DCSSDAE.load(tmp_path / "m.safetensors")
-
-
-def test_a_vq_encoder_without_quant_conv_under_prefixes(tmp_path):
-    model = randomise(DCSSDAE("vq_f8c16", "XS", enc_width=0.25, depth=1, enc_options={"quant": False})).eval()
-    x = torch.rand(1, 3, 32, 32)
-    for prefix in ("first_stage_model.", "vae."):
-        state = {f"{prefix}{k}": v for k, v in model.state_dict().items() if k.startswith("encoder.")}
-        torch.save({"state_dict": {"model": state}}, tmp_path / "vae.pt")
-        other = DCSSDAE("vq_f8c16", "XS", enc_width=0.25, depth=1)
-        other.load_published(tmp_path / "vae.pt", part="encoder")
-        assert torch.equal(other.encode(x).mean, model.encode(x).mean)
-
-
-def test_integer_images_and_latents_of_another_shape_are_refused():
-    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
-    for call, words in ((lambda: model.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), "127.5"),
-                        (lambda: model.decode(torch.zeros(1, 5, 2, 2)), "latents of this model"),
-                        (lambda: model.decode(torch.zeros(1, 4, 2, 2), noise=torch.zeros(1, 3, 8, 8)), "noise for"),
-                        (lambda: model.decode(torch.zeros(1, 4, 2, 2), method="gd", mu=0.3), "no momentum")):
-        with pytest.raises(ValueError, match=words):
-            call()
-    noise = torch.randn(1, 3, 32, 32)
-    z = torch.randn(1, 4, 2, 2)
-    assert torch.equal(model.decode(z, 2, noise, mu=0.0), model.decode(z, 2, noise))
-
-
-def test_losses_do_not_broadcast():
-    x, wrong = torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8)
-    for call in (lambda: losses.fm_loss(wrong, x, x), lambda: losses.eqm_loss(x, wrong, x, torch.zeros(2), EqM()),
-                 lambda: losses.eqm_loss(x, x, x, torch.zeros(1), EqM())):
-        with pytest.raises(ValueError, match="shape"):
-            call()
-
-
-def test_levels_and_sampler_options_are_checked():
-    x, t = torch.zeros(2, 3, 8, 8), torch.zeros(2)
-    eqm = EqM("trunc")
-    for call in (losses.fm_mix, losses.fm_predict_x, None):
-        for first, second, level in ((x, x[:1], t), (x, x, t[:1]), (x, x, t[0]), (x[0], x[0], t), (x, x, t.long())):
-            for function in [call] if call else [lambda a, b, s: eqm.mix(a, b, s), lambda a, b, s: eqm.target(a, b, s),
-                                                 lambda a, b, s: eqm.predict_x(a, b, s)]:
-                with pytest.raises(ValueError, match="shape|floating-point"):
-                    function(first, second, level)
-    with pytest.raises(ValueError, match="floating-point"):
-        losses.fm_loss(x.byte(), x.byte(), x.byte())
-    for t_shift in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="t_shift"):
-            sampler.euler(lambda x, z, t: x, x, None, 2, t_shift)
-
-
-def test_size_0_and_a_damaged_manifest_are_refused(tmp_path, checkpoint, monkeypatch):
-    common = ["--ckpt", checkpoint, "--device", "cpu"]
-    assert "--size 0" in sentence(distill, monkeypatch, *common, "--size", 0, "--out", tmp_path / "d")
-    assert "--size 0" in sentence(evaluate, monkeypatch, *common, "--size", 0, "--workers", 0)
-    (tmp_path / "manifest.json").write_text("[1")
-    assert "is damaged" in sentence(latents, monkeypatch, *common, "--limit", 2, "--workers", 0, "--out", tmp_path)
-
-
-def test_statistics_and_checkpoints_with_wrong_contents(tmp_path, capsys):
-    good = {"mu": np.zeros(3), "sigma": np.eye(3)}
-    for change in ({"mu": np.full(3, np.nan)}, {"n": np.ones(2)}, {"n": 0}, {"sigma": np.eye(3).astype("U3")}):
-        np.savez(tmp_path / "s.npz", **(good | change))
-        with pytest.raises(ValueError, match="does not hold FID statistics"):
-            fid.Statistics.load(tmp_path / "s.npz")
-    for change in ({"ema": None}, {"ema": {"w": torch.ones(3)}}, {"model": {"w": torch.full((2,), math.nan)}},
-                   {"model": None}, {"optimizer": {}}, {"skipped": -1}, {"args": {"enc": [[]]}}):
-        folder = tmp_path / str(len(os.listdir(tmp_path)))
-        folder.mkdir()
-        torch.save(small_state(1), folder / "previous.pt")
-        torch.save(small_state(2) | change, folder / "latest.pt")
-        assert load_checkpoint(folder)["step"] == 1 and "damaged" in capsys.readouterr().out
-
-
-def refuse(name):
-    """For json.loads: strict JSON has no such number."""
-    raise AssertionError(name)
-
-
-class FailingInception(nn.Module):
-    """A network that is found but fails in the pass."""
-    dim, sha256 = 4, "1" * 64
-
-    def __init__(self, weights=None):
-        super().__init__()
-
-    def forward(self, x):
-        raise RuntimeError("no kernel for this image")
-
-
-def test_results_survive_a_cache_and_a_row_that_fail(tmp_path, checkpoint, offline, monkeypatch, capsys):
-    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
-    run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--limit", 3, "--workers", 0, "--device", "cpu", "--steps", 1,
-             2, "--eta", 1e38, "--cache", "/dev/null/cache", "--lpips_net", "vgg", "--out", tmp_path / "o")
-    shown = capsys.readouterr()
-    report = json.loads((tmp_path / "o" / "metrics.json").read_text(), parse_constant=refuse)
-    assert report["rows"][0]["rfid"] is not None and "not kept in --cache" in shown.err
-    row = report["rows"][3]
-    assert row["name"] == "2 steps" and row["psnr"] is row["rfid"] is row["ssim"] is None
-    line = next(line for line in shown.out.splitlines() if line.startswith("2 steps"))
-    assert set(line.split()[3:-1]) == {"-"} and float(line.split()[-1]) > 0  # NFE and time are there
-
-
-def test_results_survive_a_picture_a_metric_and_a_terminal_that_fail(tmp_path, checkpoint, offline, monkeypatch,
-                                                                     capsys):
-    """Metrics are on the disk before anything is shown, and what cannot be shown is a warning."""
-    def no_space(*args, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-    monkeypatch.setattr(fid, "InceptionFeatures", FailingInception)
-    monkeypatch.setattr(evaluate, "save_grid", no_space)
-    monkeypatch.setattr(sys, "stdout", Gone())
-    written = []
-    monkeypatch.setattr(evaluate, "print_table", lambda result: written.extend(os.listdir(tmp_path / "o")))
-    run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--limit", 3, "--workers", 0, "--device", "cpu",
-             "--cache", tmp_path / "c", "--lpips_net", "vgg", "--out", tmp_path / "o")
-    errors = capsys.readouterr().err
-    report = json.loads((tmp_path / "o" / "metrics.json").read_text(), parse_constant=refuse)
-    assert all(row["rfid"] is None and row["psnr"] > 0 for row in report["rows"]) and written == ["metrics.json"]
-    for words in ("could not write reconstructions.png: [Errno 28] No space left", "what follows is not shown: ",
-                  "a metric is left out, FailingInception fails: no kernel", "not kept in --cache"):
-        assert words in errors
-    assert not list(tmp_path.glob("c/*")) and not list(tmp_path.glob("o/*.tmp"))
-
-
-def test_a_network_that_fails_gives_nan_and_is_named_once(capsys):
-    def broken(*images):
-        raise RuntimeError("out of luck\nand more")
-
-    broken.dim = 5
-    x = torch.zeros(2, 3, 8, 8)
-    for _ in range(2):
-        assert fid.or_nan(broken, x, x).isnan().all() and fid.or_nan(broken, x, x).shape == (2,)
-        assert fid.or_nan(broken, x).isnan().all() and fid.or_nan(broken, x).shape == (2, 5)
-    assert capsys.readouterr().err == "warning: a metric is left out, function fails: out of luck\n"
-    statistics = fid.Statistics(5)
-    statistics.update(fid.or_nan(broken, x))
-    assert fid.distance_or_none(statistics, statistics) is None
-    assert fid.or_nan(lambda x, y: (x - y).sum((1, 2, 3)), x, x).tolist() == [0, 0]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="shells are POSIX's")
-@pytest.mark.parametrize("shell", ["{} | true", "{} >&- 2>&-"])
-def test_a_program_without_a_terminal_does_its_work(tmp_path, shell):
-    """A pipe that nobody reads, and nothing at all: to the very end, where buffers are emptied."""
-    program = f"{sys.executable} {HERE}/data.py --size 8 --rows 2 --out {tmp_path}/grid.png"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", shell.format(program)], capture_output=True, text=True,
-                          check=False, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"))
-    assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
-    assert Image.open(tmp_path / "grid.png").size == (22, 22)
-
-
-def test_names_that_the_terminal_cannot_encode_are_escaped():
-    inner = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
-    print("a\u2192\udcff", file=data.Terminal(inner), flush=True)
-    assert inner.buffer.getvalue() == b"a\\u2192\\udcff\n"
-
-
-def test_targets_that_cannot_be_written_are_found_before_the_work(tmp_path, checkpoint, monkeypatch):
-    """A folder that cannot be made, and a folder in the place of a file: said before the data is looked for."""
-    (tmp_path / "file").write_text("")
-    common = ["--ckpt", checkpoint, "--device", "cpu", "--data", tmp_path / "nowhere"]
-    training = ["--device", "cpu", "--data", tmp_path / "nowhere", "--w_lpips", 0, "--w_repa", 0]
-    picture = tmp_path / "a.png"
-    programs = [  # module, arguments, a file that it would write
-        (evaluate, common, "metrics.json"), (evaluate, common, "reconstructions.png"),
-        (evaluate, [*common[:4], "--images", picture], "a.png.reconstruction.png"), (sweep, common, "sweep.csv"),
-        (field, common, "field.png"), (latents, common, "manifest.json"),
-        (train, ["--preset", "tiny", *training], "reconstructions.png"),
-        (distill, ["--ckpt", checkpoint, *training], "metrics.json")]
-    if importlib.util.find_spec("matplotlib"):
-        programs.append((compare, [tmp_path / "nowhere", "--plot"], "curves.png"))
-    for module, argv, name in programs:
-        def stop(out, module=module, argv=argv):
-            if module is train:
-                with pytest.raises((OSError, ValueError)) as stop:
-                    run_main(module, monkeypatch, *argv, "--out", out)
-                return str(stop.value)
-            return sentence(module, monkeypatch, *argv, "--out", out)
-
-        assert f"nothing can be written into {tmp_path}/file/out (Not a directory)" in stop(tmp_path / "file" / "out")
-        out = tmp_path / f"{module.__name__}_{name}"
-        (out / name).mkdir(parents=True)
-        assert f"{out}/{name} is no ordinary file" in stop(out)
-        assert {path.name for path in out.iterdir()} <= {name, ".lock"}
-    for out, words in ((tmp_path / "file" / "g.png", "Not a directory"), (tmp_path, "is no ordinary file"),
-                       ("/dev/null", "is no ordinary file")):
-        with pytest.raises(OSError, match=words):
-            run_main(data, monkeypatch, "--data", tmp_path / "nowhere", "--out", out)
-    assert "/dev/null is no ordinary file" in sentence(fid, monkeypatch, tmp_path, "--save", "/dev/null")
-    assert os.path.exists("/dev/null") and not os.path.isfile("/dev/null")
-
-
-def test_numbers_that_are_not_finite_are_empty_in_every_file(tmp_path, monkeypatch):
-    rows = [{"name": "a", "psnr": math.nan, "hf": math.inf}, {"name": "b", "psnr": 1.5, "hf": None}]
-    assert sweep.csv_text(rows) == "name,psnr,hf\na,,\nb,1.5,\n"
-    log = tmp_path / "log.jsonl"
-    train.append_log(log, None, 3, loss=math.nan, eval=[{"name": "a", "psnr": -math.inf}])
-    line = json.loads(log.read_text(), parse_constant=refuse)
-    assert line == {"step": 3, "loss": None, "eval": [{"name": "a", "psnr": None}]}
-    data.write_json(tmp_path / "m.json", {"a": [math.nan, 1], "b": {"c": math.inf}})
-    assert json.loads((tmp_path / "m.json").read_text(), parse_constant=refuse) == {"a": [None, 1], "b": {"c": None}}
-    # What reads them knows: a run that diverged has no gain, and fewer points on its curves.
-    run = write_run(tmp_path / "run", 1.0, rate=20.0)
-    for path in (run / "metrics.json", run / "log.jsonl"):
-        path.write_text(path.read_text().replace('"psnr": 21.0', '"psnr": null').replace('"eqm": 12.0', '"eqm": null'))
-    read = compare.read_run(run)
-    assert read["rows"][-1]["gain"] is None and read["curves"] == ([(500, 5)], [])
-
-
-def test_a_whole_published_file_needs_no_configuration(tmp_path):
-    model = randomise(DCSSDAE("dc_f16c8", "XS", "fm", enc_width=0.125, enc_options={"norm": False})).eval()
-    torch.save(model.state_dict(), tmp_path / "published.pt")  # names as ours: as good a layout as any
-    loaded = DCSSDAE.load(tmp_path / "published.pt")
-    assert {k: loaded.config[k] for k in ("enc", "enc_width", "dec", "loss", "depth")} == {
-        "enc": "dc_f16c8", "enc_width": 0.125, "dec": "XS", "loss": "fm", "depth": None}
-    x, noise = torch.rand(1, 3, 32, 32), torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(*(m.decode(m.encode(x).mode(), 2, noise) for m in (loaded, model)))
-
-
-def test_our_names_stay_as_they_are():
-    for enc in ("vq_f8c4", "dc_f32c32", "dcae_f64c128", "dcae_f32c32_sana"):
-        for loss in ("fm", "eqm"):
-            with torch.device("meta"):
-                state = DCSSDAE(enc, "XS", loss).state_dict()
-            assert list(our_names(state)) == list(state)
-
-
-def test_refusals_name_what_the_file_holds(tmp_path):
-    with torch.device("meta"):
-        files = {"m": DCSSDAE("vq_f8c4", "M", "fm", enc_width=0.25),
-                 "dc": DCSSDAE("dc_f32c32", "XS", "eqm", enc_width=0.25)}
-    for name, model in files.items():
-        state = {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in model.state_dict().items()}
-        torch.save(state, tmp_path / f"{name}.pt")
-    model = DCSSDAE("vq_f8c4", "XS", "fm", enc_width=0.25)
-    for part, file, words in (("decoder", "m", "holds.* a decoder of size M .*expected was a decoder of size XS"),
-                              ("decoder", "dc", r"\(eqm, latents of 32 channels\).*\(fm, latents of 4 channels\)"),
-                              ("encoder", "dc", r"an encoder dc_f32c32 \(width 0.25\), expected was an encoder vq_")):
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        with pytest.raises(ValueError, match=words):
-            model.load_published(tmp_path / f"{file}.pt", part=part)
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing has changed
-
-
-def test_files_of_format_1_load(tmp_path):
-    """Format 1 called the dc encoder's first and last convolution stem and head."""
-    model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)).eval()
-    old = {k.replace("encoder.conv_in.", "encoder.stem.").replace("encoder.conv_out.", "encoder.head."): v
-           for k, v in model.state_dict().items()}
-    config = {k: v for k, v in model.config.items() if k != "joint_input"}
-    save_file(old, tmp_path / "old.safetensors", metadata={"format": "1", "config": json.dumps(config)})
-    x = torch.rand(1, 3, 32, 32)
-    assert torch.equal(DCSSDAE.load(tmp_path / "old.safetensors").encode(x).mean, model.encode(x).mean)
-    save_file(old, tmp_path / "new.safetensors", metadata={"format": "99", "config": json.dumps(config)})
-    with pytest.raises(ValueError, match="format 99, newer"):
-        DCSSDAE.load(tmp_path / "new.safetensors")
-
-def test_files_from_the_hub(tmp_path, monkeypatch):
-    """hf:// addresses go through huggingface_hub, here with a stand-in for its download."""
-    hub = pytest.importorskip("huggingface_hub")
-    model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)).eval()
-    model.save(tmp_path / "m.safetensors")
-    asked = []
-
-    def download(repo, filename):
-        asked.append((repo, filename))
-        if repo != "owner/repo":
-            raise ConnectionError("no network")
-        return str(tmp_path / "m.safetensors")
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    loaded = DCSSDAE.load("hf://owner/repo/folder/m.safetensors")
-    assert torch.equal(loaded.decoder.conv_in.weight, model.decoder.conv_in.weight)
-    assert asked == [("owner/repo", "folder/m.safetensors")]
-    with pytest.raises(FileNotFoundError, match="model.safetensors.*huggingface.co/mit-han-lab/dc.*give its path"):
-        local_file("hf://mit-han-lab/dc/model.safetensors")
-    with pytest.raises(ValueError, match="hf://owner/repo/file"):
-        local_file("hf://owner/repo")
-    assert local_file("some/file.pt") == "some/file.pt" and local_file(None) is None
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5, 130), (64, 64), (33, 47)])
-def test_any_size_by_reflection(size):
-    x = torch.rand(1, 3, *size)
-    padded = pad_to_multiple(x, 32)
-    assert padded.shape[2] % 32 == 0 and padded.shape[3] % 32 == 0 and torch.equal(padded[..., :size[0], :size[1]], x)
-    if min(size) > 32:  # within one reflection it is torch's
-        pad = (0, padded.shape[3] - size[1], 0, padded.shape[2] - size[0])
-        assert torch.equal(padded, F.pad(x, pad, mode="reflect"))
-    model = DCSSDAE("dc_f32c8", "XS", "eqm", enc_width=0.125, depth=1).eval()
-    with torch.no_grad():
-        assert model.reconstruct(x, steps=2).shape == x.shape
-
-
-def test_latent_statistics_are_stored_in_the_model(tmp_path):
-    model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1, notes={"size": 32})).eval()
-    model.save(tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match="--z_stats"):
-        model.normalize(torch.zeros(1, 4, 2, 2))
-    command("tools.latents", "--ckpt", tmp_path / "m.safetensors", "--limit", 16, "--z_stats", "--device", "cpu",
-            "--workers", 0)
-    loaded = DCSSDAE.load(tmp_path / "m.safetensors")
-    dataset = data.make_dataset("demo", 32, train=False, limit=16)
-    x = torch.stack([dataset[i][0] for i in range(16)])
-    with torch.no_grad():
-        posterior = loaded.encode(x)
-        z = posterior.sample(sampler.image_noise(0, range(16), posterior.mean.shape[1:]))
-    stored = loaded.config["latents"]
-    assert np.allclose(stored["mean"], z.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
-    assert np.allclose(stored["std"], z.transpose(0, 1).flatten(1).std(dim=1, correction=0), rtol=1e-3)
-    assert stored["std_all"] == pytest.approx(float(z.std(correction=0)), rel=1e-3)
-    normal = loaded.normalize(z)
-    assert normal.mean(dim=(0, 2, 3)).abs().max() < 1e-3
-    assert torch.allclose(loaded.denormalize(normal), z, rtol=1e-4, atol=1e-4)
-
-
-DOCUMENTS = ("README.md", "docs/results.md", "docs/training.md")
-
-
-def headings_of(path):
-    """What follows # in links to the headings of a document, as GitHub makes it."""
-    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)  # comments are no headings
-    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-def test_the_documents_links_point_at_what_they_name():
-    readme = Path(HERE, "README.md").read_text()
-    links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", readme)
-    assert len(links) > 20
-    for name, file, line in links:
-        source = Path(HERE, file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf"\s*(def|class) {name.split('.')[-1]}\b", source), (name, file, line, source)
-    for document in DOCUMENTS:
-        targets = re.findall(r"\]\(([^)]*)\)", Path(HERE, document).read_text())
-        assert len(targets) > 2
-        for target in targets:
-            name, _, anchor = target.partition("#")
-            path = Path(HERE, document).parent / name if name else Path(HERE, document)
-            assert path.is_file(), (document, target)
-            if anchor and path.suffix == ".md":
-                assert anchor in headings_of(path), (document, target)
-
-
-def test_the_documents_python_runs(tmp_path, monkeypatch):
-    """Every ```python block of the README, then of docs/training.md, in order, in one namespace."""
-    monkeypatch.chdir(tmp_path)
-    namespace = {}
-    for document, expected in (("README.md", 2), ("docs/training.md", 1)):
-        blocks = re.findall(r"```python\n(.*?)```", Path(HERE, document).read_text(), re.DOTALL)
-        assert len(blocks) >= expected
-        for block in blocks:
-            exec(block, namespace)  # noqa: S102
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoders against diffusers' (random weights), in the published names of both
 
 def to_latent_diffusion(state, quant):
     """diffusers' AutoencoderKL encoder -> the names of latent-diffusion, with `quant` for its last convolution."""
@@ -1587,844 +1730,977 @@ def test_official_dc_ae_encoders_against_diffusers(tmp_path, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
+# encoder.py, model.py: the linear code
+# An untrained model is a linear code, and a trained one adds to it what that code leaves out.
 
-def photo(w, h, seed=0):
-    """A smooth RGB picture with different corners."""
-    image = Image.fromarray(data.demo_image(64, seed, "val", 0))
-    return image.resize((w, h), Image.BICUBIC)
-
-
-def folder_of(path, n=6, size=(48, 40), ext="png"):
-    path.mkdir(parents=True, exist_ok=True)
-    for i in range(n):
-        photo(*size, seed=i).save(path / f"{i:02d}.{ext}")
-    return str(path)
-
-
-def take(loader, n):
-    batches = []
-    for x, index in loader:
-        batches.append((x.clone(), index.clone()))
-        if len(batches) == n:
-            break
-    return batches
+@pytest.mark.parametrize("f", [8, 16, 32, 64, 128])
+def test_the_lapped_basis_is_orthonormal_and_ordered(f):
+    basis = lapped_basis(f)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(f, dtype=torch.float64), rtol=0, atol=1e-12)
+    next_cell = basis[:, :f] @ basis[:, f:].T  # with the same vectors f pixels further
+    assert next_cell.abs().max() < 1e-12
+    pixels = torch.arange(2 * f, dtype=torch.float64)
+    variance = ((basis @ 0.98 ** (pixels[:, None] - pixels).abs()) * basis).sum(1)  # of a first-order Markov line
+    assert (variance[:8].diff() < 0).all()
 
 
-def same_batches(a, b):
-    """Two lists of (x, index) batches are equal, bit by bit."""
-    pairs = [(p, q) for one, two in zip(a, b, strict=True) for p, q in zip(one, two, strict=True)]
-    return all(torch.equal(p, q) for p, q in pairs)
+@pytest.mark.parametrize("f, size", [(8, (24, 40)), (16, (16, 64)), (32, (64, 32))])
+def test_the_lapped_code_is_exact_with_all_vectors_and_a_projection_with_fewer(f, size):
+    g = torch.Generator().manual_seed(f)
+    x = torch.randn(2, 3, *size, generator=g)
+    whole = LappedCode(f, 3 * f * f)
+    z = whole.encode(x)
+    torch.testing.assert_close(whole.decode(z), x, rtol=0, atol=1e-5)
+    part = LappedCode(f, 20)
+    torch.testing.assert_close(part.encode(x), z[:, :20], rtol=0, atol=1e-5)
+    torch.testing.assert_close(part.encode(part.decode(z[:, :20])), z[:, :20], rtol=0, atol=1e-5)
+    # decode is encode's adjoint, but for the deviations that one divides by and the other multiplies with
+    y, scaled = torch.randn(2, 20, *z.shape[2:], generator=g), part.deviation.square()
+    torch.testing.assert_close((part.decode(y) * x).sum(), (y * scaled * part.encode(x)).sum(), rtol=1e-4, atol=1e-2)
+    with pytest.raises(ValueError, match="have 192 coefficients"):
+        LappedCode(8, 193)
 
 
-def python(code):
-    return subprocess.run([sys.executable, "-c", code], cwd=HERE, check=False, capture_output=True, text=True,
-                          timeout=120)
+@pytest.fixture(scope="module")
+def demo_images():
+    """Built-in images to fit to, and others: (400, 3, 64, 64) and (100, 3, 64, 64)."""
+    images = []
+    for train_set, n in ((True, 400), (False, 100)):
+        dataset = data.make_dataset("demo", 64, train=train_set, limit=n)
+        images.append(torch.stack([dataset[i][0] for i in range(n)]).double())
+    return images
 
 
-def pixels(x):
-    """(3, H, W) in [-1, 1] -> (H, W, 3) in 0..255."""
-    return ((x + 1) * 127.5).permute(1, 2, 0).numpy()
+@pytest.mark.parametrize("f, c", [(8, 4), (8, 16), (16, 16)])
+def test_the_lapped_code_is_no_worse_than_principal_components(demo_images, f, c):
+    fitted, x = demo_images
+    patches = F.unfold(fitted, f, stride=f).mT.flatten(0, 1)
+    mean = patches.mean(0)
+    vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean)).eigenvectors[:, -c:]
+    components = (F.unfold(x, f, stride=f).mT - mean) @ vectors @ vectors.T + mean
+    components = F.fold(components.mT, (64, 64), f, stride=f)
+    code = LappedCode(f, c)
+    z = code.encode(x)
+    lapped = code.decode(z).double()
+
+    def quality(y):
+        return losses.psnr((y - x).square().mean((1, 2, 3))).mean()
+
+    assert quality(lapped) > quality(components) - 0.1
+    deviations = z.std((0, 2, 3))
+    assert deviations.min() > 0.4 and deviations.max() < 2
 
 
-# Built-in images
-
-def test_demo_is_pure_and_varied():
-    a = data.demo_image(32, 0, "train", 5)
-    assert a.shape == (32, 32, 3) and a.dtype == np.uint8
-    data.demo_image(64, 3, "val", 9)
-    assert np.array_equal(a, data.demo_image(32, 0, "train", 5))
-    for other in (("train", 6), ("val", 5)):
-        assert np.abs(a.astype(int) - data.demo_image(32, 0, *other)).mean() > 5
-    assert np.abs(a.astype(int) - data.demo_image(32, 1, "train", 5)).mean() > 5
-    # the same arrangement at twice the size
-    big = np.asarray(Image.fromarray(data.demo_image(64, 0, "train", 5)).reduce(2)).astype(float)
-    assert np.corrcoef(big.ravel(), a.ravel())[0, 1] > 0.8
-
-
-def test_demo_statistics():
-    x = np.stack([data.demo_image(64, 0, "train", i) for i in range(100)]).astype(float)
-    assert x.min() < 10 and x.max() > 245 and 70 < x.mean() < 180 and x.std((1, 2, 3)).min() > 3
-    x = x.mean(-1)
-    x = (x - x.mean((1, 2), keepdims=True)) * np.hanning(64)[:, None] * np.hanning(64)
-    power = (np.abs(np.fft.fft2(x)) ** 2).mean(0)
-    f = np.hypot(*np.meshgrid(np.fft.fftfreq(64) * 64, np.fft.fftfreq(64) * 64)).round()
-    slope = np.polyfit(np.log(np.arange(2, 32)), [np.log(power[f == k].mean()) for k in range(2, 32)], 1)[0]
-    assert -3.5 < slope < -2.3                             # photographs: about -3 at this size
-    assert 0.02 < power[f >= 8].sum() / power.sum() < 0.5  # detail is there and does not dominate
-
-
-def test_demo_speed():
-    data.demo_image(64, 0, "train", 0)
-    rates = []
-    for k in range(5):
-        start = time.process_time()                        # others share the machine: count our own time only
-        for i in range(30):
-            data.demo_image(64, 0, "train", 30 * k + i)
-        rates.append(30 / (time.process_time() - start))
-    assert max(rates) >= 150, rates
-
-
-def test_demo_dataset():
-    train, val = data.make_dataset("demo", 32, True), data.make_dataset("demo", 32, False)
-    assert len(train) == 100_000 and len(val) == 2_000
-    x, i = train[7]
-    assert i == 7 and x.shape == (3, 32, 32) and x.dtype == torch.float32 and x.is_contiguous()
-    assert -1 <= x.min() < x.max() <= 1
-    assert torch.equal(x, train[(0, 7)][0])
-    plain = torch.from_numpy(data.demo_image(32, 0, "train", 7).copy()).permute(2, 0, 1) / 127.5 - 1
-    flips = [torch.equal(train[(e, 7)][0], plain.flip(-1)) for e in range(12)]
-    assert any(flips) and not all(flips)                   # the epoch decides
-    assert all(torch.allclose(train[(e, 7)][0], plain.flip(-1) if f else plain) for e, f in enumerate(flips))
-    expected = torch.from_numpy(data.demo_image(32, 0, "val", 3).copy()).permute(2, 0, 1) / 127.5 - 1
-    assert torch.allclose(val[3][0], expected)
-    with pytest.raises(IndexError):
-        val[2000]
-
-
-# The stream of batches
-
-def test_stream_workers_world_resume(tmp_path):
-    train = data.make_dataset(folder_of(tmp_path / "a", 10), 16, True, seed=3)
-    one = take(data.make_loader(train, 4, True, seed=3), 7)
-    assert all(x.shape == (4, 3, 16, 16) and i.dtype == torch.int64 for x, i in one)
-    assert same_batches(one, take(data.make_loader(train, 4, True, seed=3), 7))
-    assert same_batches(one, take(data.make_loader(train, 4, True, workers=2, seed=3), 7))
-    ranks = [take(data.make_loader(train, 4, True, seed=3, rank=r, world=2), 7) for r in range(2)]
-    assert same_batches(one, [tuple(torch.cat(p) for p in zip(a, b, strict=True)) for a, b in zip(*ranks, strict=True)])
-    assert same_batches(one[3:], take(data.make_loader(train, 4, True, seed=3, start=3), 4))
-    assert not same_batches(one, take(data.make_loader(train, 4, True, seed=4), 7))
-    order = torch.cat([i for _, i in one])                 # 28 positions: epochs of 10
-    for e in range(2):
-        assert sorted(order[10 * e:10 * e + 10].tolist()) == list(range(10))
-    assert order[:10].tolist() != order[10:20].tolist()
-
-
-def test_images_cross_processes_in_8_bit_and_become_numbers_on_the_device():
-    dataset = data.make_dataset("demo", 16, train=True)
-    (levels, i), = dataset.__getitems__([(0, 3)])
-    x, _ = dataset[3]
-    assert levels.dtype == torch.uint8 and i == 3 and torch.equal(x, levels.float() / 127.5 - 1)
-    loader = data.make_loader(dataset, 4, train=False)
-    batch, index = next(iter(loader))
-    assert torch.equal(batch, torch.stack([dataset[int(i)][0] for i in index]))
-    loader.device = "meta"
-    assert next(iter(loader))[0].is_meta
-
-
-@pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
-def test_ddp_gets_no_deprecated_options(monkeypatch, name):
-    def ddp(module, gradient_as_bucket_view=False, **options):
-        return gradient_as_bucket_view, options
-
-    parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in ("gradient_as_bucket_view", name)]
-    ddp.__signature__ = inspect.Signature(parameters)
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", ddp)
-    assert train.data_parallel(None, 2) == (True, {name: False})
-
-
-def test_stream_leaves_global_random_state_alone():
+@pytest.mark.parametrize("enc", ["dc_f32c32", "vq_f8c4", "dc_f64c128"])
+@pytest.mark.parametrize("loss", ["fm", "eqm"])
+def test_an_untrained_model_is_the_linear_code(enc, loss):
     torch.manual_seed(0)
-    before = torch.get_rng_state()
-    take(data.make_loader(data.make_dataset("demo", 16, True), 2, True), 2)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_fewer_images_than_batch():
-    dataset = data.make_dataset("demo", 16, True, limit=3)
-    assert len(dataset) == 3
-    (x, index), = take(data.make_loader(dataset, 8, True), 1)
-    assert x.shape[0] == 8 and sorted(index[:3].tolist()) == [0, 1, 2] == sorted(index[3:6].tolist())
-
-
-def test_eval_order_and_ranks():
-    dataset = data.make_dataset("demo", 16, False, limit=7)
-    assert [i.tolist() for _, i in data.make_loader(dataset, 3, False)] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [i.tolist() for _, i in data.make_loader(dataset, 4, False, rank=1, world=2)] == [[1, 3], [5]]
-    assert same_batches(list(data.make_loader(dataset, 3, False)), list(data.make_loader(dataset, 3, False, workers=2)))
-    assert list(data.make_loader(data.make_dataset("demo", 16, False, limit=1), 4, False, rank=1, world=2)) == []
-
-
-def test_bad_batch_size():
-    dataset = data.make_dataset("demo", 16, True)
-    for args in ({"batch_size": 3, "world": 2}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match="batch_size"):
-            data.make_loader(dataset, train=True, **args)
-
-
-# Single images
-
-def test_modes(tmp_path):
-    rgba = np.zeros((40, 40, 4), np.uint8)
-    rgba[:20] = (255, 0, 0, 255)                           # the lower half is transparent
-    Image.fromarray(rgba).save(tmp_path / "a.PNG")
-    grey = np.tile(np.linspace(0, 65535, 40), (40, 1)).astype(np.uint16)
-    Image.fromarray(grey).save(tmp_path / "b.png")         # 16 bits
-    with Image.open(tmp_path / "b.png") as image:
-        assert image.mode.startswith("I")
-    Image.fromarray((grey >> 8).astype(np.uint8)).save(tmp_path / "c.bmp")
-    Image.new("RGB", (40, 40), (0, 255, 0)).quantize(4).save(tmp_path / "d.png")
-    Image.new("CMYK", (40, 40), (0, 255, 255, 0)).save(tmp_path / "e.JPeG")   # red
-    Image.new("RGBA", (40, 40), (0, 0, 255, 0)).quantize(4).save(tmp_path / "f.png", transparency=0)
-    Image.new("1", (40, 40), 1).save(tmp_path / "g.png")
-    Image.new("LA", (40, 40), (0, 0)).save(tmp_path / "h.png")
-    Image.new("RGB", (40, 40), (0, 0, 255)).save(tmp_path / "i.webp", lossless=True)
-    dataset = data.make_dataset(str(tmp_path), 40, False)
-    a, b, c, d, e, f, g, h, i = (pixels(dataset[k][0]) for k in range(9))
-    assert np.allclose(a[10, 5], (255, 0, 0)) and np.allclose(a[30, 5], 255)
-    assert np.allclose(b[7, :, 0], np.linspace(0, 255, 40), atol=0.6) and np.allclose(b[..., 0], b[..., 2])
-    assert np.allclose(c[7, :, 0], np.linspace(0, 255, 40), atol=1)
-    assert np.allclose(d[3, 3], (0, 255, 0), atol=2) and np.allclose(e[3, 3], (255, 0, 0), atol=6)
-    assert np.allclose(f, 255) and np.allclose(g, 255) and np.allclose(h, 255) and np.allclose(i[3, 3], (0, 0, 255))
-    train = data.make_dataset(str(tmp_path), 16, True)
-    assert all(train[k][0].shape == (3, 16, 16) for k in range(9)) and int(train.skipped.sum()) == 0
-    assert np.allclose(pixels(train[4][0])[3, 3], (255, 0, 0), atol=6)        # CMYK, decoded at half size
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_exif_orientation(tmp_path, train):
-    upright = photo(60, 30)
-    exif = Image.Exif()
-    exif[0x0112] = 6                                       # stored lying on its side: turn by 90 degrees clockwise
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", quality=98, subsampling=0, exif=exif)
-    upright.save(tmp_path / "b.jpg", quality=98, subsampling=0)
-    dataset = data.make_dataset(str(tmp_path), 24, train)
-    images = [dataset.decode(j, 24) for j in range(2)]
-    assert images[0].size == images[1].size == (60, 30)
-    a, b = (np.asarray(image).astype(float) for image in images)
-    assert np.abs(a - b).mean() < 3 < np.abs(a - b[::-1, ::-1]).mean()
-    assert train or np.abs(pixels(dataset[0][0]) - pixels(dataset[1][0])).mean() < 3
-
-
-def exif_block(*entries):
-    """An EXIF block of (tag, type, count, 4 bytes of value or offset) in this order."""
-    rows = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
-    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + rows + bytes(4)
-
-
-TURNED = (0x0112, 3, 1, b"\6\0\0\0")                      # lying on its side
-DAMAGED = {
-    "make as rational": (0x010F, 5, 1, b"ab\0\0"),
-    "make beyond the end": (0x010F, 2, 2**31, b"\xff\xff\xff\x7f"),
-    "unknown type": (0x0110, 99, 7, bytes(4)),
-    "resolution as text": (0x011A, 2, 3, b"72\0\0"),
-    "unit out of range": (0x0128, 3, 1, b"\xff\xff\0\0"),
-    "no directory": (0x8769, 4, 1, b"\xff\xff\xff\xff"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGED)
-def test_damaged_exif_tags_do_not_hide_the_orientation(damage, tmp_path):
-    for entries in ((TURNED, DAMAGED[damage]), (DAMAGED[damage], TURNED)):
-        photo(60, 30).save(tmp_path / "a.jpg", exif=exif_block(*entries))
-        photo(60, 30).save(tmp_path / "b.png", exif=exif_block(*entries))
-        photo(60, 30).save(tmp_path / "c.webp", exif=exif_block(*entries), lossless=True)
-        for name in ("a.jpg", "b.png", "c.webp"):
-            assert data.read_image(tmp_path / name).size == (30, 60)
-            assert data.to_rgb(data.read_image(tmp_path / name)).size == (30, 60)  # turned once, not twice
-    for junk in (b"", b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0no TIFF at all"):
-        photo(60, 30).save(tmp_path / "a.jpg", exif=junk)
-        assert data.read_image(tmp_path / "a.jpg").size == (60, 30)
-
-
-def png_chunk(kind, content, checksum=None):
-    checksum = zlib.crc32(kind + content) if checksum is None else checksum
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
-
-
-def test_damaged_metadata_beside_good_pixels(tmp_path):
-    """Profiles, comments and text of any kind: damaged, wrong checksum, longer than Pillow takes."""
-    buffer = io.BytesIO()
-    photo(60, 30).save(buffer, "PNG")
-    png, want = buffer.getvalue(), np.asarray(photo(60, 30))
-    long = zlib.compress(bytes(2**21))                     # 2 MB of text, packed
-    for chunk in (png_chunk(b"zTXt", b"note\0\0" + long), png_chunk(b"iTXt", b"note\0\1\0\0\0" + long),
-                  png_chunk(b"iCCP", b"profile\0\0" + long), png_chunk(b"iCCP", b"profile\0\0no zlib"),
-                  png_chunk(b"tEXt", b"a\0b", checksum=1), png_chunk(b"pHYs", b"")):
-        turned = png_chunk(b"eXIf", exif_block(TURNED)[6:], checksum=2)
-        assert np.array_equal(data.decode_image(png[:33] + chunk + png[33:]), want)      # 33: after the header
-        assert np.array_equal(data.decode_image(png[:33] + turned + chunk + png[33:]), np.rot90(want, -1))
-    with pytest.raises(data.Unreadable):
-        data.decode_image(png[:33] + chunk + png[33:-60])  # the pixels themselves are damaged
-    buffer = io.BytesIO()
-    photo(60, 30).save(buffer, "JPEG", icc_profile=b"no profile", xmp=b"<x tiff:Orientation=", comment=b"\xff\0")
-    assert data.decode_image(buffer.getvalue()).size == (60, 30)
-
-
-def test_tiff_and_pgm(tmp_path):
-    grey = np.tile(np.linspace(0, 65535, 40), (30, 1)).astype(np.uint16)
-    Image.fromarray(grey).save(tmp_path / "a.tif")
-    Image.fromarray(grey).save(tmp_path / "b.pgm")
-    Image.fromarray(np.tile(np.linspace(0, 255, 40), (30, 1)).astype(np.uint8)).save(tmp_path / "c.ppm")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    photo(60, 30).save(tmp_path / "d.tiff", exif=exif)
-    Image.fromarray(grey.astype(np.float32) / 65535).save(tmp_path / "e.tiff")           # what is white in it?
-    dataset = data.make_dataset(str(tmp_path), 30, False)
-    assert len(dataset) == 5 and dataset.decode(3, 30).size == (30, 60) and dataset[4] is None
-    for j in range(3):
-        assert np.allclose(np.asarray(dataset.decode(j, 30))[7, :, 1], np.linspace(0, 255, 40), atol=1)
-
-
-@pytest.mark.parametrize("crop", ["center", "adm"])
-def test_long_pictures_cost_little(crop, monkeypatch):
-    size = 32
-    for w, h in ((900, 40), (40, 900), (700, 130)):
-        monkeypatch.setattr(data, "LONGEST", 100)
-        whole = np.asarray(data.prepare_eval(photo(w, h), size, crop)).astype(int)
-        monkeypatch.setattr(data, "LONGEST", 2)
-        assert np.abs(np.asarray(data.prepare_eval(photo(w, h), size, crop)) - whole).max() <= 1
-    for side in range(1, 40):                              # no rounding leads beyond the border
-        assert data.prepare_eval(Image.new("RGB", (20 * side, side)), 100, crop).size == (100, 100)
-    monkeypatch.undo()
-    largest, resize = [0], Image.Image.resize
-
-    def spy(self, *args, **kwargs):
-        out = resize(self, *args, **kwargs)
-        largest.append(out.width * out.height)
-        return out
-
-    monkeypatch.setattr(Image.Image, "resize", spy)
-    for shape in ((20_000, 2), (2, 20_000)):
-        long = Image.new("RGB", shape)
-        prepared = data.prepare_eval(long, 256, crop), data.prepare_train(long, 256, 256, [0.5] * 3)
-        assert [image.size for image in prepared] == [(256, 256)] * 2
-    assert max(largest) <= 16 * 256**2
-
-
-def test_draft_only_in_training_and_large_enough(tmp_path, monkeypatch):
-    photo(1000, 640).save(tmp_path / "a.jpg", quality=95)
-    photo(640, 1000).save(tmp_path / "b.jpg", quality=95)
-    sizes, original = [], data.to_rgb
-
-    def spy(image):
-        out = original(image)
-        sizes.append(out.size)
-        return out
-
-    monkeypatch.setattr(data, "to_rgb", spy)
-    train, val = (data.make_dataset(str(tmp_path), 64, t, aug_scale=2.0) for t in (True, False))
-    seen = set()
-    for epoch in range(12):
-        u = np.random.default_rng([data.ITEM, 0, epoch, 0]).random(4)
-        short = 64 * (1 + u[3])
-        sizes.clear()
-        reduced = pixels(train[(epoch, 0)][0])
-        assert short <= min(sizes[0]) < 320                # 1/4 or 1/8 of 640, and still enough
-        seen.add(min(sizes[0]))
-        with Image.open(tmp_path / "a.jpg") as image:
-            full = np.asarray(data.prepare_train(image.convert("RGB"), 64, short, u)).astype(float)
-        assert np.abs(reduced - full).mean() < 4, epoch
-    assert seen == {80, 160}
-    sizes.clear()
-    val[0]
-    assert sizes[0] == (1000, 640)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    photo(160, 2000).save(tmp_path / "a.jpg", exif=exif)   # narrow and turned: 160 // 100 allows no reduction
-    assert data.make_dataset(str(tmp_path), 100, True, aug_scale=1)[0][0].shape == (3, 100, 100)
-    assert min(sizes[-1]) == 160
-
-
-def test_training_crops(tmp_path):
-    ramp = np.zeros((200, 400, 3), np.uint8)               # red counts columns, green rows
-    ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 400)[None], np.linspace(0, 255, 200)[:, None]
-    Image.fromarray(ramp).save(tmp_path / "a.png")
-    dataset = data.make_dataset(str(tmp_path), 50, True, aug_scale=2.0)
-    heights, flips, starts = [], 0, []
-    for epoch in range(200):
-        x = pixels(dataset[(epoch, 0)][0])
-        heights.append((x[-1, 0, 1] - x[0, 0, 1]) / 255 * 50 / 49)            # the crop's share of the short side
-        flips += x[0, 0, 0] > x[0, -1, 0]
-        starts.append(min(x[0, 0, 0], x[0, -1, 0]) / 255)
-    shares = 1 / np.array(heights)                         # = short / size, uniform in [1, 2]
-    assert 0.97 < shares.min() < 1.06 and 1.9 < shares.max() < 2.1 and abs(shares.mean() - 1.5) < 0.08
-    assert 60 < flips < 140 and min(starts) < 0.05 and max(starts) > 0.5
-    one = data.make_dataset(str(tmp_path), 50, True, aug_scale=1.0)
-    assert all(abs(pixels(one[(e, 0)][0])[:, 0, 1].mean() - 127.5) < 1 for e in range(5))
-
-
-def test_training_crops_end_at_the_pictures_own_pixels(tmp_path, monkeypatch):
-    folder_of(tmp_path, 1, (80, 60))
-    shorts, prepare = [], data.prepare_train
-    monkeypatch.setattr(data, "prepare_train", lambda image, size, short, u: (shorts.append(short),
-                                                                              prepare(image, size, short, u))[1])
-    for size, enlarge, low, high in ((40, False, 40, 60), (40, True, 60, 80), (64, False, 64, 64), (64, True, 64, 128)):
-        shorts.clear()
-        dataset = data.make_dataset(str(tmp_path), size, True, enlarge=enlarge)
-        for epoch in range(60):
-            dataset[(epoch, 0)]
-        assert min(shorts) >= size and max(shorts) <= (2 * size if enlarge else max(size, 60))
-        assert low <= max(shorts) <= high
-        assert enlarge or size > 60 or 10 < shorts.count(60) < 50  # half of the draws lie above
-
-
-def test_default_workers_share_the_processors(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)), raising=False)
-    assert data.default_workers() == 8
-    for processes, workers in ((2, 6), (4, 3), (24, 0)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert data.default_workers() == workers
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
-    assert data.default_workers() == 0
-
-
-def test_bf16_only_where_the_gpu_has_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    for capability, dtype in (((7, 5), None), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert train.pick_dtype("auto", torch.device("cuda")) is dtype
-        assert train.pick_dtype("bf16", torch.device("cuda")) is torch.bfloat16
-
-
-@pytest.mark.parametrize("w,h", [(301, 200), (97, 330), (64, 64), (20, 33), (500, 129), (31, 30)])
-def test_prepare_eval_against_references(w, h):
-    image, size = photo(w, h), 32
-    # torchvision's Resize + CenterCrop on PIL images, written out
-    new = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    small = image.resize(new, Image.BILINEAR)
-    left, top = round((new[0] - size) / 2.0), round((new[1] - size) / 2.0)
-    expected = small.crop((left, top, left + size, top + size))
-    assert np.array_equal(np.asarray(data.prepare_eval(image, size)), np.asarray(expected))
-    # ADM's center_crop_arr, written out
-    small = image
-    while min(*small.size) >= 2 * size:
-        small = small.resize(tuple(v // 2 for v in small.size), resample=Image.BOX)
-    scale = size / min(*small.size)
-    small = np.array(small.resize(tuple(round(v * scale) for v in small.size), resample=Image.BICUBIC))
-    y, x = (small.shape[0] - size) // 2, (small.shape[1] - size) // 2
-    assert np.array_equal(np.asarray(data.prepare_eval(image, size, "adm")), small[y:y + size, x:x + size])
-    with pytest.raises(ValueError, match="crop"):
-        data.prepare_eval(image, size, "left")
-
-
-def test_prepare_eval_agrees_with_torchvision():
-    transforms = data.import_torchvision().transforms
-    pipe = transforms.Compose([transforms.Resize(40), transforms.CenterCrop(40)])
-    for size in ((301, 200), (97, 330), (41, 40), (20, 33)):
-        assert np.array_equal(np.asarray(pipe(photo(*size))), np.asarray(data.prepare_eval(photo(*size), 40)))
-
-
-# Unreadable files
-
-def broken_folder(path):
-    folder_of(path, 6, (80, 60), "jpg")
-    (path / "01.jpg").write_bytes((path / "01.jpg").read_bytes()[:900])       # truncated
-    (path / "02.jpg").write_bytes(b"")
-    (path / "05.jpg").write_bytes(b"no picture at all")
-    return str(path)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_in_evaluation(tmp_path, capfd, workers):
-    dataset = data.make_dataset(broken_folder(tmp_path / "a"), 24, False)
-    loader = data.make_loader(dataset, 2, False, workers=workers)
-    assert [i.tolist() for _, i in loader] == [[0], [3], [4]]
-    assert [i.tolist() for _, i in data.make_loader(dataset, 1, False, workers=workers)] == [[0], [3], [4]]
-    assert int(dataset.skipped.sum()) == 3 and dataset.skipped.tolist() == [0, 1, 1, 0, 0, 1]
-    err = capfd.readouterr().err
-    for name in ("01.jpg", "02.jpg", "05.jpg"):
-        assert sum(name in line and "warning" in line for line in err.splitlines()) == 1
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_in_training(tmp_path, capfd, workers):
-    dataset = data.make_dataset(broken_folder(tmp_path / "a"), 24, True)
-    batches = take(data.make_loader(dataset, 6, True, workers=workers), 3)
-    assert all(len(x) == 6 and sorted(i.tolist()) == list(range(6)) for x, i in batches)
-    assert int(dataset.skipped.sum()) == 3
-    err = capfd.readouterr().err
-    assert all(name in err for name in ("01.jpg", "02.jpg", "05.jpg"))
-    if workers == 0:
-        assert err.count("warning") == 3                   # once a file
-        fresh = data.make_dataset(str(tmp_path / "a"), 24, True)
-        assert same_batches(batches, take(data.make_loader(fresh, 6, True, workers=2), 3))
-
-
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_readable(tmp_path, train, workers):
-    for name in "abc":
-        (tmp_path / f"{name}.jpg").write_bytes(b"x")
-    dataset = data.make_dataset(str(tmp_path), 24, train)
-    loader = data.make_loader(dataset, 2, train, workers=workers)
-    with pytest.raises(ValueError, match="none of the 3 images") as error:
-        take(loader, 5)
-    assert "\n" not in str(error.value)
-    if workers:
-        loader._iterator._shutdown_workers()               # pytest keeps the traceback: torch would wait 5 s at its end
-
-
-def test_a_row_of_broken_images_ends_training(tmp_path, monkeypatch):
-    """One item does not walk through the whole set in search of a stand-in."""
-    folder_of(tmp_path, 10, (20, 20))
-    for i in range(2, 7):
-        (tmp_path / f"{i:02d}.png").write_bytes(b"broken")
-    monkeypatch.setattr(data, "STAND_INS", 4)
-    dataset = data.make_dataset(str(tmp_path), 16, True)
-    assert torch.equal(dataset[4][0], dataset[4][0]) and int(dataset.skipped.sum()) == 3
-    with pytest.raises(ValueError, match=r"4 images in a row cannot be decoded, .*02.png to .*05.png"):
-        dataset[2]
-    assert int(dataset.skipped.sum()) == 5
-    with pytest.raises(ValueError, match="4 images in a row"):
-        list(data.make_loader(data.make_dataset(str(tmp_path), 16, True), 10, True, workers=1))
-
-
-# Errors of the system, which say nothing about the images
-
-def failing_open(monkeypatch, code, times):
-    """Let data.py's first `times` attempts to open a file fail with this errno, and not wait in between."""
-    left = [times]
-
-    def fail(path, *args):
-        left[0] -= 1
-        if left[0] >= 0:
-            raise OSError(code, os.strerror(code), path)
-        return open(path, *args)
-
-    monkeypatch.setattr(data, "open", fail, raising=False)
-    monkeypatch.setattr(data, "PAUSES", (0, 0, 0))
-
-
-@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EMFILE, errno.EACCES])
-@pytest.mark.parametrize("train", [False, True])
-def test_errors_of_the_system_are_tried_again(tmp_path, monkeypatch, capfd, code, train):
-    dataset = data.make_dataset(folder_of(tmp_path, 2), 16, train)
-    want = dataset[1][0]
-    failing_open(monkeypatch, code, times=3)
-    assert torch.equal(dataset[1][0], want)
-    assert capfd.readouterr().err.count("warning: cannot read") == 1
-    failing_open(monkeypatch, code, times=4)
-    with pytest.raises(OSError, match="for 0 s: '.*png'") as error:
-        dataset[0]
-    assert error.value.errno == code and dataset.skipped.sum() == 0
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_errors_of_the_system_in_a_worker(tmp_path, monkeypatch, train):
-    dataset = data.make_dataset(folder_of(tmp_path, 8), 16, train)
-    failing_open(monkeypatch, errno.EIO, times=1000)
-    loader = data.make_loader(dataset, 2, train, workers=1)
-    with pytest.raises(OSError) as error:
-        take(loader, 9)
-    assert error.value.errno == errno.EIO and "\n" not in str(error.value) and dataset.skipped.sum() == 0
-    loader._iterator._shutdown_workers()
-    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker")
-    assert len(dataset.__getitems__([0, 1, 2])) == 1       # the first error ends it, the others need not wait
-
-
-@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
-@pytest.mark.parametrize("train", [False, True])
-def test_a_folder_that_vanishes(tmp_path, monkeypatch, left, train):
-    folder, away, waited = tmp_path / "images", tmp_path / "away", []
-    dataset = data.make_dataset(folder_of(folder, 3), 16, train)
-    want = dataset[2][0]
-    folder.rename(away)
-    if left != "nothing":                                  # as where it was mounted
-        folder.mkdir()
-
-    def wait(seconds):
-        waited.append(seconds)
-        if len(waited) == 3:                               # it comes back
-            away.rename(folder)
-
-    monkeypatch.setattr(data.time, "sleep", wait)
-    assert torch.equal(dataset[2][0], want)
-    assert waited == list(data.PAUSES[:3]) == sorted(data.PAUSES[:3])
-    folder.rename(away)
-    waited = [0] * 10
-    with pytest.raises(FileNotFoundError):
-        dataset[0]
-    assert dataset.skipped.sum() == 0 and len(waited) == 10 + len(data.PAUSES)
-
-
-def test_a_file_that_was_deleted(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(data, "PAUSES", (0, 0))
-    folder_of(tmp_path, 3)
-    (tmp_path / "03.png").symlink_to(tmp_path / "nowhere.png")
-    (tmp_path / "04.png").symlink_to(tmp_path / "04.png")
-    train, val = (data.make_dataset(str(tmp_path), 16, training) for training in (True, False))
-    (tmp_path / "01.png").unlink()
-    assert [i.tolist() for _, i in data.make_loader(val, 5, False)] == [[0, 2]]
-    assert val.skipped.tolist() == [0, 1, 0, 1, 1]
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 3 and all("skipping unreadable" in line and "no such file" in line for line in lines)
-    assert train[1][0].shape == (3, 16, 16) and train.skipped.tolist() == [0, 1, 0, 0, 0]
-
-
-def test_training_ends_with_the_error_of_the_system(tmp_path):
-    """The folder vanishes in the fourth epoch, for good, under two workers."""
-    folder_of(tmp_path / "images", 4)
-    (tmp_path / "run.py").write_text(f"""
-import os
-import data
-import train
-from data import guarded
-
-data.PAUSES = (0.01, 0.02)
-item, folder = data.ImageDataset.item, {str(tmp_path / "images")!r}
-
-def item_until_it_vanishes(self, epoch, i):
-    if epoch == 3 and os.path.exists(folder):
-        os.rename(folder, folder + "_away")
-    return item(self, epoch, i)
-
-data.ImageDataset.item = item_until_it_vanishes
-guarded(train.main)
-""")
-    command = [tmp_path / "run.py", *TINY, "--workers", 2, "--data", tmp_path / "images", "--out", tmp_path / "run"]
-    done = subprocess.run([sys.executable, *map(str, command)], env=dict(os.environ, PYTHONPATH=HERE), check=False,
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "skipping" not in done.stderr, done.stderr
-    said = done.stderr.partition("error: ")[2].splitlines()[0]                # the progress bar's last line may follow
-    assert "No such file or directory, for 0.03 s" in said and f"{tmp_path}/images/" in said
-    assert "training on 4 images of" in done.stdout and "which train, too" in done.stdout
-
-
-# Specs
-
-def test_folder_layouts(tmp_path):
-    root = tmp_path / "set"
-    folder_of(root / "train" / "cat", 3)
-    folder_of(root / "train" / "dog" / "deep", 2, ext="jpg")
-    assert len(data.make_dataset(str(root), 16, True)) == 5
-    folder_of(root / "val" / "cat", 4)
-    (root / "val" / "notes.txt").write_text("no image")
-    (root / "val" / "._hidden.jpg").write_bytes(b"")
-    (root / "val" / "loop").symlink_to(root / "val")
-    train, val = (data.make_dataset(str(root), 16, t) for t in (True, False))
-    assert len(train) == 5 and len(val) == 4
-    (x, index), = list(data.make_loader(val, 8, False))
-    assert x.shape == (4, 3, 16, 16) and index.tolist() == [0, 1, 2, 3]
-    names = [os.fsdecode(n) for n in train.images]
-    assert names == sorted(names) and names[0].endswith("cat/00.png") and names[-1].endswith("deep/01.jpg")
-
-
-def test_hidden_folders_and_other_types(tmp_path, capfd):
-    folder_of(tmp_path / "a", 2)
-    for name in (".ipynb_checkpoints", "__MACOSX", ".thumbnails", "a/.hidden", "a/@eaDir"):
-        folder_of(tmp_path / name, 1)
-    for name in ("a/x.gif", "a/y.GIF", "labels.csv", "README", "a/.z.gif"):
-        (tmp_path / name).write_text("")
-    assert len(data.list_images(str(tmp_path))) == 2
-    data.list_images(str(tmp_path))                        # said once
-    data.list_images(str(tmp_path / "__MACOSX"))           # asked for by name
-    note, = capfd.readouterr().err.splitlines()
-    assert note.endswith("being of other types: 2 .gif, 1 .csv, 1 without extension")
-    assert f"4 files below {tmp_path} " in note
-
-
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "Validation"])
-def test_names_of_validation_folders(tmp_path, name):
-    for k, c in enumerate("abc"):
-        folder_of(tmp_path / "train" / c, 1 + k, (8, 8))
-    folder_of(tmp_path / name / "a", 1, (8, 8))
-    folder_of(tmp_path / name / "c", 2, (8, 8))
-    train, val = (data.make_dataset(str(tmp_path), 8, part) for part in (True, False))
-    assert train.labels.tolist() == [0, 1, 1, 2, 2, 2] and val.labels.tolist() == [0, 2, 2]    # no b in validation
-    assert train.classes == val.classes == ["a", "b", "c"]
-    limited = data.make_dataset(str(tmp_path), 8, False, limit=2)
-    assert data.parts_taken(train, limited) == (
-        f"training on 6 images of {tmp_path}/train (3 classes); validating on 2 of 3 images of {tmp_path}/{name} "
-        "(3 classes)")
-    folder_of(tmp_path / name / "d", 1, (8, 8))            # only there: a class all the same, after the others
-    assert data.make_dataset(str(tmp_path), 8, False).labels.tolist() == [0, 2, 2, 3]
-    if name != "test":
-        folder_of(tmp_path / "test", 5, (8, 8))
-        assert len(data.make_dataset(str(tmp_path), 8, False)) == 4
-
-
-def test_unlabelled_validation_images(tmp_path, capfd):
-    folder_of(tmp_path / "train" / "n01", 1, (8, 8))
-    folder_of(tmp_path / "val" / "images", 2, (8, 8))
-    train, val = (data.make_dataset(str(tmp_path), 8, part) for part in (True, False))
-    assert train.labels.tolist() == [0] and val.labels.tolist() == [-1, -1] and val.classes == ["n01"]
-    assert "have no labels" in capfd.readouterr().err
-
-
-def test_a_plain_tree_serves_both(tmp_path):
-    for name in ("a", "b"):
-        folder_of(tmp_path / name, 2, (8, 8))
-    train, val = (data.make_dataset(str(tmp_path), 8, part) for part in (True, False))
-    assert train.images.tolist() == val.images.tolist() and train.labels.tolist() == [0, 0, 1, 1]
-    assert data.parts_taken(train, val).endswith("which train, too: there are no folders train/ and val/")
-
-
-@pytest.mark.parametrize("folders,train,words", [
-    (["train"], False, r"holds train/ but no val/ .* or give .*/train, whose images then serve"),
-    (["val"], True, r"holds val/ but no train/"),
-    (["train", "val", "validation"], False, r"holds val/ and validation/: keep the one"),
-    (["train", "val", "validation"], True, r"holds val/ and validation/: keep the one"),
-    (["train", "val", "."], True, r"holds images \(00.png ...\) beside train/ and val/"),
-    (["train", "."], True, r"holds images \(00.png ...\) beside train/"),
-    (["train", "bus", "car"], True, r"holds train/ beside other folders \(bus/ and car/\)"),
-    (["cat", "dog", "test"], False, r"holds test/ beside other folders \(cat/ and dog/\)"),
-    (["set/train", "set/val"], True, r"/set holds training and other images"),
-    (["cat/train", "cat/test", "dog/train"], False, r"/cat holds training and other images"),
-])
-def test_unclear_parts_are_refused(tmp_path, folders, train, words):
-    for folder in folders:
-        folder_of(tmp_path / folder, 1, (8, 8))
-    with pytest.raises(ValueError, match=words) as error:
-        data.make_dataset(str(tmp_path), 8, train)
-    assert "\n" not in str(error.value)
-
-
-def test_small_images_are_enlarged(tmp_path):
-    folder_of(tmp_path / "a", 2, (9, 7))
-    for training in (True, False):
-        assert data.make_dataset(str(tmp_path / "a"), 32, training)[0][0].shape == (3, 32, 32)
-
-
-def test_limit(tmp_path):
-    spec = folder_of(tmp_path / "a", 6)
-    dataset = data.make_dataset(spec, 16, False, limit=3)
-    assert [os.path.basename(os.fsdecode(n)) for n in dataset.images] == ["00.png", "02.png", "04.png"]
-    assert len(dataset.skipped) == 3
-    assert len(data.make_dataset(spec, 16, False, limit=100)) == 6
-    assert len(data.make_dataset("demo", 16, True, limit=10)) == 10
-
-
-def test_clear_errors(tmp_path):
-    (tmp_path / "empty" / "train").mkdir(parents=True)
-    (tmp_path / "file.txt").write_text("x")
-    for spec, kind, words in ((tmp_path / "missing", FileNotFoundError, "no folder"),
-                              (tmp_path / "empty", ValueError, "no images in"),
-                              (tmp_path / "file.txt", NotADirectoryError, "is a file")):
-        with pytest.raises(kind, match=words) as error:
-            data.make_dataset(str(spec), 16, True)
-        assert str(spec) in str(error.value) and "\n" not in str(error.value)
-    for name, value in (("size", 0), ("size", -8), ("size", 1.5), ("aug_scale", 0.5), ("limit", 0), ("seed", -1),
-                        ("crop", "x")):
-        with pytest.raises(ValueError, match=f"{name} is"):
-            data.make_dataset("demo", **{"size": 8, "train": True, name: value})
-
-
-class FakeTorchvision:
-    """Stands in for torchvision: the two data sets, made on the spot."""
-
-    class datasets:
-        class CIFAR10:
-            def __init__(self, root, train, download):
-                assert download
-                self.data = np.random.default_rng(int(train)).integers(0, 256, (9 if train else 5, 32, 32, 3), np.uint8)
-                self.targets, self.classes = [0] * len(self.data), ["airplane"]
-
-        class Imagenette:
-            def __init__(self, root, split, size, download):
-                assert download and size == "320px"
-                for s, n in (("train", 4), ("val", 2)):
-                    folder_of(Path(root) / "imagenette2-320" / s / "n01440764", n, (40, 32), "jpeg")
-
-
-def test_named_sets(tmp_path, monkeypatch):
-    monkeypatch.setenv("DCSSDAE_DATA", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "import_torchvision", lambda: FakeTorchvision)
-    for spec, sizes in (("cifar10", (9, 5)), ("imagenette", (4, 2))):
-        for training, n in zip((True, False), sizes, strict=True):
-            dataset = data.make_dataset(spec, 32, training)
-            assert len(dataset) == n
-            (x, _), = take(data.make_loader(dataset, 2, train, workers=0), 1)
-            assert x.shape == (2, 3, 32, 32)
-    raw = FakeTorchvision.datasets.CIFAR10("", False, True).data
-    assert np.allclose(pixels(data.make_dataset("cifar10", 32, False)[3][0]), raw[3], atol=1e-3)
-    assert np.allclose(pixels(data.make_dataset("cifar10", 32, False, limit=1)[0][0]), raw[0], atol=1e-3)
-
-
-@pytest.mark.parametrize("failure", [OSError("<urlopen error\nno network>"), RuntimeError("File not found.")])
-def test_failed_download(tmp_path, monkeypatch, failure):
-    def fail(*args, **kwargs):
-        raise failure
-
-    datasets = types.SimpleNamespace(CIFAR10=fail, Imagenette=fail)
-    monkeypatch.setenv("DCSSDAE_DATA", str(tmp_path))
-    monkeypatch.setattr(data, "import_torchvision", lambda: types.SimpleNamespace(datasets=datasets))
-    for spec in ("cifar10", "imagenette"):
-        with pytest.raises(OSError, match=f"cannot get {spec}.*check the network") as error:
-            data.make_dataset(spec, 32, True)
-        assert "\n" not in str(error.value)
-
-
-# torchvision, pictures
-
-def test_import_torchvision_without_its_operators():
-    """A CPU-only torch cannot load the CUDA build's operators: here every extension library is refused, as there."""
-    code = """
-import torch
-def refuse(path):
-    raise OSError("libcudart.so: cannot open shared object file")
-torch.ops.load_library = refuse
-try:
-    import torchvision  # a version that does without its operators has nothing to work around
-except RuntimeError as error:
-    assert "operator torchvision::nms does not exist" in str(error), error
-import data
-torchvision = data.import_torchvision()
-assert data.import_torchvision() is torchvision
-torchvision.models.vgg16, torchvision.datasets.CIFAR10
-x = torchvision.transforms.functional.resize(torch.zeros(3, 8, 8), 4)
-assert x.shape == (3, 4, 4)
-import lpips, timm
-print("fine")
-"""
-    result = python(code)
-    assert result.stdout.strip().endswith("fine"), result.stderr
-
-
-def test_import_torchvision_passes_other_errors_on(monkeypatch):
-    real = builtins.__import__
-
-    def broken(name, *args, **kwargs):
-        if name == "torchvision":
-            raise RuntimeError("something else")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", broken)
-    with pytest.raises(RuntimeError, match="something else"):
-        data.import_torchvision()
-
-
-def test_save_grid(tmp_path):
-    x = torch.zeros(2, 3, 3, 8, 10)
-    x[0, 1], x[1, 2] = 1.5, -3.0                           # clipped
-    data.save_grid(tmp_path / "g.png", x)
-    grid = np.asarray(Image.open(tmp_path / "g.png"))
-    assert grid.shape == (2 * 10 + 2, 3 * 12 + 2, 3) and os.listdir(tmp_path) == ["g.png"]
-    assert (grid[2:10, 14:24] == 255).all() and (grid[12:20, 26:36] == 0).all() and (grid[2:10, 2:12] == 128).all()
-    assert (grid[:2] == 255).all() and (grid[10:12] == 255).all()
-    data.save_grid(str(tmp_path / "h.png"), [x[0], x[1, :1]])
-    assert np.asarray(Image.open(tmp_path / "h.png")).shape == grid.shape
+    _, f, c = parse_name(enc)
+    model = DCSSDAE(enc, "XS", loss, 0.125, depth=1, input_skip=True, linear_encoder=True, linear_decoder=c).eval()
+    code = LappedCode(f, c)
+    x = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        z = model.encode(x).mode()
+        torch.testing.assert_close(z, code.encode(x), rtol=0, atol=1e-5)
+        for steps in (1, 4):
+            atol = 0.06 if loss == "fm" and steps == 4 else 1e-5  # FM's last steps stop short by T_MIN
+            torch.testing.assert_close(model.decode(z, steps), code.decode(z), rtol=0, atol=atol)
+
+
+def test_the_linear_decoder_is_fitted_by_least_squares():
+    torch.manual_seed(0)
+    model = DCSSDAE("dcae_f32c32", "XS", "eqm", 0.125, depth=1, input_skip=True, linear_decoder=40).eval()
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.rand(8, 3, 64, 64, generator=g) * 2 - 1 for _ in range(4)]
+    model.fit_linear_decoder(batches)
+    code = LappedCode(32, 40)
+    with torch.no_grad():
+        z = torch.cat([model.encode(x).mode() for x in batches]).double()
+        c = torch.cat([code.encode(x) for x in batches]).double()
+    z, c = z.permute(0, 2, 3, 1).reshape(-1, 32).numpy(), c.permute(0, 2, 3, 1).reshape(-1, 40).numpy()
+    z = np.concatenate([z, np.ones((len(z), 1))], 1)
+    ridge = np.sqrt(RIDGE * np.mean(np.sum(z * z, 0))) * np.eye(33)  # as further equations
+    expected, *_ = np.linalg.lstsq(np.concatenate([z, ridge]), np.concatenate([c, np.zeros((33, 40))]), rcond=None)
+    np.testing.assert_allclose(model.decoder.base.weight[:, :, 0, 0].detach().numpy().T, expected[:32], atol=1e-4)
+    np.testing.assert_allclose(model.decoder.base.bias.detach().numpy(), expected[32], atol=1e-4)
+    unexplained = np.mean((z @ expected - c) ** 2, 0) / np.var(c, 0)
+    np.testing.assert_allclose(model.decoder.revision[:, 0, 0].detach().numpy(), unexplained, atol=1e-4)
+    with pytest.raises(ValueError, match="no image"):
+        model.fit_linear_decoder([])
+    with pytest.raises(ValueError, match="no linear decoder"):
+        DCSSDAE("vq_f8c4", "XS", enc_width=0.125, depth=1).fit_linear_decoder(batches)
+
+
+def test_the_network_adds_what_the_linear_code_leaves_out():
+    torch.manual_seed(0)
+    decoder = UViT("XS", 4, time_cond=False, depth=1, skip=1.0, base=(8, 4))
+    out = torch.randn(2, 3, 32, 48)
+    code = LappedCode(8, 4)
+    with torch.no_grad():
+        added = decoder.addition(out)
+        torch.testing.assert_close(code.encode(added), torch.zeros(2, 4, 4, 6), rtol=0, atol=1e-5)
+        torch.testing.assert_close(added + OUTPUT_GAIN * code.decode(code.encode(out)), OUTPUT_GAIN * out)
+        decoder.revision.fill_(1)
+        torch.testing.assert_close(decoder.addition(out), OUTPUT_GAIN * out)
+        # and so the estimate of the image has the latent's coefficients, whatever the weights
+        decoder.revision.fill_(0)
+        torch.nn.init.normal_(decoder.conv_out.weight)
+        x, z = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 4, 6)
+        estimate = x - decoder(x, z)
+        assert (estimate - decoder.base_image(z)).std() > 0.1
+        torch.testing.assert_close(code.encode(estimate), z, rtol=0, atol=1e-4)
+
+
+def test_what_the_linear_flag_builds():
+    def config(*flags):
+        args = train.get_args(["--enc", "dc_f32c32", "--enc_width", "0.125", "--dec", "XS", "--depth", "1", *flags])
+        config = train.new_model(args).config
+        return config["linear_encoder"], config["linear_decoder"]
+
+    assert config() == (True, 32) and config("--linear", "off") == (False, 0)
+    assert config("--linear", "encoder") == (True, 0) and config("--linear", "decoder") == (False, 256)
+    assert config("--enc", "dcae_f32c32") == (False, 256)  # given encoders keep their latents: a fit, of more than c
+    assert config("--enc", "vq_f8c4", "--enc_ckpt", "some file") == (False, 32)
+    with pytest.raises(ValueError, match="--linear off"):
+        train.check_args(train.get_args(["--no-input_skip"]))
+
+
+def test_linear_models_are_saved_and_their_encoders_taken_over(tmp_path):
+    torch.manual_seed(0)
+    model = DCSSDAE("dc_f8c4", "XS", "fm", 0.125, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    model.save(tmp_path / "m.safetensors")
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    again, other = DCSSDAE.load(tmp_path / "m.safetensors"), DCSSDAE("dc_f8c4", "XS", "eqm", 0.125, depth=1).eval()
+    other.load_published(tmp_path / "m.safetensors", part="encoder")
+    with torch.no_grad():
+        z = model.eval().encode(x).mode()
+        assert torch.equal(again.encode(x).mode(), z) and torch.equal(other.encode(x).mode(), z)
+        noise = torch.randn(1, 3, 32, 32)
+        assert torch.equal(again.decode(z, 2, noise), model.decode(z, 2, noise))
+    assert other.config["linear_encoder"] and not other.config["linear_decoder"]
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "decoder.revision"}
+    save_file(state, tmp_path / "old.safetensors", {"format": "3", "config": json.dumps(model.config)})
+    with pytest.raises(ValueError, match="format 3"):
+        DCSSDAE.load(tmp_path / "old.safetensors")
+    with pytest.raises(ValueError, match="input skip"):
+        DCSSDAE("dc_f8c4", "XS", linear_decoder=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses in the features of networks (random weights)
+# model.py: the decoder against a reference
+# The published names and values: a plain decoder, one functional call after another, in float64.
 
-@pytest.fixture(scope="module")
-def vgg_file(tmp_path_factory):
-    with torch.device("meta"):  # the classifier, nine tenths of VGG-16, is not needed
-        features = data.import_torchvision().models.vgg16(weights=None).features
-    features.to_empty(device="cpu")
+def published_decoder_shapes(widths, blocks, z_dim, time, window=15, heads=4):
+    """Names and shapes of a published DC-SSDAE decoder file (without the prefix decoder.)."""
+    c, top, shapes = widths[0], widths[-1], {}
+
+    def layer(name, *weight, bias=True):
+        shapes[f"{name}.weight"] = weight
+        if bias:
+            shapes[f"{name}.bias"] = weight[:1]
+
+    def resnet(name, cin, cout):
+        layer(f"{name}.norm1.ctx_proj", 2 * cin, c, 1, 1)
+        layer(f"{name}.conv1", cout, cin, 3, 3)
+        if time:
+            layer(f"{name}.time_emb_proj", 2 * cout, 4 * c)
+        layer(f"{name}.norm2", cout)
+        layer(f"{name}.conv2", cout, cout, 3, 3)
+        if cin != cout:
+            layer(f"{name}.conv_shortcut", cout, cin, 1, 1)
+
+    layer("conv_in_img", c // 2, 3, 3, 3)
+    layer("conv_in_z", c // 2, z_dim, 3, 3)
+    layer("conv_in", c, c, 3, 3)
+    layer("batch_norm_z", z_dim)
+    shapes |= {"batch_norm_z.running_mean": (z_dim,), "batch_norm_z.running_var": (z_dim,),
+               "batch_norm_z.num_batches_tracked": ()}
+    layer("ada_ctx_proj.0", c, z_dim, 3, 3)
+    layer("ada_ctx_proj.2", c, c, 3, 3)
+    if time:
+        layer("time_embedding.linear_1", 4 * c, c)
+        layer("time_embedding.linear_2", 4 * c, 4 * c)
+    skips, cin = [c], c
+    for i, cout in enumerate(widths):
+        for j in range(2):
+            resnet(f"down_blocks.{i}.resnets.{j}", cin, cout)
+            skips.append(cout)
+            cin = cout
+        if i < 3:
+            layer(f"down_blocks.{i}.downsamplers.0.conv", cout, cout, 3, 3)
+            skips.append(cout)
+    for name in ("norm", "proj_in", "proj_out"):
+        layer(f"mid_block.{name}", *((top,) if name == "norm" else (top, top)))
+    for k in range(blocks):
+        b = f"mid_block.transformer_blocks.{k}"
+        layer(f"{b}.norm1.linear", 2 * top, c)
+        for name in "qkv":
+            layer(f"{b}.attn1.to_{name}", top, top, bias=False)
+        layer(f"{b}.attn1.out_proj", top, top)
+        layer(f"{b}.norm2", top)
+        layer(f"{b}.ff.proj_in_act.proj", 8 * top, top)
+        layer(f"{b}.ff.proj_out", top, 4 * top)
+        shapes[f"{b}.relative_position_bias.relative_bias_table"] = (window, window, heads)
+    for i, cout in enumerate(reversed(widths)):
+        for j in range(3):
+            resnet(f"up_blocks.{i}.resnets.{j}", cin + skips.pop(), cout)
+            cin = cout
+        if i < 3:
+            layer(f"up_blocks.{i}.upsamplers.0.conv", cout, cout, 3, 3)
+    layer("conv_norm_out", c)
+    layer("conv_out", 3, c, 3, 3)
+    return shapes
+
+
+def published_decoder(seed=0, **kw):
+    """A random published-layout state dict."""
+    g, state = torch.Generator().manual_seed(seed), {}
+    for name, shape in published_decoder_shapes(**kw).items():
+        value = torch.randn(shape, generator=g) / (
+            math.prod(shape[1:]) ** 0.5 if len(shape) > 1 and "bias_table" not in name else 4)
+        if name.endswith(("norm2.weight", "norm.weight", "norm_out.weight", "norm_z.weight")):
+            value = 1 + value
+        if name.endswith("running_var"):
+            value = 0.5 + value.abs()
+        state[name] = torch.tensor(0) if name.endswith("tracked") else value
+    return state
+
+
+def reference_decoder(p, x, z, t=None, window=15):
+    """The decoder of design and paper, written down naively."""
+    p = {k: v.double() for k, v in p.items()}
+    x, z = x.double(), z.double()
+
+    def conv(name, h, stride=1):
+        w = p[f"{name}.weight"]
+        return F.conv2d(h, w, p[f"{name}.bias"], stride=stride, padding=w.shape[-1] // 2)
+
+    def linear(name, h):
+        return h @ p[f"{name}.weight"].T + (p.get(f"{name}.bias", 0))
+
+    def resize(h, like):  # nearest
+        return h.repeat_interleave(like.shape[2] // h.shape[2], 2).repeat_interleave(like.shape[3] // h.shape[3], 3)
+
+    def resnet(name, h, ctx, temb):
+        scale, shift = resize(conv(f"{name}.norm1.ctx_proj", ctx), h).chunk(2, 1)
+        u = F.silu(F.group_norm(h, 32) * (1 + scale) + shift)
+        u = conv(f"{name}.conv1", u)
+        u = F.group_norm(u, 32, p[f"{name}.norm2.weight"], p[f"{name}.norm2.bias"])
+        if temb is not None:
+            scale, shift = linear(f"{name}.time_emb_proj", F.silu(temb))[:, :, None, None].chunk(2, 1)
+            u = u * (1 + scale) + shift
+        u = conv(f"{name}.conv2", F.silu(u))
+        return u + (conv(f"{name}.conv_shortcut", h) if f"{name}.conv_shortcut.weight" in p else h)
+
+    def attention(name, bias_name, u, rows, cols):
+        table = p[bias_name]
+        heads, r = table.shape[2], window // 2
+        q, k, v = (linear(f"{name}.to_{n}", u).unflatten(-1, (heads, -1)) for n in "qkv")  # (B, N, heads, d)
+        out = torch.zeros_like(q)
+        for i in range(rows * cols):  # one query at a time
+            near = [(j, table[i // cols - j // cols + r, i % cols - j % cols + r]) for j in range(rows * cols)
+                    if abs(i // cols - j // cols) <= r and abs(i % cols - j % cols) <= r]
+            index, bias = [j for j, _ in near], torch.stack([b for _, b in near])  # bias (n, heads)
+            weight = ((q[:, i:i + 1] * k[:, index]).sum(-1) / q.shape[-1] ** 0.5 + bias).softmax(dim=1)
+            out[:, i] = (weight[..., None] * v[:, index]).sum(1)
+        return linear(f"{name}.out_proj", out.flatten(2))
+
+    joint = "conv_in_img.weight" not in p  # as SSDD has published
+    if not joint:
+        mean, var = (p[f"batch_norm_z.running_{name}"][:, None, None] for name in ("mean", "var"))
+        z = (z - mean) / (var + 1e-5).sqrt()
+        z = z * p["batch_norm_z.weight"][:, None, None] + p["batch_norm_z.bias"][:, None, None]
+    ctx = conv("ada_ctx_proj.2", F.silu(conv("ada_ctx_proj.0", z)))
+    temb = None
+    if t is not None:
+        half = p["conv_in.weight"].shape[0] // 2  # C / 2
+        angle = 1000 * t.double()[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
+        temb = linear("time_embedding.linear_1", torch.cat([angle.cos(), angle.sin()], 1))
+        temb = linear("time_embedding.linear_2", F.silu(temb))
+    h = [x, resize(z, x)] if joint else [conv("conv_in_img", x), conv("conv_in_z", resize(z, x))]
+    h = conv("conv_in", torch.cat(h, 1))
+    skips = [h]
+    for i in range(4):
+        for j in range(2):
+            h = resnet(f"down_blocks.{i}.resnets.{j}", h, ctx, temb)
+            skips.append(h)
+        if i < 3:
+            h = conv(f"down_blocks.{i}.downsamplers.0.conv", h, stride=2)
+            skips.append(h)
+    rows, cols = h.shape[2:]
+    tokens_ctx = resize(ctx, h).flatten(2).mT
+    u = F.group_norm(h, 32, p["mid_block.norm.weight"], p["mid_block.norm.bias"], eps=1e-6)
+    u = linear("mid_block.proj_in", u.flatten(2).mT)
+    for k in range(sum(name.endswith("bias_table") for name in p)):
+        b = f"mid_block.transformer_blocks.{k}"
+        shift, scale = linear(f"{b}.norm1.linear", F.silu(tokens_ctx)).chunk(2, -1)
+        bias = f"{b}.relative_position_bias.relative_bias_table"
+        u = u + attention(f"{b}.attn1", bias, F.layer_norm(u, u.shape[-1:]) * (1 + scale) + shift, rows, cols)
+        n = F.layer_norm(u, u.shape[-1:], p[f"{b}.norm2.weight"], p[f"{b}.norm2.bias"])
+        value, gate = linear(f"{b}.ff.proj_in_act.proj", n).chunk(2, -1)
+        u = u + linear(f"{b}.ff.proj_out", value * F.gelu(gate))
+    h = h + linear("mid_block.proj_out", u).mT.unflatten(2, (rows, cols))
+    for i in range(4):
+        for j in range(3):
+            h = resnet(f"up_blocks.{i}.resnets.{j}", torch.cat([h, skips.pop()], 1), ctx, temb)
+        if i < 3:
+            h = conv(f"up_blocks.{i}.upsamplers.0.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    return conv("conv_out", F.silu(F.group_norm(h, 32, p["conv_norm_out.weight"], p["conv_norm_out.bias"])))
+
+
+@pytest.mark.parametrize("loss", ["fm", "eqm"])
+@pytest.mark.parametrize("enc,size", [("vq_f8c4", (64, 64)), ("dc_f16c8", (32, 96)), ("dc_f32c8", (32, 160))])
+def test_published_decoder_loads_and_equals_the_reference(tmp_path, loss, enc, size):
+    """Published names, a 15 x 15 table in a 17 x 17 window, square and not, grids smaller and larger than the
+    window."""
+    z_dim, f = make_encoder(enc, 0.25).z_dim, make_encoder(enc, 0.25).downscale
+    state = published_decoder(widths=[32, 64, 96, 96], blocks=2, z_dim=z_dim, time=loss == "fm")
+    torch.save({"state_dict": {f"module.decoder.{k}": v for k, v in state.items()}}, tmp_path / "published.pt")
+    model = DCSSDAE(enc, "XS", loss, enc_width=0.25, depth=2, input_skip=True).eval()
+    model.load_published(tmp_path / "published.pt", part="decoder")
+    assert not model.config["input_skip"]  # published decoders have none
     torch.manual_seed(0)
-    for layer in features:
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight), nn.init.zeros_(layer.bias)
-    path = tmp_path_factory.mktemp("nets") / "vgg16.pth"
-    torch.save({f"features.{k}": v for k, v in features.state_dict().items()}, path)
-    return path
+    x, z = torch.randn(2, 3, *size), torch.randn(2, z_dim, size[0] // f, size[1] // f)
+    t = torch.rand(2) if loss == "fm" else None
+    with torch.no_grad():
+        assert relative_error(model.decoder(x, z, t), reference_decoder(state, x, z, t)) < 1e-5
 
 
-@pytest.fixture
-def dino_file(tmp_path, monkeypatch):
-    """DINOv2 with two of its twelve blocks, also where timm makes it: the names and the rest are those of the whole."""
-    data.import_torchvision()
-    timm = pytest.importorskip("timm")
-    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
-    state = fid.empty_network(timm, "vit_base_patch14_dinov2.lvd142m", num_classes=0).state_dict()
-    g, path = torch.Generator().manual_seed(0), tmp_path / "dino.pth"
-    torch.save({k: torch.randn(v.shape, generator=g) * 0.02 + (".gamma" in k or "norm" in k and "weight" in k)
-                for k, v in state.items()}, path)
-    return path
+def test_ssdd_decoder_loads_and_equals_the_reference(tmp_path):
+    """One input convolution on image and latent, no normalisation of the latent: the same class, chosen by the file."""
+    state = published_decoder(widths=[32, 64, 96, 96], blocks=2, z_dim=4, time=True)
+    for name in [k for k in state if k.startswith(("conv_in_img", "conv_in_z", "batch_norm_z"))]:
+        del state[name]
+    state["conv_in.weight"] = torch.randn(32, 7, 3, 3) / 8
+    torch.save({f"module.decoder.{k}": v for k, v in state.items()}, tmp_path / "ssdd.pt")
+    model = DCSSDAE("vq_f8c4", "XS", "fm", enc_width=0.25, depth=2, input_skip=True).eval()
+    encoder = model.encoder
+    model.load_published(tmp_path / "ssdd.pt", part="decoder")
+    assert model.encoder is encoder and model.config["joint_input"] and not model.config["input_skip"]
+    x, z, t = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 4, 6), torch.rand(2)
+    with torch.no_grad():
+        assert relative_error(model.decoder(x, z, t), reference_decoder(state, x, z, t)) < 1e-5
+    model.save(tmp_path / "m.safetensors")
+    assert torch.equal(DCSSDAE.load(tmp_path / "m.safetensors").decoder(x, z, t), model.decoder(x, z, t))
 
+
+def test_window_attention_equals_reference_at_17(tmp_path):
+    state = published_decoder(widths=[32, 64, 96, 96], blocks=1, z_dim=4, time=False, window=17)
+    torch.manual_seed(0)
+    x, z = torch.randn(1, 3, 80, 160), torch.randn(1, 4, 10, 20)
+    model = DCSSDAE("vq_f8c4", "XS", "eqm", enc_width=0.25, depth=1)
+    save_file({f"decoder.{k}": v for k, v in state.items()}, tmp_path / "d.safetensors")
+    model.load_published(tmp_path / "d.safetensors", part="decoder")
+    with torch.no_grad():
+        ours, reference = model.decoder(x, z), reference_decoder(state, x, z, window=17)
+    assert relative_error(ours, reference) < 1e-5
+    assert relative_error(ours, reference_decoder(state, x, z, window=15)) > 1e-5  # the outermost offsets count
+
+
+MILLIONS = {"XS": (5.00, 4.61), "S": (14.09, 12.78), "B": (21.18, 19.61), "M": (50.36, 46.85), "L": (90.84, 86.59),
+            "XL": (161.42, 153.86), "H": (363.01, 346.03)}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_decoder_parameter_counts(size):
+    """The published counts have 15 x 15 tables; ours of 17 x 17 hold 64 more entries a head and block."""
+    for time_cond, expected in zip((True, False), MILLIONS[size]):
+        with torch.device("meta"):
+            decoder = UViT(size, z_dim=4, time_cond=time_cond)
+        extra = sum(64 * block.attn.heads for block in decoder.blocks)
+        assert (sum(p.numel() for p in decoder.parameters()) - extra) / 1e6 == pytest.approx(expected, abs=0.0051)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py: the fast forms against the simple ones
+# Windowed attention, AdaGN, upsampling, conditioning: equal to their plain forms, compiled, linear in pixels.
+
+def dense_attention(attn, x):
+    """WindowAttention in its plain form: every pair of tokens, masked."""
+    h, w = x.shape[2:]
+    r, tokens = attn.window // 2, x.flatten(2).mT
+    q, k, v = (p(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.q, attn.k, attn.v))
+    y, x_ = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+    dy, dx = y[:, None] - y, x_[:, None] - x_                                              # query - key
+    bias = attn.bias_table[dy.clamp(-r, r) + r, dx.clamp(-r, r) + r].permute(2, 0, 1)
+    bias = bias.masked_fill((dy.abs() > r) | (dx.abs() > r), float("-inf"))
+    p = (q @ k.mT / q.shape[-1] ** 0.5 + bias).softmax(-1)
+    return attn.out((p @ v).transpose(1, 2).flatten(2)).mT.unflatten(2, (h, w))
+
+
+@pytest.mark.parametrize("h, w, window", [(1, 1, 17), (3, 40, 17), (24, 25, 17), (33, 26, 17), (41, 32, 17), (19, 9, 9),
+                                          (17, 16, 1), (30, 31, 13), (29, 20, 5), (50, 10, 21), (9, 9, 99)])
+def test_windowed_attention_equals_the_dense_masked_form(h, w, window):
+    torch.manual_seed(0)
+    attn = WindowAttention(16, 2, window).double()
+    nn.init.normal_(attn.bias_table)
+    windows = Windows(h, w, window, "cpu")
+    x, grad = torch.randn(2, 2, 16, h, w, dtype=torch.float64).requires_grad_(), torch.randn(2, 16, h, w).double()
+
+    def run(form):
+        attn.zero_grad()
+        y = form(x[0])
+        (dx,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+        (y * grad).sum().backward(inputs=list(attn.parameters()))
+        return [y, dx, *(p.grad.clone() for p in attn.parameters())]
+
+    fast = run(lambda x: attn(x, windows, windows.bias(attn.bias_table)))
+    for a, b in zip(fast, run(lambda x: dense_attention(attn, x)), strict=True):
+        assert (a - b).norm() <= 1e-9 * (b.norm() + 1e-3)
+
+
+@pytest.mark.parametrize("batch, h, w", [(2, 2, 3), (1, 1, 1), (2, 1, 1)])
+def test_norm_silu_equals_the_plain_form(batch, h, w):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(2, 64, 4, 6, dtype=torch.float64) + 1).requires_grad_()
+    scale, shift = (torch.randn(batch, 64, h, w, dtype=torch.float64).requires_grad_() for _ in range(2))
+    fast, plain = NormSiLU.apply(x, scale, shift), plain_norm_silu(x, scale, shift)
+    grad = torch.randn_like(plain)
+    assert torch.allclose(fast, plain, rtol=1e-9, atol=1e-9)
+    for a, b in zip(*(torch.autograd.grad(y, (x, scale, shift), grad) for y in (fast, plain)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-9)
+    with torch.no_grad():  # works in place on its own result, never on x
+        before = x.clone()
+        for y in (x, x.contiguous(memory_format=torch.channels_last)):
+            assert torch.allclose(NormSiLU.apply(y, scale, shift), plain) and torch.equal(x, before)
+        half = NormSiLU.apply(x.bfloat16(), scale.bfloat16(), shift.bfloat16()).double()
+        assert relative_error(half, plain) < 1e-2
+
+
+def test_upsample_equals_nearest_and_convolution():
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(6, 5, 3, padding=1).double(), torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), conv.weight, conv.bias, padding=1)
+    assert torch.allclose(upsample(x, conv), plain, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(y.square().sum(), conv.parameters()) for y in (upsample(x, conv), plain)]
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (32, 64), (128, 64)])
+def test_condition_is_the_plain_input_layer_and_computed_once(joint, size):
+    torch.manual_seed(0)
+    unet = UViT("XS", 4, time_cond=False, depth=1, joint_input=joint).double().eval()
+    x, z = torch.randn(2, 3, *size).double(), torch.randn(2, 4, size[0] // 8, max(1, size[1] // 32)).double()
+    up = F.interpolate(unet.norm_z(z), size=size, mode="nearest")
+    plain = unet.conv_in(torch.cat([unet.conv_in_x(x), unet.conv_in_z(up)], dim=1))
+    x_part = unet.conv_in_x(x)
+    fast = F.conv2d(x_part, unet.conv_in.weight[:, :x_part.shape[1]], padding=1)
+    fast = fast + spread(unet.condition(z, *size).input_map, *size)
+    assert torch.allclose(fast, plain, rtol=1e-10, atol=1e-10)
+    assert torch.equal(unet(x, unet.condition(z, *size)), unet(x, z))
+
+
+def test_latent_work_is_done_once_per_decode_and_in_float32_sums():
+    torch.manual_seed(0)
+    model, calls = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1).eval(), []
+    for p in model.decoder.parameters():
+        nn.init.normal_(p, std=0.05)
+    model.decoder.context.register_forward_hook(lambda *a: calls.append(1))
+    z, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        x, nfe = model.sample(z, steps=5, noise=noise, method="nesterov", mu=0.3, eta=0.3, tol=1e-6)
+        assert len(calls) == 1 and nfe.tolist() == [5] * 3
+        # samples that stop leave the prepared condition too: each ends as it does alone
+        f = model.decoder(noise, z).flatten(1).square().mean(1).sqrt()
+        together = model.sample(z, steps=4, noise=noise, eta=0.1, tol=float(f.median()))
+        assert len(set(together[1].tolist())) > 1
+        for i in range(3):
+            alone = model.sample(z[i:i + 1], steps=4, noise=noise[i:i + 1], eta=0.1, tol=float(f.median()))
+            assert alone[1] == together[1][i] and relative_error(alone[0], together[0][i:i + 1]) < 1e-5
+        half = model.bfloat16().sample(z, steps=5, noise=noise, method="nesterov", mu=0.3, eta=0.3, tol=1e-6)[0]
+    assert half.dtype == torch.float32 and relative_error(half, x) < 0.05
+
+
+@slow
+def test_compiles_without_graph_breaks_and_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    x, z, t = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 4, 4), torch.rand(2)
+    unet = UViT("XS", 4, depth=1).train()
+    for p in unet.parameters():
+        nn.init.normal_(p, std=0.05)
+    for enc in ("dc_f8c4", "vq_f8c4", "dcae_f32c32"):
+        encoder = make_encoder(enc, width=0.125)
+        for stage in encoder.stages if enc.startswith("dc") else ():
+            del stage[1:-1]  # further blocks like the first one, which the compiler would trace again
+        fast = torch.compile(lambda x, encoder=encoder: encoder(x).mean, fullgraph=True, backend="eager")
+        assert relative_error(fast(x), encoder(x).mean) < 1e-5
+
+    def gradients(field):
+        unet.zero_grad()
+        field(x, z, t).square().sum().backward()
+        return [p.grad.clone() for p in unet.parameters()]
+
+    plain = gradients(unet)
+    largest = max(gradient.norm() for gradient in plain)
+    for other in (gradients(torch.compile(unet, fullgraph=True, backend="aot_eager")),
+                  gradients(lambda *a: setattr(unet, "checkpointing", True) or unet(*a))):
+        # Biases that a norm takes away have no gradient but rounding.
+        assert all((a - b).norm() <= 1e-5 * (b.norm() + 0.01 * largest) for a, b in zip(other, plain, strict=True))
+    saved = []
+    for unet.checkpointing in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            unet(x, z, t)
+        saved.append(sum(sizes))
+    assert saved[1] < 0.5 * saved[0]
+
+
+def test_cost_and_memory_of_decoding_are_linear_in_pixels():
+    unet = UViT("XS", 4, time_cond=False, depth=2).eval().to(memory_format=torch.channels_last)
+    flop, memory = [], []
+    with torch.no_grad():
+        for size in (128, 256, 512):  # 16, 32 and 64 tokens a side: one block of attention, then many
+            x, z = torch.randn(1, 3, size, size), torch.randn(1, 4, size // 8, size // 8)
+            with FlopCounterMode(display=False) as counter:
+                unet(x, z)
+            flop.append(counter.get_total_flops())
+            memory.append(bench.peak_memory(lambda x=x, z=z: unet(x, z), torch.device("cpu")))
+    assert 3.5 < flop[1] / flop[0] < 4.3 and 3.5 < flop[2] / flop[1] < 4.3
+    assert 3.5 < memory[2] / memory[1] < 4.3
+    block = 4 * 64 * 512 * 512  # bytes of one map at full resolution in the widest layer
+    assert memory[2] < 16 * block
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py: the autoencoder
+# Every configuration builds, trains and decodes; every parameter matters; any size; clear refusals.
+
+def test_a_constant_latent_decodes_to_a_constant():
+    """Why a deep latent is hard to decode: but for the image's borders, nothing tells the decoder where in a patch of
+    the latent a pixel lies. It needs noise, or differences between neighbouring latents."""
+    torch.manual_seed(0)
+    decoder = randomise(UViT("XS", z_dim=32, time_cond=False, depth=1, window=3)).eval()
+    z, x = torch.randn(1, 32, 1, 1).expand(1, 32, 10, 10), torch.zeros(1, 3, 320, 320)
+    with torch.no_grad():
+        image, inside = decoder(x, z), (..., slice(144, 176), slice(144, 176))
+        assert image.std() > 0.01 and image[inside].std((2, 3)).max() < 1e-5 * image.std()
+        for different in decoder(x + torch.randn(x.shape), z), decoder(x, z + torch.randn(1, 32, 10, 10)):
+            assert different[inside].std((2, 3)).min() > 1e-2 * image.std()
+
+
+@pytest.mark.parametrize("enc", ["vq_f8c4", "vq_f16c16", "dc_f8c4", "dc_f16c16", "dc_f32c32", "dc_f32c64",
+                                 "dc_f64c128", "dc_f64c256", "dc_f128c512", "dc_f128c1024"])
+def test_every_latent_configuration_builds_and_trains(enc):
+    torch.manual_seed(0)
+    model = DCSSDAE(enc, "XS", "eqm", enc_width=0.125 if enc.startswith("dc") else 0.25, depth=1)
+    f, c, size = model.downscale, model.encoder.z_dim, max(32, model.downscale)
+    assert enc.endswith(f"f{f}c{c}")
+    x = torch.rand(1, 3, size, size) * 2 - 1  # one image, one latent pixel: no NaN
+    history = []
+    for _ in range(2):
+        posterior = model.encode(x)
+        assert posterior.mean.shape == (1, c, size // f, size // f)
+        loss = F.mse_loss(model.decoder(x, posterior.sample(torch.zeros_like(posterior.mean))), torch.zeros_like(x))
+        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)  # z = mean: logvar has none
+        step = 0.02 * loss.detach() / sum(g.square().sum() for g in grads if g is not None)  # to first order -2 %
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), grads, strict=True):
+                if g is not None:
+                    p -= step * g
+        history.append(float(loss.detach()))
+    assert history[1] < history[0]
+
+
+@pytest.mark.parametrize("loss", ["fm", "eqm"])
+def test_every_parameter_gets_a_gradient_and_matters_at_every_call(loss):
+    """Also after a first call: nothing derived from parameters may be kept between calls."""
+    def build(seed):
+        return randomise(DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=2, input_skip=True), seed)
+
+    model = build(0)
+    torch.manual_seed(0)
+    x, t, eps = torch.rand(1, 3, 16, 16), torch.tensor([0.3]) if loss == "fm" else None, torch.randn(1, 4, 1, 1)
+    z = model.encode(x).sample(eps)
+    with torch.no_grad():
+        before = model.decoder(x, z, t)
+    model.decoder(x, z, t).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+    fresh = build(1)
+    with torch.no_grad():
+        for old, new in ((model.parameters(), fresh.parameters()), (model.buffers(), fresh.buffers())):
+            for value, new_value in zip(old, new, strict=True):
+                value.copy_(new_value)
+        after = model.decoder(x, z, t)
+        assert torch.equal(after, fresh.decoder(x, z, t)) and not torch.equal(after, before)
+        assert torch.equal(model.encode(x).mean, fresh.encode(x).mean)
+
+
+def test_samples_do_not_depend_on_each_other_or_on_the_mode():
+    model = randomise(DCSSDAE("vq_f8c4", "XS", "eqm", enc_width=0.25, depth=1))
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        together = model.train().decoder(x, model.encode(x).mode())
+        alone = model.eval().decoder(x[1:2], model.encode(x[1:2]).mode())
+    torch.testing.assert_close(together[1], alone[0], rtol=0, atol=1e-4)  # kernels differ with the batch size
+
+
+def test_latent_norm_is_batch_norm_in_evaluation():
+    # momentum None: plain average, as ours over the first batches
+    ours, theirs = LatentNorm(4), nn.BatchNorm2d(4, momentum=None)
+    torch.manual_seed(0)
+    for _ in range(3):
+        z = 3 * torch.randn(5, 4, 2, 2) + 1
+        theirs(z)
+        ours.update(z.numel() // 4, z.double().sum(dim=(0, 2, 3)), z.double().square().sum(dim=(0, 2, 3)),
+                    torch.tensor(True))
+    for name, value in theirs.state_dict().items():
+        assert torch.allclose(ours.state_dict()[name].float(), value.float(), rtol=1e-4), name
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.allclose(ours(z), theirs.eval()(z), atol=1e-6)
+
+
+def test_shapes_are_checked():
+    model = DCSSDAE("dc_f16c4", "XS", "fm", enc_width=0.0625, depth=1)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        model.encode(torch.zeros(1, 3, 24, 32))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        model.decoder(torch.zeros(1, 3, 20, 20), torch.zeros(1, 4, 2, 2), torch.zeros(1))
+    with pytest.raises(ValueError, match="needs t"):
+        model.decoder(torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 2, 2))
+    for bad in ({"dec": "XXS"}, {"loss": "gan"}, {"window": 4}, {"enc_width": 0.3}):
+        with pytest.raises(ValueError):
+            DCSSDAE(**{"enc": "dc_f16c4", "dec": "XS", **bad})
+
+
+@pytest.mark.parametrize("loss", ["fm", "eqm"])
+@pytest.mark.parametrize("c", ["linear", "piecewise"])
+def test_input_skip_is_the_field_at_the_noise_end(loss, c):
+    """With skip and a network that outputs the image (up to scale), one step from pure noise returns the image."""
+    model = DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=1, c=c, lam=2.0, input_skip=True).eval()
+    nn.init.zeros_(model.decoder.conv_out.weight)
+    nn.init.constant_(model.decoder.conv_out.bias, 0.5 if loss == "fm" else -0.5 * model.field_at_noise)
+    assert torch.allclose(model.decode(torch.randn(2, 4, 2, 2)), torch.full((2, 3, 32, 32), 0.5), atol=1e-5)
+
+
+@pytest.mark.parametrize("c", ["linear", "trunc", "piecewise"])
+@pytest.mark.parametrize("lam", [1.0, 4.0])
+def test_default_step_sizes_end_on_the_data(c, lam):
+    """On a perfect field at most 1 % of the noise is left, whatever the number of steps."""
+    model, eqm = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1, c=c, lam=lam), EqM(c, lam=lam)
+    data, noise = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    for n in (1, 2, 3, 4, 8, 25):
+        out, _ = sampler.gradient_descent(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, n,
+                                          sampler.default_eta(model.eqm, n))
+        assert abs(out) < 0.0101, (n, out)
+        options = sampler.default_steps(model.eqm, n)
+        assert ("last_eta" in options) == (c == "linear" and n > 1)
+        out, nfe = sampler.gradient_descent(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, n,
+                                            **options)
+        assert nfe.tolist() == [n] and abs(out) < (1e-6 if c == "linear" else 0.0101), (n, out)
+    # A sample that the adaptive stop ends lands, too; one that is not a number has not arrived.
+    if c == "linear":
+        out, nfe = sampler.nesterov(lambda y, z: eqm.target(data, noise, 1 - y.flatten()), noise, data, 16, mu=0.3,
+                                    lam=lam, tol=0.2, **sampler.default_steps(model.eqm, 16))
+        assert 1 < nfe.item() < 10 and abs(out) < 1e-6
+    _, nfe = sampler.gradient_descent(lambda y, z: y * math.nan, noise, data, 3, 1.0, lam, tol=0.2)
+    assert nfe.tolist() == [3]
+
+
+def test_decode_is_reproducible_differentiable_and_says_what_it_takes():
+    model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)).eval()
+    z = torch.randn(2, 4, 2, 3, requires_grad=True)
+    a, b = (model.decode(z, steps=2, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert a.shape == (2, 3, 32, 48) and torch.equal(a, b)
+    a.sum().backward()
+    assert z.grad.abs().sum() > 0
+    _x, nfe = model.sample(z, steps=6, method="nesterov", mu=0.3, eta=0.1, tol=1e9)
+    assert nfe.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="t_shift"):
+        model.decode(z, t_shift=1.0)
+    with pytest.raises(ValueError, match="method"):
+        model.decode(z, method="adam")
+    with pytest.raises(ValueError, match="takes the sampler options t_shift"):
+        DCSSDAE("dc_f16c4", "XS", "fm", enc_width=0.0625, depth=1).decode(z, eta=0.1)
+    half = model.bfloat16()  # weights and maps; the image is summed up in float32
+    assert half.decode(z[:1, :, :1, :1].detach().bfloat16(), steps=2).dtype == torch.float32
+
+
+def test_integer_images_and_latents_of_another_shape_are_refused():
+    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
+    for call, words in ((lambda: model.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), "127.5"),
+                        (lambda: model.decode(torch.zeros(1, 5, 2, 2)), "latents of this model"),
+                        (lambda: model.decode(torch.zeros(1, 4, 2, 2), noise=torch.zeros(1, 3, 8, 8)), "noise for"),
+                        (lambda: model.decode(torch.zeros(1, 4, 2, 2), method="gd", mu=0.3), "no momentum")):
+        with pytest.raises(ValueError, match=words):
+            call()
+    noise = torch.randn(1, 3, 32, 32)
+    z = torch.randn(1, 4, 2, 2)
+    assert torch.equal(model.decode(z, 2, noise, mu=0.0), model.decode(z, 2, noise))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 130), (64, 64), (33, 47)])
+def test_any_size_by_reflection(size):
+    x = torch.rand(1, 3, *size)
+    padded = pad_to_multiple(x, 32)
+    assert padded.shape[2] % 32 == 0 and padded.shape[3] % 32 == 0 and torch.equal(padded[..., :size[0], :size[1]], x)
+    if min(size) > 32:  # within one reflection it is torch's
+        pad = (0, padded.shape[3] - size[1], 0, padded.shape[2] - size[0])
+        assert torch.equal(padded, F.pad(x, pad, mode="reflect"))
+    model = DCSSDAE("dc_f32c8", "XS", "eqm", enc_width=0.125, depth=1).eval()
+    with torch.no_grad():
+        assert model.reconstruct(x, steps=2).shape == x.shape
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py: weight files
+# What is saved loads again bit by bit, published files load, and others are refused in one sentence.
+
+@pytest.mark.parametrize("enc,loss", [("dc_f16c4", "fm"), ("vq_f8c4", "eqm")])
+def test_save_and_load_round_trip(tmp_path, enc, loss):
+    options = {"norm": False} if enc.startswith("dc") else {}
+    width = 0.0625 if enc.startswith("dc") else 0.25
+    model = randomise(DCSSDAE(enc, "XS", loss, enc_width=width, enc_options=options, depth=1, c="trunc", lam=4.0,
+                              input_skip=True, notes={"size": 64})).eval()
+    model.save(tmp_path / "m.safetensors")
+    loaded = DCSSDAE.load(tmp_path / "m.safetensors")
+    assert loaded.config == model.config and not loaded.training and os.listdir(tmp_path) == ["m.safetensors"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    x, noise = torch.rand(1, 3, 32, 32), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        a, b = (m.decode(m.encode(x).mode(), 2, noise) for m in (loaded, model))
+    assert torch.equal(a, b)
+    other = DCSSDAE(enc, "XS", loss, enc_width=width, depth=1)
+    # --enc_ckpt takes our own files; the variant without norms is built
+    other.load_published(tmp_path / "m.safetensors", part="encoder")
+    assert torch.equal(other.encode(x).mean, model.encode(x).mean)
+
+
+def test_damaged_and_foreign_weight_files(tmp_path):
+    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
+    model.save(tmp_path / "m.safetensors")
+    whole = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "junk.pt").write_bytes(b"this is not a checkpoint")
+    marker = tmp_path / "executed"
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+    torch.save({"state_dict": Malicious()}, tmp_path / "evil.pt")
+    torch.save({"w": torch.zeros(1)}, tmp_path / "other.pt")
+    for name, words in (("cut.safetensors", "not a readable"), ("junk.pt", "junk.pt"),
+                        ("evil.pt", "refused.*convert it once.*'state_dict'"), ("none.pt", "no weight file")):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            read_weights(tmp_path / name)
+    assert not marker.exists()
+    with pytest.raises(ValueError, match="no DC-SSDAE configuration"):
+        DCSSDAE.load(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="does not fit this model.*of another shape"):
+        DCSSDAE("dc_f16c8", "XS", "eqm", enc_width=0.0625, depth=1).load_published(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="missing.*time"):
+        DCSSDAE("dc_f16c4", "XS", "fm", enc_width=0.0625, depth=1).load_published(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("change", [{"depth": 1.5}, {"depth": 10**9}, {"enc_width": 1e29}, {"unknown": 1}, {"dec": [1]},
+                                    {"enc": "dc_f16c99999999"}, {"without": 3}, {"lam": None}, {"depth": 300},
+                                    {"latents": {"mean": [0], "std": [0]}}, {"enc_options": {"kind": "dc"}}, [],
+                                    "text"])
+def test_configurations_that_no_model_has(tmp_path, change):
+    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
+    config = model.config | change if isinstance(change, dict) else change
+    meta = {"format": "4", "config": json.dumps(config)}
+    save_file(model.state_dict(), tmp_path / "m.safetensors", metadata=meta)
+    start = time.process_time()  # others share the machine: count our own time only
+    with pytest.raises(ValueError, match="m.safetensors") as stop:
+        DCSSDAE.load(tmp_path / "m.safetensors")
+    assert "\n" not in str(stop.value) and time.process_time() - start < 7
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
+    model.decoder.conv_in.weight.data[0] = math.nan
+    model.save(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="not finite in 1 tensors"):
+        DCSSDAE.load(tmp_path / "m.safetensors")
+
+
+def test_a_vq_encoder_without_quant_conv_under_prefixes(tmp_path):
+    model = randomise(DCSSDAE("vq_f8c16", "XS", enc_width=0.25, depth=1, enc_options={"quant": False})).eval()
+    x = torch.rand(1, 3, 32, 32)
+    for prefix in ("first_stage_model.", "vae."):
+        state = {f"{prefix}{k}": v for k, v in model.state_dict().items() if k.startswith("encoder.")}
+        torch.save({"state_dict": {"model": state}}, tmp_path / "vae.pt")
+        other = DCSSDAE("vq_f8c16", "XS", enc_width=0.25, depth=1)
+        other.load_published(tmp_path / "vae.pt", part="encoder")
+        assert torch.equal(other.encode(x).mean, model.encode(x).mean)
+
+
+def test_a_whole_published_file_needs_no_configuration(tmp_path):
+    model = randomise(DCSSDAE("dc_f16c8", "XS", "fm", enc_width=0.125, enc_options={"norm": False})).eval()
+    torch.save(model.state_dict(), tmp_path / "published.pt")  # names as ours: as good a layout as any
+    loaded = DCSSDAE.load(tmp_path / "published.pt")
+    assert {k: loaded.config[k] for k in ("enc", "enc_width", "dec", "loss", "depth")} == {
+        "enc": "dc_f16c8", "enc_width": 0.125, "dec": "XS", "loss": "fm", "depth": None}
+    x, noise = torch.rand(1, 3, 32, 32), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(*(m.decode(m.encode(x).mode(), 2, noise) for m in (loaded, model)))
+
+
+def test_our_names_stay_as_they_are():
+    for enc in ("vq_f8c4", "dc_f32c32", "dcae_f64c128", "dcae_f32c32_sana"):
+        for loss in ("fm", "eqm"):
+            with torch.device("meta"):
+                state = DCSSDAE(enc, "XS", loss).state_dict()
+            assert list(our_names(state)) == list(state)
+
+
+def test_refusals_name_what_the_file_holds(tmp_path):
+    with torch.device("meta"):
+        files = {"m": DCSSDAE("vq_f8c4", "M", "fm", enc_width=0.25),
+                 "dc": DCSSDAE("dc_f32c32", "XS", "eqm", enc_width=0.25)}
+    for name, model in files.items():
+        state = {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in model.state_dict().items()}
+        torch.save(state, tmp_path / f"{name}.pt")
+    model = DCSSDAE("vq_f8c4", "XS", "fm", enc_width=0.25)
+    for part, file, words in (("decoder", "m", "holds.* a decoder of size M .*expected was a decoder of size XS"),
+                              ("decoder", "dc", r"\(eqm, latents of 32 channels\).*\(fm, latents of 4 channels\)"),
+                              ("encoder", "dc", r"an encoder dc_f32c32 \(width 0.25\), expected was an encoder vq_")):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(ValueError, match=words):
+            model.load_published(tmp_path / f"{file}.pt", part=part)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing has changed
+
+
+def test_files_of_format_1_load(tmp_path):
+    """Format 1 called the dc encoder's first and last convolution stem and head."""
+    model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)).eval()
+    old = {k.replace("encoder.conv_in.", "encoder.stem.").replace("encoder.conv_out.", "encoder.head."): v
+           for k, v in model.state_dict().items()}
+    config = {k: v for k, v in model.config.items() if k != "joint_input"}
+    save_file(old, tmp_path / "old.safetensors", metadata={"format": "1", "config": json.dumps(config)})
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(DCSSDAE.load(tmp_path / "old.safetensors").encode(x).mean, model.encode(x).mean)
+    save_file(old, tmp_path / "new.safetensors", metadata={"format": "99", "config": json.dumps(config)})
+    with pytest.raises(ValueError, match="format 99, newer"):
+        DCSSDAE.load(tmp_path / "new.safetensors")
+
+
+def test_files_from_the_hub(tmp_path, monkeypatch):
+    """hf:// addresses go through huggingface_hub, here with a stand-in for its download."""
+    hub = pytest.importorskip("huggingface_hub")
+    model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)).eval()
+    model.save(tmp_path / "m.safetensors")
+    asked = []
+
+    def download(repo, filename):
+        asked.append((repo, filename))
+        if repo != "owner/repo":
+            raise ConnectionError("no network")
+        return str(tmp_path / "m.safetensors")
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    loaded = DCSSDAE.load("hf://owner/repo/folder/m.safetensors")
+    assert torch.equal(loaded.decoder.conv_in.weight, model.decoder.conv_in.weight)
+    assert asked == [("owner/repo", "folder/m.safetensors")]
+    with pytest.raises(FileNotFoundError, match="model.safetensors.*huggingface.co/mit-han-lab/dc.*give its path"):
+        local_file("hf://mit-han-lab/dc/model.safetensors")
+    with pytest.raises(ValueError, match="hf://owner/repo/file"):
+        local_file("hf://owner/repo")
+    assert local_file("some/file.pt") == "some/file.pt" and local_file(None) is None
+
+
+def test_an_address_of_the_hub_is_no_folder():
+    assert distill.get_args(["--ckpt", "hf://owner/repo/m.safetensors"]).out == os.path.join("runs", "repo_distilled")
+    assert folder_beside("hf://owner/repo/m.safetensors") == "." == folder_beside("m.safetensors")
+    assert folder_beside("runs/a/m.safetensors") == "runs/a"
+
+
+def test_addresses_are_no_folders_to_write_into(monkeypatch, checkpoint):
+    for module, flags in ((train, []), (distill, ["--ckpt", checkpoint]), (evaluate, ["--ckpt", checkpoint]),
+                          (latents, ["--ckpt", checkpoint]), (field, ["--ckpt", checkpoint])):
+        address = ["--device", "cpu", "--out", "hf://owner/repo"]
+        if module is train:
+            with pytest.raises(ValueError, match="hf://owner/repo is an address"):
+                run_main(module, monkeypatch, *flags, *address)
+        else:
+            assert "hf://owner/repo is an address" in sentence(module, monkeypatch, *flags, *address)
+    assert not os.path.exists("hf:")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses.py: the objectives
+# Flow matching, equilibrium matching and the GAN's terms in closed form.
+
+def test_fm_closed_forms():
+    x, e = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
+    t = torch.tensor([0.0, 0.25, 0.5, 0.8, 1.0])
+    x_t = losses.fm_mix(x, e, t)
+    assert torch.equal(x_t[0], x[0]) and torch.equal(x_t[4], e[4])  # t=0 is data, t=1 noise
+    assert torch.allclose(losses.fm_predict_x(x_t, x - e, t), x, atol=1e-6)
+    assert losses.fm_loss(x - e, x, e) == 0
+    assert losses.fm_loss(x - e + 0.5, x, e) == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("c", ["linear", "trunc", "piecewise"])
+@pytest.mark.parametrize("lam", [1.0, 4.0])
+def test_eqm_closed_forms(c, lam):
+    eqm = EqM(c, a=0.8, b=1.4, lam=lam)
+    g = torch.tensor([0.0, 0.5, 0.8, 0.95, 1.0])
+    x, e = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
+    x_g = eqm.mix(x, e, g)
+    assert torch.equal(x_g[0], e[0]) and torch.equal(x_g[4], x[4])  # g=0 is noise, g=1 data
+    target = eqm.target(x, e, g)
+    assert target[4].abs().max() == 0  # the data is an equilibrium
+    assert torch.allclose(eqm.predict_x(x_g, target, g), x, atol=2e-6)  # perfect field, also at g=1
+    expected = {"linear": [1, .5, .2, .05, 0], "trunc": [1, 1, 1, .25, 0], "piecewise": [1.4, 1.15, 1, .25, 0]}[c]
+    assert torch.allclose(eqm.c(g), torch.tensor(expected), atol=1e-6)
+    assert losses.eqm_loss(target, x, e, g, eqm) == 0
+    if c == "linear" and lam == 1:
+        assert torch.allclose(target, x_g - x, atol=1e-6)  # the field is the displacement
+
+
+def test_eqm_refuses_bad_values():
+    for bad in ({"c": "cubic"}, {"a": 1.0}, {"lam": 0.0}):
+        with pytest.raises(ValueError):
+            EqM(**bad)
+
+
+def test_losses_do_not_broadcast():
+    x, wrong = torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+    for call in (lambda: losses.fm_loss(wrong, x, x), lambda: losses.eqm_loss(x, wrong, x, torch.zeros(2), EqM()),
+                 lambda: losses.eqm_loss(x, x, x, torch.zeros(1), EqM())):
+        with pytest.raises(ValueError, match="shape"):
+            call()
+
+
+def test_levels_and_sampler_options_are_checked():
+    x, t = torch.zeros(2, 3, 8, 8), torch.zeros(2)
+    eqm = EqM("trunc")
+    for call in (losses.fm_mix, losses.fm_predict_x, None):
+        for first, second, level in ((x, x[:1], t), (x, x, t[:1]), (x, x, t[0]), (x[0], x[0], t), (x, x, t.long())):
+            for function in [call] if call else [lambda a, b, s: eqm.mix(a, b, s), lambda a, b, s: eqm.target(a, b, s),
+                                                 lambda a, b, s: eqm.predict_x(a, b, s)]:
+                with pytest.raises(ValueError, match="shape|floating-point"):
+                    function(first, second, level)
+    with pytest.raises(ValueError, match="floating-point"):
+        losses.fm_loss(x.byte(), x.byte(), x.byte())
+    for t_shift in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="t_shift"):
+            sampler.euler(lambda x, z, t: x, x, None, 2, t_shift)
+
+
+def test_patch_gan_and_hinge_loss():
+    torch.manual_seed(0)
+    gan = randomise(PatchGAN(channels=16)).double()
+    x = torch.randn(2, 3, 24, 40).double()
+    assert gan(x).shape == (2, 1, 1, 3) and sum(p.numel() for p in PatchGAN().parameters()) == 2_766_529
+    assert torch.allclose(gan(x)[:1], gan(x[:1])) and torch.equal(gan(3 * x), gan((3 * x).clamp(-1, 1)))
+    # receptive field of one logit: 70 pixels
+    image = torch.zeros(1, 3, 96, 96, dtype=torch.double, requires_grad=True)
+    probe = nn.Sequential(*(m for m in gan.layers if isinstance(m, nn.Conv2d)))
+    seen = torch.autograd.grad(probe(image)[0, 0, 5, 5], image)[0][0].abs().sum(0).nonzero()
+    assert (seen.amax(0) - seen.amin(0) + 1).tolist() == [70, 70]
+    real, fake = torch.tensor([2.0, 0.5, -1.0], dtype=torch.double), torch.tensor([-3.0, 0.5, 0.0], dtype=torch.double)
+    assert hinge_loss(real, fake) == pytest.approx(0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1.5 + 1) / 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses.py: losses in the features of networks, image metrics
+# LPIPS, REPA and SSIM against their packages (networks with random weights), PSNR and HF ratio in closed form.
 
 @pytest.mark.parametrize("net", ["vgg", "alex"])
 def test_lpips_against_the_lpips_package(tmp_path, vgg_file, net, monkeypatch):
@@ -2538,165 +2814,6 @@ def test_repa_with_random_dinov2(dino_file):
         assert relative_error(repa.target(image), dino.forward_features((resized - mean) / std)[:, 1:]) < 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# FID and metrics
-
-@pytest.fixture(scope="session")
-def inception_file(tmp_path_factory):
-    """Random weights in the layout of FID's Inception, scaled so that features neither vanish nor explode."""
-    torch.manual_seed(0)
-    net = nn.Module()
-    for name, conv in {"1a_3x3": (3, 32, 3, 2, 0), "2a_3x3": (32, 32, 3, 1, 0), "2b_3x3": (32, 64, 3),
-                       "3b_1x1": (64, 80, 1), "4a_3x3": (80, 192, 3, 1, 0)}.items():
-        net.add_module("Conv2d_" + name, fid.Conv(*conv))
-    for name, *row in fid.MIXED:
-        net.add_module(name, fid.Mixed(*row))
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight)
-        elif isinstance(m, nn.BatchNorm2d):
-            m.running_mean.uniform_(-0.2, 0.2), m.running_var.uniform_(0.5, 1.5), m.bias.data.uniform_(-0.1, 0.3)
-    state = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}  # as in the real file
-    state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save(state, path)
-    return path
-
-
-def test_inception_equals_pytorch_fid(inception_file, monkeypatch):
-    data.import_torchvision()
-    peer = pytest.importorskip("pytorch_fid.inception")
-    state = torch.load(inception_file, weights_only=True)
-    monkeypatch.setattr(peer, "load_state_dict_from_url", lambda *args, **kwargs: state)
-    state |= {k: v for k, v in fid.InceptionFeatures(inception_file).state_dict().items() if k.endswith("tracked")}
-    theirs, ours = peer.InceptionV3().eval(), fid.InceptionFeatures(inception_file)
-    for h, w in ((64, 64), (256, 256), (299, 299), (40, 70)):
-        image = torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8)
-        with torch.no_grad():
-            want = theirs(image / 255)[0].flatten(1)
-        got = ours(image)
-        assert got.shape == (1, 2048) and got.dtype == torch.float32 and want.std() > 0.1
-        assert (got - want).norm() / want.norm() < 1e-4
-        assert torch.equal(ours(image / 127.5 - 1 + 0.001), got)  # floats are rounded to 8 bit
-    assert len(ours.sha256) == 64 and not any(p.requires_grad for p in ours.parameters())
-
-
-def test_inception_weights_that_cannot_be_had(tmp_path, offline):
-    with pytest.raises(FileNotFoundError, match=r"pt_inception-2015-12-05-\w+.pth .*hub/checkpoints.*--inception FILE"):
-        fid.InceptionFeatures()
-    with pytest.raises(FileNotFoundError, match="missing.pth"):
-        fid.InceptionFeatures(tmp_path / "missing.pth")
-    (tmp_path / "text.pth").write_text("hello")
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    torch.save([1], tmp_path / "list.pth")
-    for name in ("text.pth", "other.pth", "list.pth"):
-        with pytest.raises(ValueError, match=name):
-            fid.InceptionFeatures(tmp_path / name)
-
-
-def gaussian(rng, d, n):
-    f = rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) + rng.standard_normal(d)
-    return f, f.mean(0), np.cov(f, rowvar=False)
-
-
-def test_frechet_distance_closed_forms_and_parity():
-    assert fid.frechet_distance(1.0, 4.0, 3.0, 9.0) == pytest.approx(4 + (2 - 3) ** 2)
-    a, b = np.array([1.0, 4, 9]), np.array([16.0, 1, 0])
-    assert fid.frechet_distance(np.zeros(3), np.diag(a), np.ones(3), np.diag(b)) == pytest.approx(
-        3 + ((a**0.5 - b**0.5) ** 2).sum())
-    rng = np.random.default_rng(0)
-    (_, m1, s1), (_, m2, s2) = gaussian(rng, 64, 1000), gaussian(rng, 64, 1000)
-    assert fid.frechet_distance(m1, s1, m1, s1) < 1e-9 * np.trace(s1)
-    assert fid.frechet_distance(*map(torch.from_numpy, (m1, s1, m2, s2))) == fid.frechet_distance(m1, s1, m2, s2)
-    data.import_torchvision()
-    peer = pytest.importorskip("pytorch_fid.fid_score")
-    try:
-        want = peer.calculate_frechet_distance(m1, s1, m2, s2)
-    except TypeError:  # newer scipy: sqrtm has lost the argument that pytorch-fid 0.3 passes
-        root = peer.linalg.sqrtm
-        peer.linalg.sqrtm = lambda a, disp=True: (root(a), 0.0) if not disp else root(a)
-        want = peer.calculate_frechet_distance(m1, s1, m2, s2)
-        peer.linalg.sqrtm = root
-    assert fid.frechet_distance(m1, s1, m2, s2) == pytest.approx(want, rel=1e-6)
-
-
-def test_frechet_distance_of_rank_deficient_covariances():
-    rng = np.random.default_rng(1)
-    for n1, n2 in ((5, 9), (9, 300), (2, 2)):
-        (_, m1, s1), (_, m2, s2) = gaussian(rng, 128, n1), gaussian(rng, 128, n2)
-        d = fid.frechet_distance(m1, s1, m2, s2)
-        assert math.isfinite(d) and d >= 0 and isinstance(d, float)
-        assert d == pytest.approx(fid.frechet_distance(m2, s2, m1, s1), rel=1e-9)
-        assert 0 <= fid.frechet_distance(m1, s1, m1, s1) < 1e-9 * np.trace(s1)
-    zero = np.zeros((3, 3))
-    assert fid.frechet_distance(np.zeros(3), zero, np.ones(3), np.eye(3)) == pytest.approx(6)
-    with pytest.raises(ValueError, match="finite"):
-        fid.frechet_distance(np.zeros(3), zero * np.nan, np.zeros(3), zero)
-    with pytest.raises(ValueError, match="sizes"):
-        fid.frechet_distance(np.zeros(3), zero, np.zeros(2), np.eye(2))
-
-
-def test_statistics_equal_numpy_in_any_batches():
-    f, mu, sigma = gaussian(np.random.default_rng(2), 32, 101)
-    for offset in (0, 1e6):  # at 1e6 a difference of raw sums would lose 12 digits
-        for sizes in ((101,), (1, 60, 0, 40), (50, 51)):
-            s = fid.Statistics(32)
-            for batch in torch.from_numpy(f + offset).split(list(sizes)):
-                s.update(batch)
-            assert s.n == 101
-            np.testing.assert_allclose(s.mu, mu + offset, rtol=1e-12)
-            np.testing.assert_allclose(s.sigma, sigma, rtol=1e-6 if offset else 1e-12, atol=1e-6 if offset else 1e-12)
-    with pytest.raises(ValueError, match="at least 2"):
-        fid.Statistics(32).sigma  # noqa: B018
-
-
-def test_statistics_files_are_interchangeable(tmp_path):
-    f, mu, sigma = gaussian(np.random.default_rng(3), 16, 40)
-    s = fid.Statistics(16)
-    s.update(torch.from_numpy(f))
-    s.save(tmp_path / "a.npz")
-    assert os.listdir(tmp_path) == ["a.npz"]
-    again = fid.Statistics.load(tmp_path / "a.npz")
-    assert again.n == 40 and np.array_equal(again.mu, s.mu) and np.allclose(again.sigma, s.sigma, rtol=1e-14)
-    np.savez_compressed(tmp_path / "peer.npz", mu=mu, sigma=sigma)  # what pytorch-fid --save-stats writes
-    peers = fid.Statistics.load(tmp_path / "peer.npz")
-    assert peers.n is None and np.array_equal(peers.sigma, sigma)
-    np.savez(tmp_path / "wrong.npz", x=mu)
-    np.savez(tmp_path / "shape.npz", mu=mu, sigma=sigma[:3])
-    (tmp_path / "text.npz").write_text("hello")
-    (tmp_path / "zip.npz").write_bytes(b"PK\x03\x04 not really")
-    for name in ("wrong", "shape", "text", "zip"):
-        with pytest.raises(ValueError, match=name):
-            fid.Statistics.load(tmp_path / f"{name}.npz")
-    data.import_torchvision()
-    peer = pytest.importorskip("pytorch_fid.fid_score")
-    m, c = peer.compute_statistics_of_path(str(tmp_path / "a.npz"), None, 1, 16, "cpu")
-    assert np.array_equal(m, s.mu) and np.array_equal(c, s.sigma)
-
-
-def test_statistics_that_are_none(tmp_path):
-    rng = np.random.default_rng(0)
-    skew, negative = np.eye(3), np.eye(3)
-    skew[0, 1], negative[2, 2] = 0.5, -1.0
-    for sigma in (skew, negative):
-        np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=sigma)
-        with pytest.raises(ValueError, match="no covariance"):
-            fid.Statistics.load(tmp_path / "s.npz")
-    features = rng.standard_normal((5, 3)).astype(np.float32)
-    np.savez(tmp_path / "s.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False).astype(np.float32))
-    assert fid.Statistics.load(tmp_path / "s.npz").n is None
-    indefinite = np.array([[1.0, 2.0], [2.0, 1.0]])
-    with pytest.raises(ValueError, match="negative eigenvalues"):
-        fid.frechet_distance(np.zeros(2), indefinite, np.zeros(2), np.eye(2))
-    with pytest.raises(ValueError, match="too large"):
-        fid.frechet_distance(np.full(2, 1e300), np.eye(2), np.zeros(2), np.eye(2))
-
-
-def demo_batch(n=3, size=48):
-    """Demo images with more in them than noise: (n, 3, size, size) in [-1, 1]."""
-    return torch.stack([data.make_dataset("demo", size, train=False, limit=n)[i][0] for i in range(n)])
-
-
 def test_to8bit_and_psnr():
     x = torch.tensor([-3.0, -1, -0.999, 0.0, 0.5, 1, 7])
     levels = (losses.to8bit(x) + 1) * 127.5
@@ -2736,309 +2853,102 @@ def test_hf_ratio_sees_blur_and_noise():
     assert float(losses.hf_energy(ramp)) < 1e-3 * float(energy.mean())
 
 
-class TinyInception(nn.Module):
-    """In the place of fid.InceptionFeatures where its size is not the point."""
-    dim, sha256 = 16, "0" * 64
+# ---------------------------------------------------------------------------------------------------------------------
+# sampler.py
+# Order, exactness, momentum, adaptive stop: against closed forms and torch's SGD.
 
-    def __init__(self, weights=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 16, 8)
-
-    def forward(self, x):
-        return self.conv(x).tanh().mean((2, 3)).detach()
+def test_euler_is_exact_for_a_straight_path():
+    x, e, z = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.zeros(4, 1, 1, 1)
+    for steps, t_shift in ((1, 4.0), (5, 1.0), (8, 4.0)):
+        out, nfe = sampler.euler(lambda x_t, z, t: x - e, e, z, steps, t_shift)
+        assert torch.allclose(out, x, atol=1e-5) and nfe.tolist() == [steps] * 4
 
 
-class FakeAutoencoder:
-    """An autoencoder that loses nothing, but for what `damage(image, noise, steps)` does."""
-    downscale = 8
+def test_euler_converges_to_the_exact_flow_of_a_gaussian():
+    """Data N(0, s^2): v = E[x - e | x_t] is linear in x_t and the flow maps e to s e.
+    First order: half the error with twice the steps."""
+    s, e = 0.5, torch.randn(1, 3, 32, 32, dtype=torch.float64)
 
-    def __init__(self, damage=lambda x, noise, steps: x):
-        self.damage = damage
-
-    def encode(self, x):
-        return types.SimpleNamespace(mode=lambda: x)
-
-    def sample(self, z, steps=1, noise=None, **options):
-        return self.damage(z, noise, steps), torch.arange(len(z)) % 2 + steps
+    def velocity(x_t, z, t):
+        t = losses.per_image(t.double())
+        return ((1 - t) * s * s - t) / ((1 - t) ** 2 * s * s + t ** 2) * x_t
+    error = [relative_error(sampler.euler(velocity, e, e, n, 1.0)[0], s * e) for n in (100, 200)]
+    assert error[0] < 0.02 and 1.8 < error[0] / error[1] < 2.2
 
 
-def batches_of(x, batch):
-    return list(zip(x.split(batch), torch.arange(len(x)).split(batch), strict=True))
+def test_gradient_descent_lands_in_one_step_on_a_perfect_linear_field():
+    x, e = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    for lam in (1.0, 4.0):
+        out, nfe = sampler.gradient_descent(lambda y, z, lam=lam: lam * (y - z), e, x, steps=1, eta=1 / lam, lam=lam)
+        assert torch.allclose(out, x, atol=1e-6) and nfe.tolist() == [1] * 4
 
 
-def test_evaluate_gives_the_expected_numbers():
-    x = demo_batch(6, 32)
-    result = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 4), steps=(1, 4),
-                               distances={"lpips_vgg": lambda a, b: (a - b).abs().mean((1, 2, 3))})
-    baseline, linear, one, four = result["rows"]
-    assert result["images"] == 6 and [row["steps"] for row in result["rows"]] == [0, 0, 1, 4]
-    assert one["psnr"] == pytest.approx(100) and one["ssim"] == pytest.approx(1) and one["hf"] == pytest.approx(1)
-    assert one["lpips_vgg"] == 0 and one["psnr_se"] == 0 and one["ms"] > 0 and "rfid" not in one
-    assert (one["nfe"], four["nfe"]) == (1.5, 4.5) and one["nfe_se"] == pytest.approx(0.5 * (6 / 5) ** 0.5 / 6**0.5)
-    small = F.interpolate(x, (4, 4), mode="bilinear", antialias=True)
-    y = ((F.interpolate(small, (32, 32), mode="bilinear") * 127.5 + 127.5).clamp(0, 255).round()).double()
-    mse = ((x * 127.5 + 127.5).round().double() - y).square().mean((1, 2, 3))
-    db = 10 * torch.log10(255**2 / mse)
-    assert baseline["psnr"] == pytest.approx(float(db.mean()), abs=1e-4)
-    assert baseline["psnr_se"] == pytest.approx(float(db.std() / 6**0.5), rel=1e-4)
-    assert baseline["psnr_pooled"] == pytest.approx(10 * math.log10(255**2 / float(mse.mean())), abs=1e-4)
-    assert baseline["hf"] < 0.1 and "nfe" not in baseline
-    rows = result["pictures"]
-    assert len(rows) == 5 and all(row.shape == (6, 3, 32, 32) for row in rows) and torch.equal(rows[0], rows[3])
-    code = LappedCode(8, 3)  # as many numbers as the "latent" here has channels
-    mse = (losses.to8bit(code.decode(code.encode(x))) - losses.to8bit(x)).square().mean((1, 2, 3))
-    assert linear["psnr"] == pytest.approx(float(losses.psnr(mse).mean()), abs=1e-4)
-    assert one["cells"] == pytest.approx(1) and 0.5 < linear["cells"] < 2
-    cells = F.avg_pool2d(x, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    flat = evaluate.evaluate(FakeAutoencoder(lambda z, *_: cells[:len(z)]), [(x, torch.arange(6))])["rows"][2]
-    assert flat["cells"] is None  # no step at all but at the borders: not a number
-    mixed = evaluate.evaluate(FakeAutoencoder(lambda z, *_: (z + cells) / 2), [(x, torch.arange(6))])["rows"][2]
-    assert mixed["cells"] > 2
-
-    blurred = evaluate.evaluate(FakeAutoencoder(lambda z, *_: F.avg_pool2d(z, 3, 1, 1)), batches_of(x, 4))["rows"][2]
-    assert baseline["psnr"] < blurred["psnr"] < 60 and blurred["hf"] < 0.5
-    brighter = FakeAutoencoder(lambda z, *_: z + 2 / 255)  # by one level
-    bright = evaluate.evaluate(brighter, batches_of(x.clamp(-1, 0.9), 4))["rows"][2]
-    assert bright["psnr"] == pytest.approx(20 * math.log10(255), abs=0.3)
-    with pytest.raises(ValueError, match="not one image"):
-        evaluate.evaluate(FakeAutoencoder(), [])
-    with pytest.raises(ValueError, match="twice"):
-        evaluate.evaluate(FakeAutoencoder(), batches_of(x, 3)[:1] * 2)
+def test_nesterov_without_momentum_is_gradient_descent():
+    torch.manual_seed(0)
+    e, A = torch.randn(3, 3, 4, 4), torch.rand(3, 4, 4)
+    a = sampler.gradient_descent(lambda y, z: A * y, e, e, steps=7, eta=0.3)[0]
+    b = sampler.nesterov(lambda y, z: A * y, e, e, steps=7, eta=0.3, mu=0.0)[0]
+    assert torch.equal(a, b)
 
 
-def test_noise_depends_on_seed_and_index_alone():
-    x = demo_batch(5, 16)
-    noisy = FakeAutoencoder(lambda z, noise, steps: z + 0.2 * noise)
-    values = [evaluate.evaluate(noisy, batches_of(x, batch), seed=seed)["rows"][2]["psnr"]
-              for batch, seed in ((5, 0), (2, 0), (5, 1))]
-    assert values[0] == pytest.approx(values[1], rel=1e-7) and values[0] != values[2]
-    a, b = sampler.image_noise(0, [3, 2**33], (3, 8, 8))
-    assert torch.equal(a, sampler.image_noise(0, torch.tensor([3]), (3, 8, 8))[0]) and not torch.equal(a, b)
+def test_nesterov_against_torch_sgd():
+    """torch's SGD(nesterov=True) holds the look-ahead points y_k; ours returns x_{k+1} = y_k - eta f(y_k)."""
+    torch.manual_seed(0)
+    start, A, eta, mu = torch.randn(1, 3, 4, 4), torch.rand(3, 4, 4), 0.2, 0.7
+    p = nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([p], lr=eta, momentum=mu, nesterov=True)
+    for steps in range(1, 8):
+        y = p.detach().clone()
+        ours = sampler.nesterov(lambda y, z: A * y, start, start, steps=steps, eta=eta, mu=mu)[0]
+        assert torch.allclose(ours, y - eta * A * y, atol=1e-6)
+        p.grad = A * p.detach()
+        optimizer.step()
 
 
-def test_rfid_of_a_perfect_decoder_is_zero_and_originals_are_reused():
-    x, network = demo_batch(3, 16), TinyInception()
-    result = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 2), features={"rfid": network})
-    baseline, _, one = (row["rfid"] for row in result["rows"])
-    assert baseline > 1e-4 and 0 <= one < 1e-9
-    again = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 2), features={"rfid": network},
-                              originals=result["originals"])
-    assert again["rows"][0]["rfid"] == pytest.approx(baseline, rel=1e-6)
-    with pytest.raises(ValueError, match="3 originals for 2 images"):
-        evaluate.evaluate(FakeAutoencoder(), batches_of(x[:2], 2), features={"rfid": network},
-                          originals=result["originals"])
+def test_nesterov_accelerates_on_an_ill_conditioned_quadratic():
+    curvature = torch.logspace(-3, 0, 48, dtype=torch.float64).view(1, 3, 4, 4)  # condition number 1000
+    start = torch.ones_like(curvature)
+    nfe = {mu: int(sampler.nesterov(lambda y, z: curvature * y, start, start, steps=20000, eta=1.0, mu=mu, tol=1e-6)[1])
+           for mu in (0.0, 0.9)}
+    assert nfe[0.9] < nfe[0.0] / 5, nfe
+
+
+def test_adaptive_stop_drops_finished_samples_from_the_batch():
+    torch.manual_seed(0)
+    rates = torch.tensor([1.0, 0.5, 0.01, 1e-4])  # the condition z carries each sample's rate
+    z, x, seen = losses.per_image(rates), torch.randn(4, 3, 8, 8), []
+
+    def field(y, z):
+        seen.append(len(y))
+        return z * y
+    out, nfe = sampler.nesterov(field, x, z, steps=50, eta=1.0, mu=0.3, tol=1e-3)
+    assert sum(seen) == int(nfe.sum()) and seen[0] == 4 and seen[-1] < 4 and seen == sorted(seen, reverse=True)
+    assert nfe[0] < nfe[1] < nfe[2] == 50 and nfe[3] == 1  # the last one is flat from the start
+    for i in range(4):  # each as if it were alone
+        alone, n = sampler.nesterov(lambda y, z: z * y, x[i:i + 1], z[i:i + 1], steps=50, eta=1.0, mu=0.3, tol=1e-3)
+        assert torch.allclose(alone[0], out[i], atol=1e-6) and int(n) == int(nfe[i])
+    everything = sampler.nesterov(lambda y, z: z * y, x, z, steps=50, eta=1.0, mu=0.3)
+    assert everything[1].tolist() == [50] * 4  # tol = 0 never stops
+
+
+def test_samplers_refuse_bad_arguments():
+    x = torch.zeros(1, 3, 8, 8)
+    for call in (lambda: sampler.euler(None, x, x, 0), lambda: sampler.gradient_descent(None, x, x, 1, eta=-1.0),
+                 lambda: sampler.nesterov(None, x, x, 1, mu=1.0), lambda: sampler.nesterov(None, x, x, 2.5)):
+        with pytest.raises(ValueError):
+            call()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command lines
+# train.py: runs
+# What a run leaves behind; its phases, objectives and flags; the same steps by any processes and micro-batches.
 
-def run_main(module, monkeypatch, *argv):
-    """A command in this process, where its parts can be replaced."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
-    if module in (evaluate, distill) or module.__name__.startswith(("tools.", "examples.")):
-        data.guarded(module.main)
-    else:  # guards itself
-        module.main()
-
-
-def sentence(module, monkeypatch, *argv):
-    """The message with which a command stops; sys.exit(str) prints it on stderr and exits with 1."""
-    with pytest.raises(SystemExit) as stop:
-        run_main(module, monkeypatch, *argv)
-    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code and stop.value.code.startswith("error: ")
-    return stop.value.code
-
-
-def test_preview_command(tmp_path):
-    """Another process makes the same built-in images."""
-    common = ["data.py", "--size", 16, "--rows", 3, "--out", tmp_path / "grid.png"]
-    cli(*common, "--split", "val")
-    grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert grid.shape == (3 * 18 + 2, 3 * 18 + 2, 3)
-    for i in range(9):
-        top, left = 2 + 18 * (i // 3), 2 + 18 * (i % 3)
-        assert np.array_equal(grid[top:top + 16, left:left + 16], data.demo_image(16, 0, "val", i))
-    command(*common)
-    assert not np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), grid)  # training images
-    output = command(*common, "--data", tmp_path / "nowhere", ok=False)
-    assert output.startswith("error: there is no folder") and len(output.splitlines()) == 1
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.125, depth=1, loss="eqm", notes={"size": 32})
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    model.save(path)
-    return path
-
-
-def test_fid_command(tmp_path, inception_file, monkeypatch, capsys):
-    rng = np.random.default_rng(4)
-    for folder, sizes in (("a", [(40, 30), (30, 40), (40, 30)]), ("b", [(64, 64), (64, 64)])):
-        (tmp_path / folder / "sub").mkdir(parents=True)
-        for i, (w, h) in enumerate(sizes):
-            name = tmp_path / folder / ("sub" if i else "") / f"{i}.png"
-            Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(name)
-    (tmp_path / "a" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
-    one = fid.read_image(tmp_path / "a" / "0.png", 24)
-    want = data.prepare_eval(Image.open(tmp_path / "a" / "0.png"), 24)
-    assert torch.equal(one, torch.from_numpy(np.array(want)).permute(2, 0, 1))  # --size is evaluate.py's --crop center
-
-    a, b, saved = tmp_path / "a", tmp_path / "b", tmp_path / "a.npz"
-    run_main(fid, monkeypatch, a, b, "--inception", inception_file, "--save", saved)
-    text, errors = capsys.readouterr()
-    number = float(text.split()[1])
-    assert number > 0 and "N = 3 and 2" in text and "biased" in text and "rank-deficient" in text
-    assert fid.InceptionFeatures(inception_file).sha256 in text and "skipped 1 unreadable" in errors
-    assert fid.Statistics.load(saved).n == 3
-    small = [tmp_path / "c.npz", tmp_path / "d.npz"]  # pytorch-fid's format, of any dimension
-    for path, mean in zip(small, (0, 2), strict=True):
-        np.savez(path, mu=np.full(4, float(mean)), sigma=np.eye(4))
-    run_main(fid, monkeypatch, *small)
-    assert capsys.readouterr().out.startswith("FID 16.0000\nN = unknown and unknown")
-
-    (tmp_path / "empty").mkdir()
-    assert "nowhere" in sentence(fid, monkeypatch, tmp_path / "nowhere", b, "--inception", inception_file)
-    assert "empty" in sentence(fid, monkeypatch, tmp_path / "empty", b, "--inception", inception_file)
-    assert "none.pth" in sentence(fid, monkeypatch, a, b, "--inception", tmp_path / "none.pth")
-    assert "no.npz" in sentence(fid, monkeypatch, tmp_path / "no.npz", saved)
-    assert cli("fid.py", tmp_path / "no.npz", saved, ok=False).startswith("error: ")
-    none = ["--inception", tmp_path / "none.pth"]  # what is said before it is looked for is said before any work
-    assert "--batch_size 0" in sentence(fid, monkeypatch, a, b, *none, "--batch_size", 0)
-    assert "--size -1" in sentence(fid, monkeypatch, a, b, *none, "--size", -1)
-    missing = tmp_path / "missing" / "a.npz"
-    assert f"there is no folder {missing.parent}" in sentence(fid, monkeypatch, a, *none, "--save", missing)
-    assert "is a folder" in sentence(fid, monkeypatch, a, *none, "--save", tmp_path)
-    assert not missing.parent.exists()
-
-
-def test_fid_reads_images_as_training_does(tmp_path, monkeypatch, capsys):
-    """8 and 16 bits of the same grey have distance 0; copies in hidden folders do not count; nor do errors pass."""
-    rng = np.random.default_rng(0)
-    for folder in ("grey8", "grey16"):
-        (tmp_path / folder / ".ipynb_checkpoints").mkdir(parents=True)
-    for i in range(4):
-        grey = rng.integers(0, 256, (40, 40), dtype=np.uint8)
-        Image.fromarray(grey).save(tmp_path / "grey8" / f"{i}.png")
-        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16" / f"{i}.png")
-        Image.fromarray(255 - grey).save(tmp_path / "grey8" / ".ipynb_checkpoints" / f"{i}.png")
-    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (fid.read_image(tmp_path / "clear.png") == 255).all()  # transparency over white
-    network = TinyInception()
-    network.forward = functools.partial(fid.on_8bit(TinyInception.forward), network)
-    one, two = (fid.folder_statistics(str(tmp_path / folder), network) for folder in ("grey8", "grey16"))
-    assert one.n == two.n == 4 and fid.frechet_distance(one.mu, one.sigma, two.mu, two.sigma) < 1e-9
-    assert one.mu.std() > 0
-    failing_open(monkeypatch, errno.ESTALE, times=1000)
-    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
-    assert os.strerror(errno.ESTALE) in sentence(fid, monkeypatch, tmp_path / "grey8", tmp_path / "grey16",
-                                                 "--save", tmp_path / "a.npz")
-    assert not (tmp_path / "a.npz").exists()
-
-
-def test_two_processes_equal_one(tmp_path, checkpoint):
-    """7 images, which 2 processes do not divide, and a broken file: everything but the time is the same."""
-    (tmp_path / "images").mkdir()
-    for i in range(8):
-        Image.fromarray(data.demo_image(32, 0, "val", i)).save(tmp_path / "images" / f"{i}.png")
-    (tmp_path / "images" / "0.png").write_bytes((tmp_path / "images" / "0.png").read_bytes()[:200])
-    reports = []
-    for n in (1, 2):
-        # batches of 1: other batch sizes round convolutions differently, and a level may flip
-        run(tmp_path / "o", "--ckpt", checkpoint, "--data", tmp_path / "images", "--steps", 1, 3, "--batch_size", 1,
-            "--workers", 0, "--device", "cpu", "--cache", tmp_path / f"cache{n}", "--out", tmp_path / str(n),
-            module="evaluate", world=n, env={**offline_environment(tmp_path), "TINY_INCEPTION": "1"})
-        reports.append(json.loads((tmp_path / str(n) / "metrics.json").read_text()))
-    one, two = reports
-    assert one["images"] == two["images"] == 7 and one["skipped"] == two["skipped"] == 1
-    for a, b in zip(one["rows"], two["rows"], strict=True):
-        assert a.keys() == b.keys() and {"psnr", "psnr_pooled", "ssim", "hf", "rfid", "psnr_se"} <= a.keys()
-        for key in a.keys() - {"ms"}:
-            assert b[key] == (a[key] if isinstance(a[key], (str, type(None))) else pytest.approx(a[key], rel=1e-6)), key
-    pictures = [np.asarray(Image.open(tmp_path / n / "reconstructions.png")) for n in "12"]
-    assert np.array_equal(*pictures)
-
-
-def test_evaluate_command_reports_what_is_unavailable(tmp_path, checkpoint, offline, monkeypatch, capsys):
-    common = ["--ckpt", checkpoint, "--data", "demo", "--limit", 3, "--workers", 0, "--device", "cpu",
-              "--out", tmp_path / "o"]
-    run_main(evaluate, monkeypatch, *common, "--steps", 1, 2, "--dtype", "bf16")
-    text = capsys.readouterr().out
-    report = json.loads((tmp_path / "o" / "metrics.json").read_text())
-    assert set(report["unavailable"]) == {"lpips_vgg", "lpips_alex", "rfid"}
-    for row in report["rows"]:
-        assert row["rfid"] is None and row["lpips_vgg"] is None and row["psnr"] > 0
-    assert "rFID: unavailable: pt_inception" in text and "LPIPS alex: unavailable: " in text and "protocol: 3 " in text
-    assert "shrink/enlarge x 8" in text and "2 steps" in text
-    assert Image.open(tmp_path / "o" / "reconstructions.png").height > 4 * 32  # originals, baseline, 1 and 2 steps
-
-    # With a network, and twice: the second run takes the originals' statistics from the cache.
-    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
-    rfid = []
-    for _ in range(2):
-        run_main(evaluate, monkeypatch, *common, "--cache", tmp_path / "c", "--lpips_net", "vgg")
-        rfid.append([row["rfid"] for row in json.loads((tmp_path / "o" / "metrics.json").read_text())["rows"]])
-        assert len(os.listdir(tmp_path / "c")) == 1
-    assert rfid[0] == pytest.approx(rfid[1], rel=1e-6) and rfid[0][1] > 0
-    text = capsys.readouterr().out
-    assert "rFID (biased, N=3)" in text and "sha256 " + "0" * 64 in text
-    run_main(evaluate, monkeypatch, *common[:4], "--limit", 2, *common[6:], "--cache", tmp_path / "c",
-             "--lpips_net", "vgg")
-    assert len(os.listdir(tmp_path / "c")) == 2  # other originals, another file
-
-
-def test_statistics_of_an_incomplete_pass_are_not_kept(tmp_path, checkpoint, offline, monkeypatch, capsys):
-    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
-    monkeypatch.setattr(data, "PAUSES", (0,))
-    images, cache = Path(folder_of(tmp_path / "images", 4, (32, 32))), tmp_path / "c"
-    (images / "04.png").symlink_to(tmp_path / "deleted.png")
-    command = ["--ckpt", checkpoint, "--data", images, "--workers", 0, "--device", "cpu", "--cache", cache,
-               "--lpips_net", "vgg", "--out", tmp_path / "o"]
-    run_main(evaluate, monkeypatch, *command)
-    assert not cache.exists() and "1 images are missing" in capsys.readouterr().out
-    photo(32, 32, 4).save(tmp_path / "deleted.png")
-    run_main(evaluate, monkeypatch, *command)
-    (entry,) = cache.iterdir()
-    whole = fid.Statistics.load(entry)
-    entry.write_bytes(entry.read_bytes()[:-100])  # and damaged ones are replaced
-    capsys.readouterr()
-    run_main(evaluate, monkeypatch, *command)
-    again = fid.Statistics.load(entry)
-    assert "computed again" in capsys.readouterr().err and np.array_equal(again.sigma, whole.sigma)
-
-
-def test_evaluate_command_stops_with_one_sentence(tmp_path, checkpoint, offline, monkeypatch):
-    (tmp_path / "text.safetensors").write_text("hello")
-    (tmp_path / "empty").mkdir()
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-
-    def stop(*argv):
-        return sentence(evaluate, monkeypatch, *argv, "--workers", 0, "--device", "cpu")
-
-    assert "none.safetensors" in stop("--ckpt", tmp_path / "none.safetensors")
-    assert "text.safetensors" in stop("--ckpt", tmp_path / "text.safetensors")
-    assert "other.pt" in stop("--ckpt", tmp_path / "other.pt")
-    assert "--size 100" in stop("--ckpt", checkpoint, "--size", 100)
-    assert "nowhere" in stop("--ckpt", checkpoint, "--data", tmp_path / "nowhere")
-    assert "empty" in stop("--ckpt", checkpoint, "--data", tmp_path / "empty")
-    assert "--sampler euler" in stop("--ckpt", checkpoint, "--sampler", "euler")
-    assert "t_shift" in stop("--ckpt", checkpoint, "--t_shift", 2, "--limit", 1)
-    assert "--lpips_weights" in stop("--ckpt", checkpoint, "--lpips_net", "vgg", "alex", "--lpips_weights", "f.pth")
-    assert "none.pth" in stop("--ckpt", checkpoint, "--inception", tmp_path / "none.pth")
-    assert "--device" in sentence(evaluate, monkeypatch, "--ckpt", checkpoint, "--device", "abacus")
-    assert cli("evaluate.py", "--ckpt", tmp_path / "none", ok=False).startswith("error: ")
-
-
-@pytest.fixture(scope="module", params=["eqm", "fm"])
-def trained(request, tmp_path_factory):
-    """A tiny run of train.py for either loss: its folder."""
-    out = tmp_path_factory.mktemp("runs") / request.param
-    launch = cli if request.param == "eqm" else command
-    output = launch("train.py", *TINY, "--loss", request.param, "--steps", 6, "--eval_every", 3, "--out", out)
-    assert "PSNR" in output and "saved" in output
-    return out
+def test_bf16_only_where_the_gpu_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    for capability, dtype in (((7, 5), None), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert train.pick_dtype("auto", torch.device("cuda")) is dtype
+        assert train.pick_dtype("bf16", torch.device("cuda")) is torch.bfloat16
 
 
 def test_train_leaves_model_log_picture_and_metrics(trained):
@@ -3056,72 +2966,6 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
     name = "decoder.norm_z.running_var"
     assert not torch.equal(averaged[name], torch.ones_like(averaged[name]))
     assert not torch.equal(averaged[name], raw[name])  # EMA has buffers
-
-
-@slow
-def test_distill_then_evaluate(trained, tmp_path):
-    launch = cli if trained.name == "fm" else command  # each program once in a process of its own
-    output = launch("distill.py", "--ckpt", trained / "model.safetensors", "--steps", 3, "--batch_size", 4,
-                    "--teacher_steps", 3, "--eval_images", 4, "--log_every", 1, "--out", tmp_path / "d",
-                    "--device", "cpu", "--workers", 0)
-    assert "mean squared distance of one step to the teacher's 3 steps" in output
-    teacher, student = (DCSSDAE.load(folder / "model.safetensors") for folder in (trained, tmp_path / "d"))
-    assert all(torch.equal(a, b) for a, b in zip(*(m.encoder.state_dict().values() for m in (teacher, student))))
-    assert torch.equal(teacher.decoder.norm_z.running_var, student.decoder.norm_z.running_var)  # latents stay valid
-    assert not torch.equal(teacher.decoder.conv_out.weight, student.decoder.conv_out.weight)
-    assert [line["step"] for line in step_lines(tmp_path / "d")] == [1, 2, 3]
-    assert "mse_to_teacher" in lines_of(tmp_path / "d" / "log.jsonl")[-1]
-    output = launch("evaluate.py", "--ckpt", tmp_path / "d" / "model.safetensors", "--data", "demo", "--limit", 4,
-                    "--out", tmp_path / "e", "--device", "cpu", "--workers", 0)
-    assert "PSNR" in output and "HF ratio" in output
-
-
-def test_distillation_writes_its_metrics_before_it_compares(tmp_path, checkpoint, monkeypatch):
-    def lost(*args):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(distill, "closeness", lost)
-    assert "Input/output error" in sentence(
-        distill, monkeypatch, "--ckpt", checkpoint, "--steps", 1, "--batch_size", 2, "--teacher_steps", 1,
-        "--eval_images", 2, "--device", "cpu", "--dtype", "float32", "--workers", 0, "--w_lpips", 0, "--out", tmp_path)
-    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 2
-
-
-@slow
-def test_distillation_brings_one_step_to_the_teacher(tmp_path):
-    """A student that starts from random weights learns the teacher's several steps: enough steps that
-    it must get closer."""
-    for loss in ("fm", "eqm"):
-        torch.manual_seed(0)
-        model = randomise(DCSSDAE("dc_f8c4", "XS", loss, enc_width=0.0625, depth=1, input_skip=True,
-                                  notes={"size": 16, "w_lpips": 0}), scale=0.7)
-        model.save(tmp_path / f"{loss}.safetensors")
-        command("distill.py", "--ckpt", tmp_path / f"{loss}.safetensors", "--steps", 14, "--batch_size", 8,
-                "--teacher_steps", 4, "--lr", 1e-3, "--warmup", 0, "--decay", 0, "--ema", 0.8, "--eval_images", 8,
-                "--out", tmp_path / loss, "--device", "cpu", "--workers", 0)
-        distance = json.loads((tmp_path / loss / "metrics.json").read_text())["mse_to_teacher"]
-        assert distance["distilled"] < 0.8 * distance["undistilled"], (loss, distance)
-
-
-def test_distillation_in_micro_batches_with_evaluations_on_the_way(tmp_path, checkpoint, monkeypatch):
-    common = ["--ckpt", checkpoint, "--teacher_steps", 2, "--batch_size", 4, "--steps", 2, "--eval_images", 4,
-              "--log_every", 1, "--device", "cpu", "--dtype", "float32", "--workers", 0]
-    run_main(distill, monkeypatch, *common, "--out", tmp_path / "a")
-    run_main(distill, monkeypatch, *common, "--micro_batch", 3, "--checkpointing", "--eval_every", 1,
-             "--out", tmp_path / "b")
-    a, b = (DCSSDAE.load(tmp_path / name / "model.safetensors").state_dict() for name in "ab")
-    assert all(torch.allclose(v.float(), b[k].float(), atol=2e-4) for k, v in a.items())
-    losses_of = [[line["loss"] for line in lines_of(tmp_path / name / "log.jsonl") if "loss" in line] for name in "ab"]
-    assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-4)
-    assert [line["step"] for line in lines_of(tmp_path / "b" / "log.jsonl") if "eval" in line] == [1, 2]
-
-
-def same_weights(a, b):
-    a, b = (torch.load(folder / "latest.pt", weights_only=True) for folder in (a, b))
-    same = [torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part]]
-    a, b = a["optimizer"]["state"], b["optimizer"]["state"]
-    same += [torch.equal(s["exp_avg"], b[k]["exp_avg"]) for k, s in a.items()]
-    return all(same)
 
 
 @slow
@@ -3215,30 +3059,6 @@ def test_bad_input_to_train(tmp_path, flags, words):
     assert words in output.strip().splitlines()[-1]
 
 
-def test_numbers_out_of_range_are_refused_by_every_program(monkeypatch, checkpoint):
-    """Before anything is read or written: NaN, infinity, and what lies beyond an end."""
-    given = vars(train.get_args([])) | vars(distill.get_args(["--ckpt", "f"]))
-    for name, value in given.items():
-        is_number = isinstance(value, int | float | list) and not isinstance(value, bool) and name != "without"
-        assert not is_number or name in data.RANGES, f"--{name} has no range"
-    for name, (low, high, _) in data.RANGES.items():
-        for program, first in ((train, []), (distill, ["--ckpt", "f"])):
-            if name not in vars(program.get_args(first)):
-                continue
-            whole = abs(high) in (1000, 65536, 10**6, data.MANY, 2**63)
-            for bad in [str(low - 1)] if whole else ["nan", "inf", str(low - 1) if low > -math.inf else "-inf"]:
-                with pytest.raises(ValueError, match=rf"--{name} \S+ is out of range: give a number in"):
-                    program.get_args([*first, f"--{name}={bad}"])
-    for flag in (["--keep", "1000000000"], ["--eval_steps", "1", "0"], ["--ema", "1"], ["--mu", "1"]):
-        with pytest.raises(ValueError, match=rf"{flag[0]} {flag[-1]}\S* is out of range"):
-            program = distill if flag[0] == "--mu" else train
-            program.get_args([*(["--ckpt", "f"] if program is distill else []), *flag])
-    for flag in (["--mu", 1], ["--eta", "nan"], ["--tol", -1], ["--steps", 1, 0], ["--limit", 0], ["--seed", -1]):
-        assert f"{flag[0]} {flag[-1]}" in sentence(evaluate, monkeypatch, "--ckpt", checkpoint, *flag)
-    for number, inside in ((0, False), (1e-9, True), (1, True), (1.1, False), (math.nan, False)):
-        assert data.lies_within(number, 0, 1, "(]") == inside
-
-
 def test_grad_clip_0_is_no_limit():
     layer = nn.Linear(3, 3)
     layer.weight.grad, layer.bias.grad = torch.full((3, 3), 100.0), torch.zeros(3)
@@ -3276,1011 +3096,169 @@ def test_bad_files_and_folders(tmp_path):
     assert "no weight file" in command("distill.py", "--ckpt", tmp_path / "missing.safetensors", ok=False)
 
 
-def test_a_full_disk_or_damaged_checkpoint_loses_nothing(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, small_state(1))
-    save_checkpoint(tmp_path, small_state(2))
-
-    def full(state, file):
-        file.write(b"half a checkpoint")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="earlier checkpoint is intact"):
-        save_checkpoint(tmp_path, small_state(3))
-    assert load_checkpoint(tmp_path)["step"] == 2 and sorted(os.listdir(tmp_path)) == ["latest.pt", "previous.pt"]
-    (tmp_path / "latest.pt").write_bytes(b"damaged")
-    assert load_checkpoint(tmp_path)["step"] == 1
-
-
-TOOLS = sorted(f"tools.{path.stem}" for path in Path(HERE, "tools").glob("[!_]*.py"))
-
-
-@pytest.fixture(scope="module")
-def helps():
-    """{program as it stands after python or python -m: its --help}"""
-    programs = ("train.py", "distill.py", "evaluate.py", "fid.py", "data.py", *TOOLS, "examples.generate")
-    return {name: command(name, "--help") for name in programs}
+@slow
+def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path):
+    """In float64, so that Adam has no differences of rounding to enlarge where gradients should be 0; with the GAN."""
+    flags = [*SMALL, "--steps", 4, "--save_every", 4, "--w_gan", 0.1, "--gan_start", 2, "--eval_every", 0, "--lr", 3e-4]
+    run(tmp_path / "o", *flags, "--out", tmp_path / "one", env={"FLOAT64": "1"})
+    run(tmp_path / "o", *flags, "--out", tmp_path / "two", env={"FLOAT64": "1"}, world=2)
+    run(tmp_path / "o", *flags, "--out", tmp_path / "micro", "--micro_batch", 3, env={"FLOAT64": "1"})
+    one = load_checkpoint(tmp_path / "one")
+    for name in ("two", "micro"):
+        other = load_checkpoint(tmp_path / name)
+        for part in ("model", "ema", "gan"):
+            for k, v in one[part].items():
+                assert (v - other[part][k]).abs().max() <= 1e-9 * (1 + v.abs().max()), (name, k)
+        for a, b in zip(step_lines(tmp_path / "one"), step_lines(tmp_path / name), strict=True):
+            assert all(b[k] == pytest.approx(a[k], rel=1e-9) for k in a.keys() - {"images_per_s", "peak_mib"})
 
 
-def test_help_explains_every_flag(helps):
-    assert all("--" in text for text in helps.values())
-    text = helps["train.py"]
-    for flag in ["--enc", "--enc_width", "--enc_ckpt", "--freeze_enc", "--dec", "--loss", "--c", "--lam", "--w_lpips",
-                 "--w_repa", "--w_kl", "--data", "--size", "--aug_scale", "--batch_size", "--micro_batch", "--steps",
-                 "--lr", "--weight_decay", "--grad_clip", "--ema", "--dtype", "--compile", "--seed", "--out",
-                 "--resume", "--eval_every", "--save_every", "--log_every"]:
-        assert flag in text
+def test_what_each_phase_trains(tmp_path, monkeypatch):
+    latent = ("encoder.stages.3.", "encoder.down.3.", "encoder.mid.", "encoder.norm_out.", "encoder.quant.",
+              "encoder.conv_out.", "decoder.conv_in_z.", "decoder.norm_z.", "decoder.context.", "decoder.blocks.0.ada.")
+    head = ("decoder.up.3.", "decoder.norm_out.", "decoder.conv_out.")
+    moving = {1: lambda k: True, 3: lambda k: k.startswith(head),
+              2: lambda k: k.startswith(latent) or (k.startswith("decoder.") and "norm1.proj." in k)}
+    for enc, loss in (("dc_f8c4", "eqm"), ("vq_f8c4", "fm")):
+        start = tmp_path / f"{enc}.safetensors"
+        latents = {"mean": [0.0] * 4, "std": [1.0] * 4}
+        model = randomise(DCSSDAE(enc, "XS", loss, 0.125, depth=1, latents=latents), scale=0.5)
+        model.save(start)
+        before = model.state_dict()
+        for phase, moves in moving.items():
+            out = tmp_path / f"{enc}{phase}"
+            run_main(train, monkeypatch, "--phase", phase, "--init_from", start, "--size", 16, "--batch_size", 2,
+                     "--steps", 2, "--warmup", 0, "--w_lpips", 0, "--w_repa", 0, "--device", "cpu", "--dtype",
+                     "float32", "--workers", 0, "--eval_images", 2, "--eval_steps", 1, "--log_every", 1,
+                     "--weight_decay", 0.5, "--ema", 0.1, "--out", out)
+            state = load_checkpoint(out)
+            for k, v in before.items():
+                moved = not torch.equal(v, state["model"][k])
+                assert moved == moves(k) or moves(k) and not v.any(), (enc, phase, k)  # what is zero has no decay ...
+                assert torch.equal(v, state["ema"][k]) != moved
+            names = [k for k, _ in model.named_parameters() if moves(k)]
+            assert len(state["optimizer"]["state"]) == len(names)
+            log = step_lines(out)
+            assert log[0]["lr"] == {1: 6.4e-5, 2: 1.6e-5, 3: 5.4e-5}[phase] and state["args"]["enc"] == enc
+            latents = DCSSDAE.load(out / "model.safetensors").config["latents"]
+            assert (latents is None) == (phase < 3)  # statistics of latents that have changed are dropped
 
 
-def test_every_tool_explains_itself_as_a_module(helps):
-    assert TOOLS == ["tools.bench", "tools.check", "tools.compare", "tools.field", "tools.latents", "tools.sweep"]
-    for tool in TOOLS:
-        assert f"-m {tool} " in helps[tool] and f"usage: {tool.split('.')[1]}.py" in helps[tool]
-    for title in ("data:", "metrics that need a network:"):
-        assert f"\n{title}\n" in helps["tools.sweep"]
-    assert all(flag in helps["tools.latents"] for flag in ("--out", "--z_stats", "--sample", "--flip", "--shard"))
-
-
-def test_the_documents_commands_are_of_programs_and_flags_that_exist(helps):
-    """Of commands in code blocks and between backquotes, up to what follows ; # | or a backquote. A backslash at the
-    end of a line continues it."""
-    command = re.compile(r"(?:python|torchrun)(?: --[^ ]+)* (?:-m )?(\w+\.\w+)( [^;#`|]*)?")
-    found = Counter()
-    for document in DOCUMENTS:
-        text = Path(HERE, document).read_text().replace("\\\n", "")
-        for program, flags in command.findall(text.replace("\n", " ; ")):
-            if program in helps:
-                found[program] += 1
-                for flag in re.findall(r"(?<= )--\w+", flags):
-                    assert re.search(rf"{flag}\b", helps[program]), (document, program, flag)
-    assert {"train.py", "distill.py", "evaluate.py", *TOOLS, "examples.generate"} <= found.keys(), found
-
-
-@pytest.mark.parametrize(("argv", "words"), [
-    (["--bench", "decode", "--size", 256], "--bench is now python -m tools.bench"),
-    (["--bench"], "--bench is now python -m tools.bench"),
-    (["--ckpt", "f", "--sweep", 1, 2, "--plot"], "--sweep is now python -m tools.sweep"),
-    (["--compare", "runs/a", "--plot"], "--compare is now python -m tools.compare"),
-    (["--ckpt", "f", "--field"], "--field is now python -m tools.field"),
-    (["--latents=d", "--ckpt", "f", "--flip"], "--latents is now python -m tools.latents --out"),
-    (["--latents_sample"], "--latents_sample is now python -m tools.latents --sample"),
-    (["--z_stats"], "--z_stats is now python -m tools.latents --z_stats"),
-    (["--flip"], "--flip is now an option of python -m tools.latents"),
-    (["--dec", "S"], "--dec is now an option of python -m tools.bench"),
-    (["--plot"], "--plot is now an option of python -m tools.sweep and of python -m tools.compare"),
-])
-def test_flags_that_moved_say_where_they_are(monkeypatch, argv, words):
-    assert sentence(evaluate, monkeypatch, *argv) == f"error: {words}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Frechet distances in other features, DreamSim
-
-
-def script(path, dim=5, module=None):
-    """A TorchScript file: averages of random linear functions of the pixels, for any size."""
-    torch.manual_seed(1)
-    net = module or nn.Sequential(nn.Conv2d(3, dim, 8, bias=False), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with torch.no_grad():
-        torch.jit.trace(net, torch.zeros(2, 3, 16, 16)).save(path)
-    return net
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_dinov2_features_are_those_of_the_original_code(tmp_path, monkeypatch, offline):
-    """Two of the 24 blocks, random weights: written out here after DINOv2's vision_transformer.py."""
-    data.import_torchvision()
-    timm = pytest.importorskip("timm")
-    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
-    with torch.device("meta"):
-        state = timm.create_model("vit_large_patch14_dinov2.lvd142m", num_classes=0).state_dict()
-    g = torch.Generator().manual_seed(0)
-    p = {k: torch.randn(v.shape, generator=g) * 0.03 + (".gamma" in k or "norm" in k and "weight" in k)
-         for k, v in state.items()}
-    torch.save(p | {"mask_token": torch.zeros(1, 1024)}, tmp_path / "original.pth")
-    image = torch.randint(0, 256, (2, 3, 40, 56), generator=g, dtype=torch.uint8)
-    network = fid.DINOv2Features(tmp_path / "original.pth")
-    got = network(image)
-
-    x = F.interpolate(image.float(), size=(224, 224), mode="bicubic", antialias=True) / 255
-    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    x = F.conv2d(x, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=14).flatten(2).transpose(1, 2)
-    x = torch.cat([p["cls_token"].expand(2, -1, -1), x], 1)
-    grid = p["pos_embed"][:, 1:].reshape(1, 37, 37, 1024).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, scale_factor=((16 + 0.1) / 37, (16 + 0.1) / 37), mode="bicubic")
-    x = x + torch.cat([p["pos_embed"][:, :1], grid.permute(0, 2, 3, 1).reshape(1, 256, 1024)], 1)
-    for i in range(2):
-        def layer(name, y, i=i):
-            return F.linear(y, p[f"blocks.{i}.{name}.weight"], p[f"blocks.{i}.{name}.bias"])
-
-        def norm(name, y, i=i):
-            return F.layer_norm(y, (1024,), p[f"blocks.{i}.{name}.weight"], p[f"blocks.{i}.{name}.bias"], 1e-6)
-
-        q, k, v = layer("attn.qkv", norm("norm1", x)).reshape(2, 257, 3, 16, 64).permute(2, 0, 3, 1, 4)
-        attended = (q @ k.transpose(-1, -2) / 8).softmax(-1) @ v
-        x = x + p[f"blocks.{i}.ls1.gamma"] * layer("attn.proj", attended.transpose(1, 2).reshape(2, 257, 1024))
-        x = x + p[f"blocks.{i}.ls2.gamma"] * layer("mlp.fc2", F.gelu(layer("mlp.fc1", norm("norm2", x))))
-    want = F.layer_norm(x, (1024,), p["norm.weight"], p["norm.bias"], 1e-6)[:, 0]
-    assert got.shape == (2, 1024) and got.dtype == torch.float32 and want.std() > 0.1
-    assert relative_error(got, want) < 1e-4
-    assert torch.equal(network(image / 127.5 - 1 + 0.001), got)  # floats are rounded to 8 bit
-    digest = hashlib.sha256((tmp_path / "original.pth").read_bytes()).hexdigest()
-    assert network.dim == 1024 and network.sha256 == digest
-
-    save_file(p, tmp_path / "timm.safetensors")  # timm's layout and format: the same network
-    assert torch.equal(fid.load_features("dinov2", dinov2=tmp_path / "timm.safetensors")(image), got)
-    torch.save({k: v for k, v in p.items() if k != "norm.bias"}, tmp_path / "part.pth")
-    with pytest.raises(ValueError, match="part.pth does not hold the weights of DINOv2"):
-        fid.DINOv2Features(tmp_path / "part.pth")
-    with pytest.raises(FileNotFoundError, match="missing.pth"):
-        fid.DINOv2Features(tmp_path / "missing.pth")
-    with pytest.raises(FileNotFoundError, match=r"dinov2_vitl14_pretrain.pth .*fbaipublicfiles.*--dinov2 FILE"):
-        fid.DINOv2Features()
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match="timm"):
-        fid.DINOv2Features(tmp_path / "original.pth")
-
-
-def test_features_of_a_timm_network_by_name(tmp_path):
-    timm = pytest.importorskip("timm")
-    net = timm.create_model("resnet10t.c3_in1k", pretrained=False).eval()
-    path = str(tmp_path / "resnet10t.c3_in1k.safetensors")
-    save_file(net.state_dict(), path)
-    network, images = fid.load_features(path), torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
-    x = F.interpolate(images / 255, size=net.pretrained_cfg["input_size"][1:], mode="bicubic", antialias=True)
-    mean, std = (torch.tensor(net.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-    with torch.no_grad():
-        want = net.forward_head(net.forward_features((x - mean) / std), pre_logits=True)
-    assert network(images).shape == (2, network.dim) and relative_error(network(images), want) < 1e-5
-    assert network.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    for name, tensors, words in (("nonesuch", net.state_dict(), "timm knows no network nonesuch"),
-                                 ("resnet10t", {"weight": torch.zeros(3)}, "does not hold the weights")):
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-        with pytest.raises(ValueError, match=words):
-            fid.load_features(str(tmp_path / f"{name}.safetensors"))
-
-
-class Bomb(nn.Module):
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-def test_features_from_a_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    net = script(tmp_path / "mine.ts")
-    network = fid.load_features("mine.ts", size=24)
-    image = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
-    with torch.no_grad():
-        want = net(image / 255 * 2 - 1)
-    assert network.dim == 5 and torch.allclose(network(image), want, atol=1e-6)
-    assert network.sha256 == hashlib.sha256((tmp_path / "mine.ts").read_bytes()).hexdigest()
-
-    torch.save(Bomb(), "bomb.ts")
-    (tmp_path / "text.ts").write_text("hello")
-    script("map.ts", module=nn.Conv2d(3, 4, 3))
-    script("fixed.ts", module=nn.Sequential(nn.Flatten(0), nn.Linear(2 * 3 * 16 * 16, 4)))
-    for name in ("bomb.ts", "text.ts", "map.ts", "fixed.ts"):
-        with pytest.raises(ValueError, match=f"{name} is refused.*TorchScript") as stop:
-            fid.load_features(name, size=16)
-        assert "\n" not in str(stop.value)
-    assert not os.path.exists("exploded")
-    with pytest.raises(FileNotFoundError, match="neither inception nor dinov2 nor a file"):
-        fid.load_features("none.ts")
-
-    for name, n in (("a", 6), ("b", 5)):
-        folder_of(tmp_path / name, n, (24, 24))
-    Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(tmp_path / "b" / "black.png")
-    run_main(fid, monkeypatch, "a", "b", "--features", "mine.ts")
-    text = capsys.readouterr().out
-    images = [[np.array(Image.open(file)) for file in sorted((tmp_path / name).iterdir())] for name in "ab"]
-    f = [net(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2) / 127.5 - 1).detach().numpy() for x in images]
-    want = fid.frechet_distance(*(s for x in f for s in (x.mean(0), np.cov(x, rowvar=False))))
-    assert want > 1e-3 and float(re.match(r"FD mine ([\d.]+)\n", text)[1]) == pytest.approx(want, abs=6e-5)
-    assert f"mine.ts sha256 {network.sha256}" in text and "N = 6 and 6" in text and "biased" in text
-    assert "refused" in sentence(fid, monkeypatch, "a", "b", "--features", "text.ts")
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_several_features_and_dreamsim_in_one_pass(tmp_path, checkpoint, offline, monkeypatch, capsys):
-    script(tmp_path / "mine.ts")
+def test_checkpointing_works_on_a_loaded_model(tmp_path, monkeypatch):
+    """--init_from gives a model in evaluation mode, which would compute without it."""
     calls = []
+    monkeypatch.setattr(model_module, "checkpoint", lambda block, *a, **kw: (calls.append(block), block(*a))[1])
+    DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1).save(tmp_path / "m.safetensors")
+    run_main(train, monkeypatch, *SMALL, "--init_from", tmp_path / "m.safetensors", "--checkpointing", "--steps", 1,
+             "--out", tmp_path / "r")
+    assert calls
 
-    def dreamsim(pretrained, device, cache_dir):
-        assert pretrained and device == "cpu" and cache_dir.startswith(str(tmp_path))
 
-        def network(x, y):
-            assert x.shape[1:] == y.shape[1:] == (3, 224, 224) and 0 <= x.min() and y.max() <= 1
-            calls.append(len(x))
-            return (x - y).abs().mean((1, 2, 3)).squeeze()  # the package gives () for one image
-        return network, None
+def test_phase_defaults_and_refusals(tmp_path):
+    start = tmp_path / "m.safetensors"
+    DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1).save(start)
+    args = train.get_args(["--phase", "2", "--init_from", str(start)])
+    assert (args.size, args.lr, args.enc, args.loss, args.depth) == (
+        512,
+        1.6e-5,
+        "dc_f8c4",
+        "fm",
+        1,
+    ) and "phase2" in args.out
+    assert args.w_repa == 0
+    assert train.get_args(["--phase", "3", "--size", "64"]).size == 64 and train.get_args(["--phase", "1"]).size == 256
+    args = train.get_args([])
+    assert (args.size, args.aug_scale, args.lr, args.batch_size) == (128, 2.0, 3e-4, 192)  # SSDD's recipe
+    with pytest.raises(ValueError, match="holds a model with --dec XS --loss fm, but --dec S --loss eqm was given"):
+        train.get_args(["--init_from", str(start), "--dec", "S", "--loss", "eqm", "--enc", "dc_f8c4"])
+    for flags, words in (
+        (["--phase", "2"], "--init_from"),
+        (["--phase", "2", "--freeze_enc", "--init_from", str(start)], "--freeze_enc needs"),
+        (["--w_gan", "1", "--size", "16"], "24 px"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train.check_args(train.get_args(flags))
+    with pytest.raises(FileNotFoundError, match="no weight file"):
+        train.get_args(["--init_from", str(tmp_path / "none")])
 
-    monkeypatch.setitem(sys.modules, "dreamsim", types.SimpleNamespace(dreamsim=dreamsim))
-    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
-    command = ["--ckpt", checkpoint, "--limit", 5, "--batch_size", 4, "--workers", 0, "--device", "cpu", "--out",
-               tmp_path / "o", "--cache", tmp_path / "c", "--features", "inception", tmp_path / "mine.ts", "dinov2",
-               "--dreamsim"]
-    rows = []
-    for _ in range(2):  # the second time with the cached statistics of the originals: one file a network
-        run_main(evaluate, monkeypatch, *command)
-        report = json.loads((tmp_path / "o" / "metrics.json").read_text())
-        rows.append(report["rows"])
-        assert len(os.listdir(tmp_path / "c")) == 2
-    text = capsys.readouterr().out
-    for head in ("rFID (biased, N=5)", "FD mine (biased, N=5)", "FD-DINOv2: unavailable: dinov2_vitl14", "DreamSim",
-                 "inception features sha256 " + "0" * 64, "mine.ts features sha256 ", "; dreamsim; "):
-        assert head in text
-    for a, b in zip(*rows, strict=True):
-        assert a["rfid"] > 0 and a["fd_mine"] > 0 and a["fd_dinov2"] is None
-        assert (a["rfid"], a["fd_mine"]) == (pytest.approx(b["rfid"], rel=1e-6), pytest.approx(b["fd_mine"], rel=1e-6))
-    assert calls == [4, 4, 4, 1, 1, 1] * 2  # baseline, linear code and one step, batches of 4 and 1
-    x = torch.stack([data.make_dataset("demo", 32, False, limit=5)[i][0] for i in range(5)])
-    y = losses.to8bit(losses.shrink_enlarge(x, 8))
-    small = [F.interpolate(v / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1) for v in (x, y)]
-    want = (small[0] - small[1]).abs().mean((1, 2, 3))
-    assert rows[0][0]["dreamsim"] == pytest.approx(float(want.mean()), rel=1e-4)
-    assert rows[0][0]["dreamsim_se"] == pytest.approx(float(want.std() / 5**0.5), rel=1e-3)
-    monkeypatch.setitem(sys.modules, "dreamsim", None)
-    run_main(evaluate, monkeypatch, *command[:-5], "--dreamsim", "--features")
-    text = capsys.readouterr().out
-    assert "DreamSim: unavailable: " in text and "pip install dreamsim" in text and "FID" not in text
-    assert "two of one name" in sentence(evaluate, monkeypatch, *command, "--features", "a/x.ts", "b/x.ts")
+
+def test_ema_starts_late(tmp_path, monkeypatch):
+    command = [*SMALL, "--ema_start", 3, "--ema", 0.9, "--out", tmp_path / "r"]
+    run_main(train, monkeypatch, *command, "--steps", 3)
+    state = load_checkpoint(tmp_path / "r")
+    assert all(torch.equal(v, state["ema"][k]) for k, v in state["model"].items())
+    run_main(train, monkeypatch, *command, "--steps", 4, "--resume")
+    new = load_checkpoint(tmp_path / "r")
+    for name in ("decoder.conv_out.weight", "decoder.norm_z.running_var"):  # decay (1 + 0) / (10 + 0) in the first step
+        assert torch.allclose(new["ema"][name], 0.1 * state["model"][name] + 0.9 * new["model"][name], rtol=1e-5)
+
+
+def test_the_discriminators_gradients_and_when_it_starts(tmp_path, monkeypatch):
+    """One step: the discriminator's Adam moment is (1 - beta) times the gradient that autograd gives for the hinge loss
+    on the whole batch, whatever the micro-batch; the model's is that of the weighted sum. Before gan_start nothing
+    differs from a run without."""
+    common = [*SMALL, "--eval_every", 0, "--grad_clip", 1e9]
+    run_main(train, monkeypatch, *common, "--w_gan", 0.5, "--micro_batch", 3, "--steps", 1, "--out", tmp_path / "g")
+    state = load_checkpoint(tmp_path / "g")
+    args = train.get_args([*map(str, common), "--w_gan", "0.5"])
+    torch.manual_seed(0)
+    model = train.new_model(args)
+    gan = PatchGAN()
+    x, _ = next(iter(data.make_loader(data.make_dataset("demo", 24, True), 4, True)))
+    e, eps, s = train.draw(0, 0, range(4), x.shape[1:], (16, 3, 3), x.device)
+    g = s[:, None, None, None] ** args.g_power
+    x_g = g * x + (1 - g) * e
+    posterior = model.encode(x)
+    f = model.decoder(x_g, posterior.mean + (posterior.logvar / 2).exp() * eps)
+    estimate = x_g - f  # c linear, lam 1
+    hinge = hinge_loss(gan(x), gan(estimate.detach()))
+    weights = list(gan.parameters())
+    for i, gradient in enumerate(torch.autograd.grad(hinge, weights)):
+        found = state["gan_optimizer"]["state"][i]["exp_avg"] / (1 - 0.5)
+        assert (found - gradient).abs().max() <= 1e-3 * gradient.abs().max() + 1e-6
+    total = (f - (1 - g) * (e - x)).square().mean() + 1e-6 * posterior.kl().mean() - 0.5 * gan(estimate).mean()
+    names = [k for k, _ in model.named_parameters()]
+    for name in ("decoder.conv_out.weight", "encoder.conv_out.weight"):
+        gradient = torch.autograd.grad(total, model.get_parameter(name), retain_graph=True)[0]
+        assert relative_error(state["optimizer"]["state"][names.index(name)]["exp_avg"] / (1 - 0.9), gradient) < 1e-4
+    line = step_lines(tmp_path / "g")[0]
+    assert line["loss"] == pytest.approx(total.item(), rel=1e-4) and line["gan_d"] == pytest.approx(
+        hinge.item(), rel=1e-4
+    )
+
+    for name, flags in (("without", []), ("with", ["--w_gan", 0.5, "--gan_start", 2])):
+        run_main(train, monkeypatch, *common, *flags, "--steps", 2, "--out", tmp_path / name)
+    assert same_weights(tmp_path / "without", tmp_path / "with") and "gan" not in step_lines(tmp_path / "with")[1]
+    state = load_checkpoint(tmp_path / "with")
+    assert state["gan_optimizer"]["state"] == {} and all(
+        torch.equal(v, state["gan"][k]) for k, v in gan.state_dict().items()
+    )
+
+
+def test_tensorboard_shows_the_log(tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    command = [*SMALL, "--tensorboard", "--out", tmp_path / "r"]
+    run_main(train, monkeypatch, *command, "--steps", 2)
+    run_main(train, monkeypatch, *command, "--steps", 3, "--resume")
+    board = events.EventAccumulator(str(tmp_path / "r")).Reload()
+    log = step_lines(tmp_path / "r")
+    for name in ("loss", "lr", "grad_norm", "peak_mib"):
+        assert [(v.step, v.value) for v in board.Scalars(name)] == [
+            (line["step"], pytest.approx(line[name])) for line in log
+        ]
+    row = lines_of(tmp_path / "r" / "log.jsonl")[-1]["eval"][2]
+    assert board.Scalars("1 step/psnr")[-1].value == pytest.approx(row["psnr"]) and [
+        v.step for v in board.Images("reconstructions")
+    ] == [2, 3]
+    assert all(line["peak_mib"] > 50 for line in log)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        run_main(train, monkeypatch, *SMALL, "--tensorboard", "--out", tmp_path / "q")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tools.sweep
-
-class Quadratic:
-    """A model for calibrate: descent on sum of a (x - x*)^2 / 2 over two directions, starting at distance 1."""
-
-    def __init__(self, *curvatures):
-        self.a, self.config, self.eqm = curvatures, {"loss": "eqm"}, EqM()
-
-    def measure(self, runs):
-        for n, o in runs.values():
-            loss = 0.0
-            for a in self.a:
-                x = previous = 1.0
-                for _ in range(n):
-                    y = x + o.get("mu", 0) * (x - previous)
-                    previous, x = x, y - o["eta"] * a * y
-                loss += x * x
-            yield {"psnr_pooled": -10 * np.log10(loss) if loss < 1e30 else float("nan")}
-
-
-def test_calibration_finds_the_best_step_sizes(monkeypatch):
-    monkeypatch.setattr(sweep, "default_eta", lambda eqm, steps: 1.0)
-    model = Quadratic(1.0, 4.0)
-    best = sweep.calibrate(model, [1, 2, 8], lambda runs: list(model.measure(runs)))
-    assert set(best) == {(s, n) for s in ("gd", "nesterov") for n in (1, 2, 8)}
-    one = best["gd", 1][1]
-    assert one["method"] == "gd" and one["eta"] == pytest.approx(5 / 17, rel=0.05)  # minimum of (1-e)^2 + (1-4e)^2
-    for (name, n), (score, options) in best.items():  # no worse than a fine grid, but for the resolution of 2^(1/8)
-        fine = [{"eta": eta, "mu": mu} for eta in np.geomspace(0.02, 2, 400)
-                for mu in ((0,) if name == "gd" else (0.3, 0.6, 0.9))]
-        grid = [row["psnr_pooled"] for row in model.measure({i: (n, o) for i, o in enumerate(fine)})]
-        assert score >= np.nanmax(grid) - (0.2 if n < 8 else 2), (sampler, n, options)
-    assert best["nesterov", 8][0] > best["gd", 8][0] + 3  # momentum pays on an ill-conditioned problem
-    runs = sweep.sweep_runs(best)
-    assert len(runs) == 6 + 4 and runs["gd 1 eta " + f"{one['eta']:.3g}"] == (1, one)
-    assert [o for _, o in runs.values()][-1] == best["nesterov", 8][1] | {"tol": 0.02}
-    diverging = Quadratic(1e6)
-    assert np.isfinite(sweep.calibrate(diverging, [9], lambda r: list(diverging.measure(r)))["gd", 9][1]["eta"])
-
-
-def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
-    """In two processes as in one; on images apart from the calibration's."""
-    seen, subset = [], data.ImageDataset.subset
-
-    def recorded(self, i):
-        seen.append(set(self.images[i].tolist()))
-        return subset(self, i)
-
-    monkeypatch.setattr(data.ImageDataset, "subset", recorded)
-    pytest.importorskip("matplotlib")
-    common = ["--ckpt", checkpoint, "--steps", 2, 1, "--calibrate", 2, "--limit", 3, "--batch_size", 1, "--workers", 0,
-              "--size", 16, "--device", "cpu", "--features", "--lpips_net", "vgg"]
-    run_main(sweep, monkeypatch, *common, "--plot", "--out", tmp_path / "1")
-    text = capsys.readouterr().out
-    assert len(seen) == 2 and len(seen[0]) == 2 and len(seen[1]) == 3 and not seen[0] & seen[1]
-    assert "adaptive " in text and "tol 0.02" in text and "on 2 other images" in text
-    assert text.endswith(f"wrote sweep.csv and sweep.png to {tmp_path / '1'}\n")
-    assert Image.open(tmp_path / "1" / "sweep.png").width > 600
-    run(tmp_path / "o", *common, "--out", tmp_path / "2", module="tools.sweep", world=2)
-    tables = []
-    for n in "12":
-        with open(tmp_path / n / "sweep.csv", newline="") as file:
-            tables.append(list(csv.DictReader(file)))
-        rows = json.loads((tmp_path / n / "metrics.json").read_text())["rows"]
-        assert [row["name"] for row in tables[-1]] == [row["name"] for row in rows] and len(rows) == 2 + 4 + 4
-        for line, row in zip(tables[-1], rows, strict=True):
-            assert float(line["psnr"]) == row["psnr"] and line["lpips_vgg"] == ""
-            assert line["nfe"] == str(row.get("nfe", ""))
-    for a, b in zip(*tables, strict=True):
-        assert a["name"] == b["name"]
-        for key in a.keys() - {"name", "method", "ms"}:
-            assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-6), key
-    for row in rows[2:]:  # the numbers are evaluate's for these options
-        assert row["steps"] in (1, 2) and row["eta"] > 0 and row["nfe"] <= row["steps"]
-    with pytest.raises(SystemExit, match="2"):  # it chooses the sampler's options itself
-        run_main(sweep, monkeypatch, *common, "--eta", 1)
-    assert "unrecognized arguments: --eta" in capsys.readouterr().err
-    folder_of(tmp_path / "one", 1)
-    assert "at least 2 images" in sentence(sweep, monkeypatch, *common, "--data", tmp_path / "one")
-    assert "--calibrate 0 is out of range" in cli("tools.sweep", *common, "--calibrate", 0, ok=False)
-    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
-    assert "matplotlib" in sentence(sweep, monkeypatch, *common, "--plot")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --images
-
-def test_own_pictures(tmp_path, checkpoint, monkeypatch, capsys):
-    sizes = {"a.png": (37, 50), "b.jpg": (64, 24), "c.webp": (5, 3)}
-    for k, (name, size) in enumerate(sizes.items()):
-        photo(*size, seed=k).save(tmp_path / name)
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
-    files = [tmp_path / name for name in ("a.png", "broken.jpg", "b.jpg", "none.png", "c.webp")]
-    before = (tmp_path / "a.png").read_bytes()
-    run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--images", files[0], "--out", tmp_path / "bf16", "--device",
-             "cpu", "--dtype", "bf16")
-    assert "PSNR" in capsys.readouterr().out and os.listdir(tmp_path / "bf16") == ["a.png.reconstruction.png"]
-    message = sentence(evaluate, monkeypatch, "--ckpt", checkpoint, "--images", *files, "--steps", 2, "--out", tmp_path,
-                       "--device", "cpu")
-    assert message.startswith("error: 2 of 5 --images could not be read: ")
-    assert "broken.jpg" in message and "none.png" in message
-    lines = capsys.readouterr().out.splitlines()
-    model = DCSSDAE.load(checkpoint)
-    assert len(lines) == 3 and (tmp_path / "a.png").read_bytes() == before
-    for line, (name, (w, h)), k in zip(lines, sizes.items(), (0, 2, 4), strict=True):
-        x = torch.from_numpy(np.array(Image.open(tmp_path / name).convert("RGB"))).permute(2, 0, 1)[None].float()
-        generator = sampler.seeded_generator("cpu", 0, k)
-        with torch.no_grad():
-            y = model.reconstruct(x / 127.5 - 1, 2, generator=generator)
-        y = (y.clamp(-1, 1) * 127.5 + 127.5).round()
-        grid = np.asarray(Image.open(tmp_path / f"{name}.reconstruction.png")).astype(int)
-        assert grid.shape == (h + 4, 3 * w + 8, 3)
-        a, b, error = (grid[2:2 + h, 2 + k * (w + 2):2 + k * (w + 2) + w] for k in range(3))
-        assert np.array_equal(a, x[0].permute(1, 2, 0).numpy()) and abs(b - y[0].permute(1, 2, 0).numpy()).max() <= 1
-        assert np.array_equal(error, np.minimum(4 * abs(a - b), 255))
-        db = 10 * np.log10(255**2 / ((a - b) ** 2).mean())
-        rows, columns = -(-h // 8), -(-w // 8)
-        assert f"{w} x {h}, PSNR {db:.2f} dB, SSIM " in line and f"latent 4 x {rows} x {columns} of 16 bit" in line
-        assert f"{3 * h * w} : {8 * rows * columns} bytes = {3 * h * w / (8 * rows * columns):.1f}" in line
-    assert "one name" in sentence(evaluate, monkeypatch, "--ckpt", checkpoint, "--images", "a.png", "sub/a.png",
-                                  "--device", "cpu")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tools.latents
-
-READER = '''
-class Latents(torch.utils.data.Dataset):
-    def __init__(self, folder):
-        with open(f"{folder}/manifest.json") as file:
-            self.manifest = json.load(file)
-        self.z = [np.load(f"{folder}/{s['latents']}", mmap_mode="r") for s in self.manifest["shards"]]
-        self.labels = np.concatenate([np.load(f"{folder}/{s['labels']}") for s in self.manifest["shards"]])
-        self.ends = np.cumsum([s["count"] for s in self.manifest["shards"]])
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):                                # -> latent (c, h, w), with --flip (2, c, h, w); label
-        k = np.searchsorted(self.ends, i, side="right")
-        return torch.from_numpy(self.z[k][i - self.ends[k]].astype(np.float32)), int(self.labels[i])
-'''
-
-
-def files_of(folder):
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-
-
-def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
-    """Same bytes by one process, by two, and after an interruption; labels; the reader; refusals."""
-    for k, name in enumerate(("cat", "dog", "dog/puppy")):
-        folder_of(tmp_path / "images" / "train" / name, 3, (40, 32))
-    folder_of(tmp_path / "images" / "val", 2)
-    for broken in sorted((tmp_path / "images" / "train" / "cat").iterdir())[:2]:  # all of the first shard
-        broken.write_bytes(b"broken")
-    common = ["--ckpt", checkpoint, "--data", tmp_path / "images", "--shard", 2, "--batch_size", 2, "--workers", 0,
-              "--device", "cpu", "--out"]
-    run_main(latents, monkeypatch, *common, tmp_path / "one")
-    assert "mean" in capsys.readouterr().out
-    run(tmp_path / "o", *common, tmp_path / "two", module="tools.latents", world=2)
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
-
-    write, calls = latents.write_whole, []
-
-    def interrupted(path, content):
-        calls.append(path)
-        if len(calls) == 6:  # the second shard's labels are there, its latents half written
-            (tmp_path / "three" / "latents_00002.npy.tmp").write_bytes(b"half")
-            raise KeyboardInterrupt
-        write(path, content)
-
-    monkeypatch.setattr(latents, "write_whole", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_main(latents, monkeypatch, *common, tmp_path / "three")
-    monkeypatch.setattr(latents, "write_whole", write)
-    assert "latents_00001.npy" in files_of(tmp_path / "three")
-    assert "latents_00002.npy" not in files_of(tmp_path / "three")
-    assert "shards" not in json.loads((tmp_path / "three" / "manifest.json").read_text())
-    finished = os.stat(tmp_path / "three" / "latents_00001.npy").st_mtime_ns
-    for change, word in ((["--size", 40], "size"), (["--data", "demo", "--limit", 9], "data"), (["--flip"], "shape"),
-                         (["--sample"], "values"), (["--part", "val"], "part"), (["--shard", 3], "shard")):
-        assert word in sentence(latents, monkeypatch, *common, tmp_path / "three", *change)
-    run_main(latents, monkeypatch, *common, tmp_path / "three")
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
-    assert os.stat(tmp_path / "three" / "latents_00001.npy").st_mtime_ns == finished
-
-    whole = np.load(tmp_path / "three" / "latents_00001.npy")
-    for damaged in (whole[:0], np.concatenate([whole, whole]), whole * np.nan, None, "no labels"):
-        if isinstance(damaged, np.ndarray):
-            np.save(tmp_path / "three" / "latents_00001.npy", damaged)
-        elif damaged is None:
-            (tmp_path / "three" / "latents_00001.npy").write_bytes(b"half")
-        else:
-            (tmp_path / "three" / "labels_00001.npy").unlink()
-        run_main(latents, monkeypatch, *common, tmp_path / "three")
-        assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
-
-    namespace = {"np": np, "torch": torch, "json": json}
-    exec(READER, namespace)  # noqa: S102
-    stored = namespace["Latents"](tmp_path / "one")
-    assert isinstance(stored.z[0], np.memmap) and stored.z[0].dtype == np.float16
-    dataset = data.make_dataset(str(tmp_path / "images"), 32, train=False, split="train")
-    items = [item for item in (dataset[i] for i in range(len(dataset))) if item]
-    assert len(stored) == len(items) == len(dataset) - 2 == 7 and len(stored.z) == 4
-    assert stored.labels.tolist() == [dataset.labels[i] for _, i in items] and set(stored.labels.tolist()) == {0, 1}
-    with torch.no_grad():
-        want = DCSSDAE.load(checkpoint).encode(torch.stack([x for x, _ in items])).mode()
-    got = torch.stack([stored[i][0] for i in range(len(stored))])
-    assert torch.allclose(got, want, atol=2e-3 * float(want.abs().max()))
-    m = stored.manifest
-    assert np.allclose(m["mean"], got.mean((0, 2, 3)), atol=1e-6)
-    assert np.allclose(m["std"], got.transpose(0, 1).flatten(1).std(1, correction=0), rtol=1e-5)
-    assert m["classes"] == dataset.classes == ["cat", "dog"]
-    assert m["model_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest() and m["shape"] == [4, 4, 4]
-
-
-def test_statistics_that_are_not_finite_stay_out_of_the_model(tmp_path, checkpoint):
-    model, before = DCSSDAE.load(checkpoint), Path(checkpoint).read_bytes()
-    args = types.SimpleNamespace(ckpt=str(checkpoint), data="demo", out=None)
-    with pytest.raises(ValueError, match="latents are not finite: the model's file stays as it is"):
-        latents.store_in_model(model, args, {"mean": [0.0, math.nan], "std": [1.0, 1.0]})
-    assert Path(checkpoint).read_bytes() == before
-
-
-def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, monkeypatch):
-    common = ["--ckpt", checkpoint, "--limit", 5, "--workers", 0, "--device", "cpu", "--out"]
-    run_main(latents, monkeypatch, *common, tmp_path / "z", "--sample", "--flip", "--shard", 3,
-             "--batch_size", 3)
-    z = np.concatenate([np.load(tmp_path / "z" / f"latents_0000{k}.npy", mmap_mode="r") for k in range(2)])
-    assert z.shape == (5, 2, 4, 4, 4) and (np.load(tmp_path / "z" / "labels_00000.npy") == -1).all()
-    dataset = data.make_dataset("demo", 32, False, limit=5, split="train")
-    x = torch.stack([dataset[i][0] for i in range(5)])
-    noise = sampler.image_noise(0, range(5), (2, 4, 4, 4))
-    model = DCSSDAE.load(checkpoint)
-    for k, v in enumerate((x, x.flip(3))):
-        with torch.no_grad():
-            want = model.encode(v).sample(noise[:, k])
-        assert torch.allclose(torch.from_numpy(z[:, k]).float(), want, rtol=2e-3, atol=2e-3)
-    assert not np.allclose(z[:, 0], z[:, 1], atol=0.05)
-    run_main(latents, monkeypatch, *common, tmp_path / "bf16", "--dtype", "bf16")
-    half = torch.from_numpy(np.load(tmp_path / "bf16" / "latents_00000.npy")).float()
-    with torch.no_grad():
-        want = model.encode(x).mode()
-    assert 1e-4 < relative_error(half, want) < 0.05
-    large = types.SimpleNamespace(mode=lambda: torch.full((3, 4, 4, 4), 7e4))
-    monkeypatch.setattr(DCSSDAE, "encode", lambda self, x: large)
-    assert "float16 ends at 65504" in sentence(latents, monkeypatch, *common, tmp_path / "large")
-    assert sorted(os.listdir(tmp_path / "large")) in ([".lock", "manifest.json"], ["manifest.json"])
-    assert "--out" in sentence(latents, monkeypatch, "--ckpt", checkpoint)  # nothing to do
-
-
-def test_training_images_without_augmentation_and_labels(tmp_path, monkeypatch):
-    for part in ("train", "val"):
-        folder_of(tmp_path / part / "n02" / "x", 2, (50, 40))
-        folder_of(tmp_path / part / "n01", 1, (40, 50))
-    folder_of(tmp_path / "train", 1, (40, 40))
-    for root in (str(tmp_path), f"{tmp_path}/"):
-        dataset = data.make_dataset(root, 24, train=False, split="train")
-        names = [os.path.relpath(os.fsdecode(f), tmp_path) for f in dataset.images]
-        assert dataset.labels.tolist() == [(-1, 0, 1)[f.count("/") - 1] for f in names] and len(names) == 4
-        for i, name in enumerate(names):
-            want = np.asarray(data.prepare_eval(Image.open(tmp_path / name), 24)).transpose(2, 0, 1)
-            assert np.allclose(dataset[i][0] * 127.5 + 127.5, want, atol=1e-3)
-    demo = data.make_dataset("demo", 16, train=False, split="train", limit=3)
-    assert demo.labels.tolist() == [-1] * 3
-    want = data.demo_image(16, 0, "train", int(demo.images[1]))
-    assert np.allclose(demo[1][0] * 127.5 + 127.5, want.transpose(2, 0, 1), atol=1e-3)
-
-
-def test_evaluate_help_is_in_groups(monkeypatch, capsys):
-    with contextlib.suppress(SystemExit):
-        run_main(evaluate, monkeypatch, "--help")
-    text = capsys.readouterr().out
-    for title in ("data:", "sampler:", "metrics that need a network:"):
-        assert f"\n{title}\n" in text
-    assert all(flag in text for flag in ("--features", "--dreamsim", "--images"))
-    assert not any(flag in text for flag in evaluate.MOVED)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The fast forms of the decoder against the simple ones
-
-def dense_attention(attn, x):
-    """WindowAttention in its plain form: every pair of tokens, masked."""
-    h, w = x.shape[2:]
-    r, tokens = attn.window // 2, x.flatten(2).mT
-    q, k, v = (p(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.q, attn.k, attn.v))
-    y, x_ = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
-    dy, dx = y[:, None] - y, x_[:, None] - x_                                              # query - key
-    bias = attn.bias_table[dy.clamp(-r, r) + r, dx.clamp(-r, r) + r].permute(2, 0, 1)
-    bias = bias.masked_fill((dy.abs() > r) | (dx.abs() > r), float("-inf"))
-    p = (q @ k.mT / q.shape[-1] ** 0.5 + bias).softmax(-1)
-    return attn.out((p @ v).transpose(1, 2).flatten(2)).mT.unflatten(2, (h, w))
-
-
-@pytest.mark.parametrize("h, w, window", [(1, 1, 17), (3, 40, 17), (24, 25, 17), (33, 26, 17), (41, 32, 17), (19, 9, 9),
-                                          (17, 16, 1), (30, 31, 13), (29, 20, 5), (50, 10, 21), (9, 9, 99)])
-def test_windowed_attention_equals_the_dense_masked_form(h, w, window):
-    torch.manual_seed(0)
-    attn = WindowAttention(16, 2, window).double()
-    nn.init.normal_(attn.bias_table)
-    windows = Windows(h, w, window, "cpu")
-    x, grad = torch.randn(2, 2, 16, h, w, dtype=torch.float64).requires_grad_(), torch.randn(2, 16, h, w).double()
-
-    def run(form):
-        attn.zero_grad()
-        y = form(x[0])
-        (dx,) = torch.autograd.grad(y, x, grad, retain_graph=True)
-        (y * grad).sum().backward(inputs=list(attn.parameters()))
-        return [y, dx, *(p.grad.clone() for p in attn.parameters())]
-
-    fast = run(lambda x: attn(x, windows, windows.bias(attn.bias_table)))
-    for a, b in zip(fast, run(lambda x: dense_attention(attn, x)), strict=True):
-        assert (a - b).norm() <= 1e-9 * (b.norm() + 1e-3)
-
-
-def plain_norm_silu(x, scale, shift, eps=1e-5):
-    """AdaGN in its plainest form: normalise, enlarge scale and shift to the map, SiLU."""
-    scale, shift = (F.interpolate(m, size=x.shape[2:], mode="nearest") for m in (scale, shift))
-    return F.silu(F.group_norm(x, 32, eps=eps) * scale + shift)
-
-
-@pytest.mark.parametrize("batch, h, w", [(2, 2, 3), (1, 1, 1), (2, 1, 1)])
-def test_norm_silu_equals_the_plain_form(batch, h, w):
-    torch.manual_seed(0)
-    x = (3 * torch.randn(2, 64, 4, 6, dtype=torch.float64) + 1).requires_grad_()
-    scale, shift = (torch.randn(batch, 64, h, w, dtype=torch.float64).requires_grad_() for _ in range(2))
-    fast, plain = NormSiLU.apply(x, scale, shift), plain_norm_silu(x, scale, shift)
-    grad = torch.randn_like(plain)
-    assert torch.allclose(fast, plain, rtol=1e-9, atol=1e-9)
-    for a, b in zip(*(torch.autograd.grad(y, (x, scale, shift), grad) for y in (fast, plain)), strict=True):
-        assert torch.allclose(a, b, rtol=1e-8, atol=1e-9)
-    with torch.no_grad():  # works in place on its own result, never on x
-        before = x.clone()
-        for y in (x, x.contiguous(memory_format=torch.channels_last)):
-            assert torch.allclose(NormSiLU.apply(y, scale, shift), plain) and torch.equal(x, before)
-        half = NormSiLU.apply(x.bfloat16(), scale.bfloat16(), shift.bfloat16()).double()
-        assert relative_error(half, plain) < 1e-2
-
-
-class GpuLayouts(TorchDispatchMode):
-    """Layouts as on a GPU, whose pixel_unshuffle and group norm return NCHW; the convolutions that get NCHW, and those
-    whose backward pass does."""
-
-    def __init__(self):
-        super().__init__()
-        self.convolutions, self.forward, self.backward = 0, [], []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        out = function(*arguments, **(options or {}))
-        name = function.overloadpacket.__name__
-        if name == "pixel_unshuffle":
-            out = out.contiguous()
-        elif name == "native_group_norm":
-            out = (out[0].contiguous(), *out[1:])
-        elif name == "convolution":
-            self.convolutions += 1
-            if not arguments[0].is_contiguous(memory_format=torch.channels_last):
-                self.forward.append(arguments[0].shape)
-        elif name == "convolution_backward":
-            for t in arguments[:2]:
-                if t.stride(1) != 1 and not t.is_contiguous(memory_format=torch.channels_last):
-                    self.backward.append(t.shape)
-        return out
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """The forms that GPUs and compilers get, on the CPU."""
-    for module in (encoder_module, model_module):
-        monkeypatch.setattr(module, "eager_cpu", lambda x: False)
-
-
-@pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("part", ["dc_f32c32", "vq_f8c4", "dcae_f32c32", "dcae_f32c32_sana", "fm", "eqm"])
-def test_no_convolution_turns_a_map_round_on_a_gpu(part, trains, as_on_a_gpu):
-    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
-    if part in ("fm", "eqm"):
-        network = UViT("XS", 4, part == "fm", depth=1, base=(8, 4) if part == "eqm" else None)
-        arguments = (x, torch.randn(2, 4, 8, 8), *([torch.rand(2)] if part == "fm" else []))
-        outputs = network
-    else:
-        network, arguments = make_encoder(part, 0.125), (x,)
-        outputs = lambda x: network(x).mean  # noqa: E731
-    network.to(memory_format=torch.channels_last).requires_grad_(trains)
-    with GpuLayouts() as layouts:
-        y = outputs(*arguments)
-        if trains:
-            y.square().sum().backward()
-    assert layouts.convolutions > 30 and layouts.forward == []
-    # what is left are gradients of latents, and of an attention's q, k and v
-    is_attention = part.startswith("dcae")
-    assert all(max(shape[2:]) <= 8 for shape in layouts.backward) and (is_attention or len(layouts.backward) <= 1)
-
-
-@pytest.mark.parametrize("name", ["vq_f8c4", "dc_f16c4"])
-def test_the_forms_for_gpus_equal_those_for_cpus(name, monkeypatch):
-    x = torch.randn(1, 3, 32, 48, dtype=torch.float64)
-    network = randomise(make_encoder(name, 0.25 if name == "vq_f8c4" else 0.0625)).double()
-    decoder = randomise(UViT("XS", 4, depth=1)).double()
-    found = []
-    for is_cpu in (True, False):
-        for module in (encoder_module, model_module):
-            monkeypatch.setattr(module, "eager_cpu", lambda x, is_cpu=is_cpu: is_cpu)
-        parameters = [*network.parameters(), *decoder.parameters()]
-        z = network(x).mode().double()
-        y = decoder(x, z, torch.tensor([0.3]).double())
-        found.append([z, y, *torch.autograd.grad(y.square().sum() + z.sum(), parameters, allow_unused=True)])
-    for a, b in zip(*found, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or (a - b).norm() <= 1e-6 * (b.norm() + 1e-3)  # some are 0 but for rounding
-
-
-@pytest.mark.parametrize("form", [NormSiLU.apply, model_module.plain_norm_silu])
-@pytest.mark.parametrize("offset", [0.0, 4.0])
-def test_bf16_gradients_of_the_norms_are_as_exact_as_autocasts(form, offset):
-    """Also where a group's mean is large beside its deviation, and constants cancel."""
-    x = torch.randn(2, 64, 24, 24) + offset * torch.randn(1, 64, 1, 1)
-    x = x.bfloat16().to(memory_format=torch.channels_last)
-    scale, shift, grad = 1 + torch.randn(2, 64, 3, 3) / 2, torch.randn(2, 64, 3, 3), torch.randn(2, 64, 24, 24)
-
-    def gradients(form, dtype):
-        inputs = [t.bfloat16().to(dtype).requires_grad_() for t in (x, scale, shift)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-            y = form(*inputs).to(dtype)
-        return torch.autograd.grad(y, inputs, grad.bfloat16().to(dtype))
-
-    exact = gradients(plain_norm_silu, torch.float64)
-    ours, autocasts = (gradients(f, torch.bfloat16) for f in (lambda *a: form(*a, 32, 1e-5), plain_norm_silu))
-    for a, b, c in zip(ours, autocasts, exact, strict=True):
-        assert relative_error(a, c) <= 1.2 * relative_error(b, c)
-
-
-@pytest.mark.parametrize("name", ["dc_f32c32", "dcae_f32c32"])
-def test_autocast_keeps_the_dc_encoders_maps_in_half_precision(name):
-    network, kinds = make_encoder(name, 0.125), set()
-    for module in network.modules():
-        if type(module).__name__ in ("DCResBlock", "DCDown", "LinearAttention", "GatedConv"):
-            module.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        network(torch.randn(1, 3, 32, 32))
-    assert kinds == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("loss", ["fm", "eqm"])
-def test_a_decode_after_the_first_needs_nothing_of_the_host(loss):
-    model = DCSSDAE("dc_f32c32", "XS", loss, enc_width=0.125, depth=2, input_skip=True, linear_decoder=32).eval()
-    z, noise = torch.randn(1, 32, 9, 1), torch.randn(1, 3, 288, 32)  # 36 x 4 tokens: several blocks of attention
-    model_module.cached_windows.cache_clear()
-    counts = []
-    with torch.no_grad():
-        for _ in range(2):
-            with check.HostTraffic() as traffic:
-                model.decode(z, 3, noise)
-            counts.append((len(traffic.copies), len(traffic.reads)))
-    assert counts[0][0] > 5 and counts[1] == (0, 0)
-
-
-@pytest.mark.parametrize("module", [train, distill])
-def test_a_training_step_waits_for_the_device_once(tmp_path, checkpoint, monkeypatch, module):
-    traffic, at_start = check.HostTraffic(), []
-    draw, next_batch, tolist = module.draw, module.next_batch, torch.Tensor.tolist
-
-    def counting_draw(*arguments):
-        at_start.append((len(traffic.copies), len(traffic.reads)))
-        return draw(*arguments)
-
-    def uncounted_batch(*arguments):
-        traffic.paused = True
-        batch = next_batch(*arguments)
-        traffic.paused = False
-        return batch
-
-    def counting_tolist(t):  # of a CPU tensor no operation shows it
-        if not traffic.paused:
-            traffic.reads.append("tolist")
-        return tolist(t)
-
-    monkeypatch.setattr(module, "draw", counting_draw)
-    monkeypatch.setattr(module, "next_batch", uncounted_batch)
-    monkeypatch.setattr(torch.Tensor, "tolist", counting_tolist)
-    monkeypatch.setattr(module, "evaluate", lambda *a, **kw: sys.exit(0))
-    flags = [*SMALL, "--steps", 4, "--save_every", 4, "--out", tmp_path / "r"]
-    if module is train:
-        flags += ["--eval_every", 0, "--w_gan", 0.1]
-    else:
-        flags = ["--ckpt", checkpoint, "--teacher_steps", 2, "--batch_size", 4, "--device", "cpu", "--save_every", 4,
-                 "--steps", 4, "--out", tmp_path / "r"]
-    with traffic, pytest.raises(SystemExit):
-        run_main(module, monkeypatch, *flags)
-    (copies, reads), (copies_after, reads_after) = at_start[2:4]
-    assert traffic.copies[copies:copies_after] == [] and traffic.reads[reads:reads_after] == ["tolist"]
-
-
-def test_upsample_equals_nearest_and_convolution():
-    torch.manual_seed(0)
-    conv, x = nn.Conv2d(6, 5, 3, padding=1).double(), torch.randn(2, 6, 3, 4, dtype=torch.float64)
-    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), conv.weight, conv.bias, padding=1)
-    assert torch.allclose(upsample(x, conv), plain, rtol=1e-12, atol=1e-12)
-    grads = [torch.autograd.grad(y.square().sum(), conv.parameters()) for y in (upsample(x, conv), plain)]
-    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in zip(*grads, strict=True))
-
-
-@pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("size", [(8, 8), (32, 64), (128, 64)])
-def test_condition_is_the_plain_input_layer_and_computed_once(joint, size):
-    torch.manual_seed(0)
-    unet = UViT("XS", 4, time_cond=False, depth=1, joint_input=joint).double().eval()
-    x, z = torch.randn(2, 3, *size).double(), torch.randn(2, 4, size[0] // 8, max(1, size[1] // 32)).double()
-    up = F.interpolate(unet.norm_z(z), size=size, mode="nearest")
-    plain = unet.conv_in(torch.cat([unet.conv_in_x(x), unet.conv_in_z(up)], dim=1))
-    x_part = unet.conv_in_x(x)
-    fast = F.conv2d(x_part, unet.conv_in.weight[:, :x_part.shape[1]], padding=1)
-    fast = fast + spread(unet.condition(z, *size).input_map, *size)
-    assert torch.allclose(fast, plain, rtol=1e-10, atol=1e-10)
-    assert torch.equal(unet(x, unet.condition(z, *size)), unet(x, z))
-
-
-def test_latent_work_is_done_once_per_decode_and_in_float32_sums():
-    torch.manual_seed(0)
-    model, calls = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1).eval(), []
-    for p in model.decoder.parameters():
-        nn.init.normal_(p, std=0.05)
-    model.decoder.context.register_forward_hook(lambda *a: calls.append(1))
-    z, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 3, 16, 16)
-    with torch.no_grad():
-        x, nfe = model.sample(z, steps=5, noise=noise, method="nesterov", mu=0.3, eta=0.3, tol=1e-6)
-        assert len(calls) == 1 and nfe.tolist() == [5] * 3
-        # samples that stop leave the prepared condition too: each ends as it does alone
-        f = model.decoder(noise, z).flatten(1).square().mean(1).sqrt()
-        together = model.sample(z, steps=4, noise=noise, eta=0.1, tol=float(f.median()))
-        assert len(set(together[1].tolist())) > 1
-        for i in range(3):
-            alone = model.sample(z[i:i + 1], steps=4, noise=noise[i:i + 1], eta=0.1, tol=float(f.median()))
-            assert alone[1] == together[1][i] and relative_error(alone[0], together[0][i:i + 1]) < 1e-5
-        half = model.bfloat16().sample(z, steps=5, noise=noise, method="nesterov", mu=0.3, eta=0.3, tol=1e-6)[0]
-    assert half.dtype == torch.float32 and relative_error(half, x) < 0.05
-
-
-@slow
-def test_compiles_without_graph_breaks_and_checkpointing_changes_nothing():
-    torch.manual_seed(0)
-    x, z, t = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 4, 4), torch.rand(2)
-    unet = UViT("XS", 4, depth=1).train()
-    for p in unet.parameters():
-        nn.init.normal_(p, std=0.05)
-    for enc in ("dc_f8c4", "vq_f8c4", "dcae_f32c32"):
-        encoder = make_encoder(enc, width=0.125)
-        for stage in encoder.stages if enc.startswith("dc") else ():
-            del stage[1:-1]  # further blocks like the first one, which the compiler would trace again
-        fast = torch.compile(lambda x, encoder=encoder: encoder(x).mean, fullgraph=True, backend="eager")
-        assert relative_error(fast(x), encoder(x).mean) < 1e-5
-
-    def gradients(field):
-        unet.zero_grad()
-        field(x, z, t).square().sum().backward()
-        return [p.grad.clone() for p in unet.parameters()]
-
-    plain = gradients(unet)
-    largest = max(gradient.norm() for gradient in plain)
-    for other in (gradients(torch.compile(unet, fullgraph=True, backend="aot_eager")),
-                  gradients(lambda *a: setattr(unet, "checkpointing", True) or unet(*a))):
-        # Biases that a norm takes away have no gradient but rounding.
-        assert all((a - b).norm() <= 1e-5 * (b.norm() + 0.01 * largest) for a, b in zip(other, plain, strict=True))
-    saved = []
-    for unet.checkpointing in (False, True):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
-            unet(x, z, t)
-        saved.append(sum(sizes))
-    assert saved[1] < 0.5 * saved[0]
-
-
-def test_compile_without_a_compiler_is_one_sentence(tmp_path, monkeypatch):
-    """Before the data is looked for, and before anything is timed."""
-    output = cli("train.py", *TINY, "--compile", "--data", tmp_path / "nowhere", "--out", tmp_path / "r", ok=False,
-                 env={"CXX": "/nonexistent"})
-    assert "error: --compile does not work here (" in output and "/nonexistent" in output
-    assert not (tmp_path / "r").exists()
-
-    def broken(*args, **options):
-        raise RuntimeError("no compiler\nat all")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    assert "does not work here (no compiler): install" in sentence(bench, monkeypatch, "decode", "--compile",
-                                                                   "--device", "cpu")
-
-
-def test_blocks_are_compiled_one_by_one(monkeypatch):
-    """Each in one graph, once for every shape of its weights; in eager code between them nothing changes."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    decoder = randomise(UViT("XS", 4, depth=2)).requires_grad_(False)
-    x, z, t = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 2, 2), torch.rand(1)
-    plain, names = decoder(x, z, t), list(decoder.state_dict())
-    model_module.compile_blocks(decoder, backend=backend, fullgraph=True)
-    assert relative_error(decoder(x, z, t), plain) < 1e-4 and list(decoder.state_dict()) == names
-    made = len(graphs)
-    decoder(2 * x, z, t)
-    blocks = sum(isinstance(m, model_module.BLOCKS) for m in decoder.modules())
-    assert len(graphs) == made and 8 < made < blocks == 22  # beyond 8, the compiler's own limit
-    torch._dynamo.reset()
-
-
-def test_what_is_compiled_by_default(monkeypatch):
-    for there, device, flags, expected in ((True, "cuda", [], True), (False, "cuda", [], False),
-                                           (True, "cpu", [], False), (True, "cuda", ["--no-compile"], False),
-                                           (False, "cpu", ["--compile"], True)):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there or None)
-        assert train.compiles(train.get_args(flags), torch.device(device)) == expected
-
-
-def test_check_command(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as end:
-        run_main(check, monkeypatch, "values", "traffic", "ranks", "--device", "cpu")
-    text = capsys.readouterr().out
-    assert end.value.code == 0 and text.count("values ") == 4 and text.rstrip().endswith("\nhealthy")
-    assert text.count("0 copies from the host, 0 reads by it") == 2
-    monkeypatch.setattr(DCSSDAE, "decode", lambda self, z, steps, noise: noise * z.mean().item())
-    with pytest.raises(SystemExit) as end:
-        run_main(check, monkeypatch, "traffic", "--device", "cpu")
-    assert end.value.code == 1 and "a decode waits for the host or the device" in capsys.readouterr().out
-    assert "there is no sped to check" in sentence(check, monkeypatch, "sped")
-
-
-def test_cost_and_memory_of_decoding_are_linear_in_pixels():
-    unet = UViT("XS", 4, time_cond=False, depth=2).eval().to(memory_format=torch.channels_last)
-    flop, memory = [], []
-    with torch.no_grad():
-        for size in (128, 256, 512):  # 16, 32 and 64 tokens a side: one block of attention, then many
-            x, z = torch.randn(1, 3, size, size), torch.randn(1, 4, size // 8, size // 8)
-            with FlopCounterMode(display=False) as counter:
-                unet(x, z)
-            flop.append(counter.get_total_flops())
-            memory.append(bench.peak_memory(lambda x=x, z=z: unet(x, z), torch.device("cpu")))
-    assert 3.5 < flop[1] / flop[0] < 4.3 and 3.5 < flop[2] / flop[1] < 4.3
-    assert 3.5 < memory[2] / memory[1] < 4.3
-    block = 4 * 64 * 512 * 512  # bytes of one map at full resolution in the widest layer
-    assert memory[2] < 16 * block
-
-
-@slow
-def test_bench_command(monkeypatch, capsys):
-    """Every task in float32; the training step in bfloat16 too, which is slow on processors that do not have it."""
-    quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
-    text = command("tools.bench", "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
-    text += command("tools.bench", "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--dtype", "float32", "bf16",
-                    "--checkpointing")
-    text += cli("tools.bench", "input", *quick)
-    rows = [line for line in text.splitlines() if line.startswith(("U-ViT XS", "vq_f8c4"))]
-    assert len(rows) == 2 + 4 + 4 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
-    assert len(re.findall(r"^input, JPEG .* x$", text, re.MULTILINE)) == 2
-    if importlib.util.find_spec("diffusers"):
-        assert len(re.findall(r"^(KL-VAE|DC-AE f32c32) .* x KL-VAE$", text, re.MULTILINE)) == 4
-    assert "there is no encoding to time" in sentence(bench, monkeypatch, "decode", "encoding")
-    assert "--rounds 0 is out of range" in sentence(bench, monkeypatch, "--rounds", 0)
-    monkeypatch.setattr(bench, "main", lambda: print(bench.parse_arguments().tasks))
-    assert command("tools.bench") == f"{bench.TASKS}\n"  # without names all four
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training in processes that can be killed: forked from a server that has imported torch, which takes seconds
-
-# Processes that can be killed are forked from a server that has imported torch, which takes seconds.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__, "torch._dynamo"])
-
-
-def child(module, argv, env, output, sabotage):
-    """A command in a child process. sabotage: {step: name of a signal, "nan" or "lost"} for this rank, when that step
-    draws its noise, or its images."""
-    os.environ.update(env, CUDA_VISIBLE_DEVICES="")
-    if "FLOAT64" in env:  # rounding out of the way
-        torch.set_default_dtype(torch.float64)
-        torch.Tensor.float = torch.Tensor.double
-        train.evaluate = lambda *a, **kw: sys.exit(0)  # it works in float32
-    multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers, as everywhere else
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115 until the process ends
-    sys.argv = [module, *map(str, argv)]
-    draw = train.draw
-
-    def drawing(seed, step, *rest):
-        e, eps, s = draw(seed, step, *rest)
-        if str(sabotage.get(step, "nan")).startswith("SIG"):
-            # torchrun and schedulers signal the loader's workers too; from another process: torch's workers see who
-            workers = (
-                [worker.pid for worker in multiprocessing.active_children()] if sabotage[step] != "SIGKILL" else []
-            )
-            subprocess.run(["kill", "-s", sabotage[step][3:], *map(str, [*workers, os.getpid()])], check=True)
-            time.sleep(0.1)
-        return (e * float("nan") if sabotage.get(step) == "nan" else e), eps, s
-
-    next_batch = train.next_batch
-
-    def losing(run, batches):
-        def lost():
-            raise OSError(errno.ESTALE, "Stale file handle")
-            yield
-        return next_batch(run, lost() if sabotage.get(run.done) == "lost" else batches)
-
-    train.draw = distill.draw = drawing
-    train.next_batch = distill.next_batch = losing
-    if "TINY_INCEPTION" in env:
-        fid.InceptionFeatures = TinyInception
-    try:
-        data.guarded(importlib.import_module(module).main)
-    finally:
-        train.kill_workers()  # forked children skip atexit
-
-
-def run(folder, *argv, module="train", world=1, sabotage=None, env=None, ok=(0,)):
-    """Run a command on `world` processes; (exit codes, which must be in ok, output of rank 0). sabotage: {rank: {step:
-    what}}."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder.mkdir(exist_ok=True)
-    processes = []
-    for rank in range(world):
-        names = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        processes.append(
-            FORKS.Process(
-                target=child,
-                args=(
-                    module,
-                    argv,
-                    {**(names if world > 1 else {}), **(env or {})},
-                    str(folder / f"output{rank}"),
-                    (sabotage or {}).get(rank, {}),
-                ),
-            )
-        )
-        processes[-1].start()
-    deadline = time.time() + 100
-    while any(p.is_alive() for p in processes):
-        multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
-        if time.time() > deadline or any(p.exitcode == -signal.SIGKILL for p in processes):
-            for p in processes:  # as torchrun does
-                p.kill()
-    codes, output = [p.exitcode for p in processes], (folder / "output0").read_text()
-    assert all(code in ok for code in codes), (codes, output)
-    return codes, output
-
+# train.py: runs that are stopped, resumed or go wrong
+# No signal, crash, full disk or bad step costs more than the steps since the last checkpoint, or changes a bit.
 
 def log_of(folder):
     """A run's log without what a clock or the memory measures."""
@@ -4294,10 +3272,6 @@ def log_of(folder):
         else line
         for line in lines
     ]
-
-
-KILLED = (0, 1, -signal.SIGKILL)
-SMALL = [*TINY, "--decay", 0, "--warmup", 2, "--size", 24, "--eval_every", 3, "--save_every", 2, "--eval_steps", 1]
 
 
 @slow
@@ -4470,105 +3444,6 @@ def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch):
         run_main(train, monkeypatch, *command[:-1], "--steps", 2)
 
 
-@slow
-def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path):
-    """In float64, so that Adam has no differences of rounding to enlarge where gradients should be 0; with the GAN."""
-    flags = [*SMALL, "--steps", 4, "--save_every", 4, "--w_gan", 0.1, "--gan_start", 2, "--eval_every", 0, "--lr", 3e-4]
-    run(tmp_path / "o", *flags, "--out", tmp_path / "one", env={"FLOAT64": "1"})
-    run(tmp_path / "o", *flags, "--out", tmp_path / "two", env={"FLOAT64": "1"}, world=2)
-    run(tmp_path / "o", *flags, "--out", tmp_path / "micro", "--micro_batch", 3, env={"FLOAT64": "1"})
-    one = load_checkpoint(tmp_path / "one")
-    for name in ("two", "micro"):
-        other = load_checkpoint(tmp_path / name)
-        for part in ("model", "ema", "gan"):
-            for k, v in one[part].items():
-                assert (v - other[part][k]).abs().max() <= 1e-9 * (1 + v.abs().max()), (name, k)
-        for a, b in zip(step_lines(tmp_path / "one"), step_lines(tmp_path / name), strict=True):
-            assert all(b[k] == pytest.approx(a[k], rel=1e-9) for k in a.keys() - {"images_per_s", "peak_mib"})
-
-
-def test_what_each_phase_trains(tmp_path, monkeypatch):
-    latent = ("encoder.stages.3.", "encoder.down.3.", "encoder.mid.", "encoder.norm_out.", "encoder.quant.",
-              "encoder.conv_out.", "decoder.conv_in_z.", "decoder.norm_z.", "decoder.context.", "decoder.blocks.0.ada.")
-    head = ("decoder.up.3.", "decoder.norm_out.", "decoder.conv_out.")
-    moving = {1: lambda k: True, 3: lambda k: k.startswith(head),
-              2: lambda k: k.startswith(latent) or (k.startswith("decoder.") and "norm1.proj." in k)}
-    for enc, loss in (("dc_f8c4", "eqm"), ("vq_f8c4", "fm")):
-        start = tmp_path / f"{enc}.safetensors"
-        latents = {"mean": [0.0] * 4, "std": [1.0] * 4}
-        model = randomise(DCSSDAE(enc, "XS", loss, 0.125, depth=1, latents=latents), scale=0.5)
-        model.save(start)
-        before = model.state_dict()
-        for phase, moves in moving.items():
-            out = tmp_path / f"{enc}{phase}"
-            run_main(train, monkeypatch, "--phase", phase, "--init_from", start, "--size", 16, "--batch_size", 2,
-                     "--steps", 2, "--warmup", 0, "--w_lpips", 0, "--w_repa", 0, "--device", "cpu", "--dtype",
-                     "float32", "--workers", 0, "--eval_images", 2, "--eval_steps", 1, "--log_every", 1,
-                     "--weight_decay", 0.5, "--ema", 0.1, "--out", out)
-            state = load_checkpoint(out)
-            for k, v in before.items():
-                moved = not torch.equal(v, state["model"][k])
-                assert moved == moves(k) or moves(k) and not v.any(), (enc, phase, k)  # what is zero has no decay ...
-                assert torch.equal(v, state["ema"][k]) != moved
-            names = [k for k, _ in model.named_parameters() if moves(k)]
-            assert len(state["optimizer"]["state"]) == len(names)
-            log = step_lines(out)
-            assert log[0]["lr"] == {1: 6.4e-5, 2: 1.6e-5, 3: 5.4e-5}[phase] and state["args"]["enc"] == enc
-            latents = DCSSDAE.load(out / "model.safetensors").config["latents"]
-            assert (latents is None) == (phase < 3)  # statistics of latents that have changed are dropped
-
-
-def test_checkpointing_works_on_a_loaded_model(tmp_path, monkeypatch):
-    """--init_from gives a model in evaluation mode, which would compute without it."""
-    calls = []
-    monkeypatch.setattr(model_module, "checkpoint", lambda block, *a, **kw: (calls.append(block), block(*a))[1])
-    DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1).save(tmp_path / "m.safetensors")
-    run_main(train, monkeypatch, *SMALL, "--init_from", tmp_path / "m.safetensors", "--checkpointing", "--steps", 1,
-             "--out", tmp_path / "r")
-    assert calls
-
-
-def test_a_checkpoint_is_mapped_and_its_checksums_count(tmp_path):
-    """Maps of the file, not copies; a flipped bit in the midst of the weights is still seen."""
-    save_checkpoint(tmp_path, small_state(1, weights=torch.ones(100_000)))
-    save_checkpoint(tmp_path, small_state(2, weights=torch.ones(100_000)))
-    if os.path.exists("/proc/self/maps"):
-        state = load_checkpoint(tmp_path)
-        assert "latest.pt" in Path("/proc/self/maps").read_text() and state["weights"].sum() == 100_000
-    content = bytearray((tmp_path / "latest.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "latest.pt").write_bytes(content)
-    assert load_checkpoint(tmp_path)["step"] == 1
-
-
-def test_phase_defaults_and_refusals(tmp_path):
-    start = tmp_path / "m.safetensors"
-    DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1).save(start)
-    args = train.get_args(["--phase", "2", "--init_from", str(start)])
-    assert (args.size, args.lr, args.enc, args.loss, args.depth) == (
-        512,
-        1.6e-5,
-        "dc_f8c4",
-        "fm",
-        1,
-    ) and "phase2" in args.out
-    assert args.w_repa == 0
-    assert train.get_args(["--phase", "3", "--size", "64"]).size == 64 and train.get_args(["--phase", "1"]).size == 256
-    args = train.get_args([])
-    assert (args.size, args.aug_scale, args.lr, args.batch_size) == (128, 2.0, 3e-4, 192)  # SSDD's recipe
-    with pytest.raises(ValueError, match="holds a model with --dec XS --loss fm, but --dec S --loss eqm was given"):
-        train.get_args(["--init_from", str(start), "--dec", "S", "--loss", "eqm", "--enc", "dc_f8c4"])
-    for flags, words in (
-        (["--phase", "2"], "--init_from"),
-        (["--phase", "2", "--freeze_enc", "--init_from", str(start)], "--freeze_enc needs"),
-        (["--w_gan", "1", "--size", "16"], "24 px"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            train.check_args(train.get_args(flags))
-    with pytest.raises(FileNotFoundError, match="no weight file"):
-        train.get_args(["--init_from", str(tmp_path / "none")])
-
-
 def test_resuming_with_other_flags_lists_them(tmp_path, capsys):
     args = train.get_args(["--out", str(tmp_path), "--steps", "9"])
     save_checkpoint(tmp_path, small_state(4) | {"args": vars(args)})
@@ -4673,113 +3548,6 @@ def test_two_runs_into_one_folder(tmp_path):
     assert train.open_run(args, 0, 1)[0] is None  # the same process, again
 
 
-def gaussian_statistics():
-    statistics = fid.Statistics(2)
-    statistics.update(torch.randn(5, 2))
-    return statistics
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permissions and pipes are POSIX's")
-def test_files_have_the_permissions_of_others_and_pipes_stay(tmp_path):
-    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1)
-    before = os.umask(0o027)
-    try:
-        model.save(tmp_path / "m.safetensors")
-        data.write_whole(tmp_path / "m.json", "{}")
-        save_checkpoint(tmp_path, small_state(1))
-    finally:
-        os.umask(before)
-    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {"0o640"}
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    for write in (model.save, functools.partial(data.write_whole, data="x"),
-                  functools.partial(data.save_grid, images=[torch.zeros(1, 3, 8, 8)])):
-        with pytest.raises(OSError, match="pipe is no ordinary file"):
-            write(pipe)
-    with pytest.raises(OSError, match="pipe is no ordinary file"):
-        gaussian_statistics().save(pipe)
-    assert pipe.is_fifo() and not list(tmp_path.glob("*.tmp"))
-    with data.whole(tmp_path / "m.json") as temporary:  # of two processes each has its own
-        assert str(os.getpid()) in os.path.basename(temporary)
-        Path(temporary).write_text("{}")
-
-
-def test_an_address_of_the_hub_is_no_folder():
-    assert distill.get_args(["--ckpt", "hf://owner/repo/m.safetensors"]).out == os.path.join("runs", "repo_distilled")
-    assert folder_beside("hf://owner/repo/m.safetensors") == "." == folder_beside("m.safetensors")
-    assert folder_beside("runs/a/m.safetensors") == "runs/a"
-
-
-def test_addresses_are_no_folders_to_write_into(monkeypatch, checkpoint):
-    for module, flags in ((train, []), (distill, ["--ckpt", checkpoint]), (evaluate, ["--ckpt", checkpoint]),
-                          (latents, ["--ckpt", checkpoint]), (field, ["--ckpt", checkpoint])):
-        address = ["--device", "cpu", "--out", "hf://owner/repo"]
-        if module is train:
-            with pytest.raises(ValueError, match="hf://owner/repo is an address"):
-                run_main(module, monkeypatch, *flags, *address)
-        else:
-            assert "hf://owner/repo is an address" in sentence(module, monkeypatch, *flags, *address)
-    assert not os.path.exists("hf:")
-
-
-def test_srun_without_torchrun_is_refused(monkeypatch):
-    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SLURM_NTASKS", "8")
-    data.setup("cpu")  # in a job, and not started by srun
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    with pytest.raises(ValueError, match=r"srun started 8 tasks.*srun --ntasks-per-node=1 torchrun"):
-        data.setup("cpu")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    data.setup("cpu")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    monkeypatch.setenv("RANK", "0")
-    data.setup("cpu")
-
-
-class Store(dict):
-    """The processes' store, without processes."""
-
-    def set(self, key, value):
-        self[key] = value.encode()
-
-    def wait(self, keys, timeout):
-        if keys[0] not in self:
-            raise RuntimeError("timeout")
-
-    def get(self, key):
-        return self[key]
-
-
-def test_errors_are_heard_from_every_rank(monkeypatch, capsys):
-    """With rank and host, but only once where the first process says the same; on a line of its own."""
-    store = Store()
-    monkeypatch.setattr(data, "shared_store", lambda: store)
-
-    def end(rank, message, error=ValueError):
-        def main():
-            bar = data.tqdm(total=3)
-            bar.update()
-            raise error(message)
-        monkeypatch.setenv("RANK", str(rank))
-        with pytest.raises(SystemExit) as stop:
-            data.guarded(main)
-        assert capsys.readouterr().err.endswith("\n")
-        return stop.value.code
-
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    here = socket.gethostname()
-    assert end(3, "no folder /data", OSError) == f"error: rank 3 of 4 on {here}: no folder /data"
-    assert end(0, "--size 3 is wrong") == "error: --size 3 is wrong"
-    assert end(1, "--size 3 is wrong") == 1
-    assert end(2, "no folder /data") == f"error: rank 2 of 4 on {here}: no folder /data"
-    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(data.dist, "destroy_process_group", lambda: None)
-    assert "another process has ended" in end(0, "[gloo/transport] Connection closed by peer", RuntimeError)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert end(0, "no folder /data") == "error: no folder /data"
-
-
 def test_resuming_depends_on_content_not_on_paths(tmp_path, monkeypatch):
     """The same images elsewhere, and no --init_from file any more; other images only with a flag that says so."""
     for name, n in (("here", 6), ("there", 6), ("other", 7)):
@@ -4831,6 +3599,53 @@ def test_restarts_do_not_overwrite_a_model(tmp_path, monkeypatch):
         train.open_run(args, 0, 1)
     (tmp_path / "latest.pt.tmp").write_bytes(b"the first save of this run, killed between its two files")
     assert train.open_run(args, 0, 1)[0] is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: checkpoints
+# A checkpoint is whole or is not there: damaged files, full disks, kills in the midst of saving.
+
+def test_statistics_and_checkpoints_with_wrong_contents(tmp_path, capsys):
+    good = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    for change in ({"mu": np.full(3, np.nan)}, {"n": np.ones(2)}, {"n": 0}, {"sigma": np.eye(3).astype("U3")}):
+        np.savez(tmp_path / "s.npz", **(good | change))
+        with pytest.raises(ValueError, match="does not hold FID statistics"):
+            fid.Statistics.load(tmp_path / "s.npz")
+    for change in ({"ema": None}, {"ema": {"w": torch.ones(3)}}, {"model": {"w": torch.full((2,), math.nan)}},
+                   {"model": None}, {"optimizer": {}}, {"skipped": -1}, {"args": {"enc": [[]]}}):
+        folder = tmp_path / str(len(os.listdir(tmp_path)))
+        folder.mkdir()
+        torch.save(small_state(1), folder / "previous.pt")
+        torch.save(small_state(2) | change, folder / "latest.pt")
+        assert load_checkpoint(folder)["step"] == 1 and "damaged" in capsys.readouterr().out
+
+
+def test_a_full_disk_or_damaged_checkpoint_loses_nothing(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, small_state(1))
+    save_checkpoint(tmp_path, small_state(2))
+
+    def full(state, file):
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="earlier checkpoint is intact"):
+        save_checkpoint(tmp_path, small_state(3))
+    assert load_checkpoint(tmp_path)["step"] == 2 and sorted(os.listdir(tmp_path)) == ["latest.pt", "previous.pt"]
+    (tmp_path / "latest.pt").write_bytes(b"damaged")
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_checkpoint_is_mapped_and_its_checksums_count(tmp_path):
+    """Maps of the file, not copies; a flipped bit in the midst of the weights is still seen."""
+    save_checkpoint(tmp_path, small_state(1, weights=torch.ones(100_000)))
+    save_checkpoint(tmp_path, small_state(2, weights=torch.ones(100_000)))
+    if os.path.exists("/proc/self/maps"):
+        state = load_checkpoint(tmp_path)
+        assert "latest.pt" in Path("/proc/self/maps").read_text() and state["weights"].sum() == 100_000
+    content = bytearray((tmp_path / "latest.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "latest.pt").write_bytes(content)
+    assert load_checkpoint(tmp_path)["step"] == 1
 
 
 def test_keep_checkpoints_and_fall_back_to_each(tmp_path, capsys, monkeypatch):
@@ -4988,110 +3803,1093 @@ def test_kill_at_random_moments_of_saving(tmp_path):
     print(f"\n{kills} kills, {step} saves; what the folder held: {dict(states)}")
 
 
-def test_ema_starts_late(tmp_path, monkeypatch):
-    command = [*SMALL, "--ema_start", 3, "--ema", 0.9, "--out", tmp_path / "r"]
-    run_main(train, monkeypatch, *command, "--steps", 3)
-    state = load_checkpoint(tmp_path / "r")
-    assert all(torch.equal(v, state["ema"][k]) for k, v in state["model"].items())
-    run_main(train, monkeypatch, *command, "--steps", 4, "--resume")
-    new = load_checkpoint(tmp_path / "r")
-    for name in ("decoder.conv_out.weight", "decoder.norm_z.running_var"):  # decay (1 + 0) / (10 + 0) in the first step
-        assert torch.allclose(new["ema"][name], 0.1 * state["model"][name] + 0.9 * new["model"][name], rtol=1e-5)
+# ---------------------------------------------------------------------------------------------------------------------
+# distill.py
+# One step comes closer to the teacher's several; encoder and latents stay.
+
+@slow
+def test_distill_then_evaluate(trained, tmp_path):
+    launch = cli if trained.name == "fm" else command  # each program once in a process of its own
+    output = launch("distill.py", "--ckpt", trained / "model.safetensors", "--steps", 3, "--batch_size", 4,
+                    "--teacher_steps", 3, "--eval_images", 4, "--log_every", 1, "--out", tmp_path / "d",
+                    "--device", "cpu", "--workers", 0)
+    assert "mean squared distance of one step to the teacher's 3 steps" in output
+    teacher, student = (DCSSDAE.load(folder / "model.safetensors") for folder in (trained, tmp_path / "d"))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.encoder.state_dict().values() for m in (teacher, student))))
+    assert torch.equal(teacher.decoder.norm_z.running_var, student.decoder.norm_z.running_var)  # latents stay valid
+    assert not torch.equal(teacher.decoder.conv_out.weight, student.decoder.conv_out.weight)
+    assert [line["step"] for line in step_lines(tmp_path / "d")] == [1, 2, 3]
+    assert "mse_to_teacher" in lines_of(tmp_path / "d" / "log.jsonl")[-1]
+    output = launch("evaluate.py", "--ckpt", tmp_path / "d" / "model.safetensors", "--data", "demo", "--limit", 4,
+                    "--out", tmp_path / "e", "--device", "cpu", "--workers", 0)
+    assert "PSNR" in output and "HF ratio" in output
 
 
-def test_patch_gan_and_hinge_loss():
-    torch.manual_seed(0)
-    gan = randomise(PatchGAN(channels=16)).double()
-    x = torch.randn(2, 3, 24, 40).double()
-    assert gan(x).shape == (2, 1, 1, 3) and sum(p.numel() for p in PatchGAN().parameters()) == 2_766_529
-    assert torch.allclose(gan(x)[:1], gan(x[:1])) and torch.equal(gan(3 * x), gan((3 * x).clamp(-1, 1)))
-    # receptive field of one logit: 70 pixels
-    image = torch.zeros(1, 3, 96, 96, dtype=torch.double, requires_grad=True)
-    probe = nn.Sequential(*(m for m in gan.layers if isinstance(m, nn.Conv2d)))
-    seen = torch.autograd.grad(probe(image)[0, 0, 5, 5], image)[0][0].abs().sum(0).nonzero()
-    assert (seen.amax(0) - seen.amin(0) + 1).tolist() == [70, 70]
-    real, fake = torch.tensor([2.0, 0.5, -1.0], dtype=torch.double), torch.tensor([-3.0, 0.5, 0.0], dtype=torch.double)
-    assert hinge_loss(real, fake) == pytest.approx(0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1.5 + 1) / 3))
+def test_distillation_writes_its_metrics_before_it_compares(tmp_path, checkpoint, monkeypatch):
+    def lost(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(distill, "closeness", lost)
+    assert "Input/output error" in sentence(
+        distill, monkeypatch, "--ckpt", checkpoint, "--steps", 1, "--batch_size", 2, "--teacher_steps", 1,
+        "--eval_images", 2, "--device", "cpu", "--dtype", "float32", "--workers", 0, "--w_lpips", 0, "--out", tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 2
 
 
-def test_the_discriminators_gradients_and_when_it_starts(tmp_path, monkeypatch):
-    """One step: the discriminator's Adam moment is (1 - beta) times the gradient that autograd gives for the hinge loss
-    on the whole batch, whatever the micro-batch; the model's is that of the weighted sum. Before gan_start nothing
-    differs from a run without."""
-    common = [*SMALL, "--eval_every", 0, "--grad_clip", 1e9]
-    run_main(train, monkeypatch, *common, "--w_gan", 0.5, "--micro_batch", 3, "--steps", 1, "--out", tmp_path / "g")
-    state = load_checkpoint(tmp_path / "g")
-    args = train.get_args([*map(str, common), "--w_gan", "0.5"])
-    torch.manual_seed(0)
-    model = train.new_model(args)
-    gan = PatchGAN()
-    x, _ = next(iter(data.make_loader(data.make_dataset("demo", 24, True), 4, True)))
-    e, eps, s = train.draw(0, 0, range(4), x.shape[1:], (16, 3, 3), x.device)
-    g = s[:, None, None, None] ** args.g_power
-    x_g = g * x + (1 - g) * e
-    posterior = model.encode(x)
-    f = model.decoder(x_g, posterior.mean + (posterior.logvar / 2).exp() * eps)
-    estimate = x_g - f  # c linear, lam 1
-    hinge = hinge_loss(gan(x), gan(estimate.detach()))
-    weights = list(gan.parameters())
-    for i, gradient in enumerate(torch.autograd.grad(hinge, weights)):
-        found = state["gan_optimizer"]["state"][i]["exp_avg"] / (1 - 0.5)
-        assert (found - gradient).abs().max() <= 1e-3 * gradient.abs().max() + 1e-6
-    total = (f - (1 - g) * (e - x)).square().mean() + 1e-6 * posterior.kl().mean() - 0.5 * gan(estimate).mean()
-    names = [k for k, _ in model.named_parameters()]
-    for name in ("decoder.conv_out.weight", "encoder.conv_out.weight"):
-        gradient = torch.autograd.grad(total, model.get_parameter(name), retain_graph=True)[0]
-        assert relative_error(state["optimizer"]["state"][names.index(name)]["exp_avg"] / (1 - 0.9), gradient) < 1e-4
-    line = step_lines(tmp_path / "g")[0]
-    assert line["loss"] == pytest.approx(total.item(), rel=1e-4) and line["gan_d"] == pytest.approx(
-        hinge.item(), rel=1e-4
-    )
-
-    for name, flags in (("without", []), ("with", ["--w_gan", 0.5, "--gan_start", 2])):
-        run_main(train, monkeypatch, *common, *flags, "--steps", 2, "--out", tmp_path / name)
-    assert same_weights(tmp_path / "without", tmp_path / "with") and "gan" not in step_lines(tmp_path / "with")[1]
-    state = load_checkpoint(tmp_path / "with")
-    assert state["gan_optimizer"]["state"] == {} and all(
-        torch.equal(v, state["gan"][k]) for k, v in gan.state_dict().items()
-    )
+@slow
+def test_distillation_brings_one_step_to_the_teacher(tmp_path):
+    """A student that starts from random weights learns the teacher's several steps: enough steps that
+    it must get closer."""
+    for loss in ("fm", "eqm"):
+        torch.manual_seed(0)
+        model = randomise(DCSSDAE("dc_f8c4", "XS", loss, enc_width=0.0625, depth=1, input_skip=True,
+                                  notes={"size": 16, "w_lpips": 0}), scale=0.7)
+        model.save(tmp_path / f"{loss}.safetensors")
+        command("distill.py", "--ckpt", tmp_path / f"{loss}.safetensors", "--steps", 14, "--batch_size", 8,
+                "--teacher_steps", 4, "--lr", 1e-3, "--warmup", 0, "--decay", 0, "--ema", 0.8, "--eval_images", 8,
+                "--out", tmp_path / loss, "--device", "cpu", "--workers", 0)
+        distance = json.loads((tmp_path / loss / "metrics.json").read_text())["mse_to_teacher"]
+        assert distance["distilled"] < 0.8 * distance["undistilled"], (loss, distance)
 
 
-def test_tensorboard_shows_the_log(tmp_path, monkeypatch):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    command = [*SMALL, "--tensorboard", "--out", tmp_path / "r"]
-    run_main(train, monkeypatch, *command, "--steps", 2)
-    run_main(train, monkeypatch, *command, "--steps", 3, "--resume")
-    board = events.EventAccumulator(str(tmp_path / "r")).Reload()
-    log = step_lines(tmp_path / "r")
-    for name in ("loss", "lr", "grad_norm", "peak_mib"):
-        assert [(v.step, v.value) for v in board.Scalars(name)] == [
-            (line["step"], pytest.approx(line[name])) for line in log
-        ]
-    row = lines_of(tmp_path / "r" / "log.jsonl")[-1]["eval"][2]
-    assert board.Scalars("1 step/psnr")[-1].value == pytest.approx(row["psnr"]) and [
-        v.step for v in board.Images("reconstructions")
-    ] == [2, 3]
-    assert all(line["peak_mib"] > 50 for line in log)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="pip install tensorboard"):
-        run_main(train, monkeypatch, *SMALL, "--tensorboard", "--out", tmp_path / "q")
+def test_distillation_in_micro_batches_with_evaluations_on_the_way(tmp_path, checkpoint, monkeypatch):
+    common = ["--ckpt", checkpoint, "--teacher_steps", 2, "--batch_size", 4, "--steps", 2, "--eval_images", 4,
+              "--log_every", 1, "--device", "cpu", "--dtype", "float32", "--workers", 0]
+    run_main(distill, monkeypatch, *common, "--out", tmp_path / "a")
+    run_main(distill, monkeypatch, *common, "--micro_batch", 3, "--checkpointing", "--eval_every", 1,
+             "--out", tmp_path / "b")
+    a, b = (DCSSDAE.load(tmp_path / name / "model.safetensors").state_dict() for name in "ab")
+    assert all(torch.allclose(v.float(), b[k].float(), atol=2e-4) for k, v in a.items())
+    losses_of = [[line["loss"] for line in lines_of(tmp_path / name / "log.jsonl") if "loss" in line] for name in "ab"]
+    assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-4)
+    assert [line["step"] for line in lines_of(tmp_path / "b" / "log.jsonl") if "eval" in line] == [1, 2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Comparing runs, and the picture of the method
+# fid.py: features and Frechet distances
+# Inception and DINOv2 against the original code (random weights), distances against numpy and pytorch-fid.
 
-def write_run(folder, gain, baseline=20.0, rate=None, **more):
-    """What tools.compare reads of a run; with `rate` its log too, whose last line is cut off. -> folder"""
-    rows = [{"name": "shrink x 8", "steps": 0, "psnr": baseline, "ssim": 0.5, "hf": 0.0, **more},
-            {"name": "1 step", "steps": 1, "psnr": baseline + gain, "psnr_se": 9.0, "ssim": 0.25 * gain, **more}]
-    folder.mkdir(exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps({"images": 7, "rows": rows}))
-    if rate:
-        lines = [{"step": k, "images": 10 * k, "eqm": k / 10, "images_per_s": rate} for k in (50, 120)]
-        lines.insert(1, {"step": 100, "eval": rows})
-        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
-    return folder
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Random weights in the layout of FID's Inception, scaled so that features neither vanish nor explode."""
+    torch.manual_seed(0)
+    net = nn.Module()
+    for name, conv in {"1a_3x3": (3, 32, 3, 2, 0), "2a_3x3": (32, 32, 3, 1, 0), "2b_3x3": (32, 64, 3),
+                       "3b_1x1": (64, 80, 1), "4a_3x3": (80, 192, 3, 1, 0)}.items():
+        net.add_module("Conv2d_" + name, fid.Conv(*conv))
+    for name, *row in fid.MIXED:
+        net.add_module(name, fid.Mixed(*row))
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+        elif isinstance(m, nn.BatchNorm2d):
+            m.running_mean.uniform_(-0.2, 0.2), m.running_var.uniform_(0.5, 1.5), m.bias.data.uniform_(-0.1, 0.3)
+    state = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}  # as in the real file
+    state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(state, path)
+    return path
 
+
+def test_inception_equals_pytorch_fid(inception_file, monkeypatch):
+    data.import_torchvision()
+    peer = pytest.importorskip("pytorch_fid.inception")
+    state = torch.load(inception_file, weights_only=True)
+    monkeypatch.setattr(peer, "load_state_dict_from_url", lambda *args, **kwargs: state)
+    state |= {k: v for k, v in fid.InceptionFeatures(inception_file).state_dict().items() if k.endswith("tracked")}
+    theirs, ours = peer.InceptionV3().eval(), fid.InceptionFeatures(inception_file)
+    for h, w in ((64, 64), (256, 256), (299, 299), (40, 70)):
+        image = torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8)
+        with torch.no_grad():
+            want = theirs(image / 255)[0].flatten(1)
+        got = ours(image)
+        assert got.shape == (1, 2048) and got.dtype == torch.float32 and want.std() > 0.1
+        assert (got - want).norm() / want.norm() < 1e-4
+        assert torch.equal(ours(image / 127.5 - 1 + 0.001), got)  # floats are rounded to 8 bit
+    assert len(ours.sha256) == 64 and not any(p.requires_grad for p in ours.parameters())
+
+
+def test_inception_weights_that_cannot_be_had(tmp_path, offline):
+    with pytest.raises(FileNotFoundError, match=r"pt_inception-2015-12-05-\w+.pth .*hub/checkpoints.*--inception FILE"):
+        fid.InceptionFeatures()
+    with pytest.raises(FileNotFoundError, match="missing.pth"):
+        fid.InceptionFeatures(tmp_path / "missing.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    torch.save([1], tmp_path / "list.pth")
+    for name in ("text.pth", "other.pth", "list.pth"):
+        with pytest.raises(ValueError, match=name):
+            fid.InceptionFeatures(tmp_path / name)
+
+
+def gaussian(rng, d, n):
+    f = rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) + rng.standard_normal(d)
+    return f, f.mean(0), np.cov(f, rowvar=False)
+
+
+def test_frechet_distance_closed_forms_and_parity():
+    assert fid.frechet_distance(1.0, 4.0, 3.0, 9.0) == pytest.approx(4 + (2 - 3) ** 2)
+    a, b = np.array([1.0, 4, 9]), np.array([16.0, 1, 0])
+    assert fid.frechet_distance(np.zeros(3), np.diag(a), np.ones(3), np.diag(b)) == pytest.approx(
+        3 + ((a**0.5 - b**0.5) ** 2).sum())
+    rng = np.random.default_rng(0)
+    (_, m1, s1), (_, m2, s2) = gaussian(rng, 64, 1000), gaussian(rng, 64, 1000)
+    assert fid.frechet_distance(m1, s1, m1, s1) < 1e-9 * np.trace(s1)
+    assert fid.frechet_distance(*map(torch.from_numpy, (m1, s1, m2, s2))) == fid.frechet_distance(m1, s1, m2, s2)
+    data.import_torchvision()
+    peer = pytest.importorskip("pytorch_fid.fid_score")
+    try:
+        want = peer.calculate_frechet_distance(m1, s1, m2, s2)
+    except TypeError:  # newer scipy: sqrtm has lost the argument that pytorch-fid 0.3 passes
+        root = peer.linalg.sqrtm
+        peer.linalg.sqrtm = lambda a, disp=True: (root(a), 0.0) if not disp else root(a)
+        want = peer.calculate_frechet_distance(m1, s1, m2, s2)
+        peer.linalg.sqrtm = root
+    assert fid.frechet_distance(m1, s1, m2, s2) == pytest.approx(want, rel=1e-6)
+
+
+def test_frechet_distance_of_rank_deficient_covariances():
+    rng = np.random.default_rng(1)
+    for n1, n2 in ((5, 9), (9, 300), (2, 2)):
+        (_, m1, s1), (_, m2, s2) = gaussian(rng, 128, n1), gaussian(rng, 128, n2)
+        d = fid.frechet_distance(m1, s1, m2, s2)
+        assert math.isfinite(d) and d >= 0 and isinstance(d, float)
+        assert d == pytest.approx(fid.frechet_distance(m2, s2, m1, s1), rel=1e-9)
+        assert 0 <= fid.frechet_distance(m1, s1, m1, s1) < 1e-9 * np.trace(s1)
+    zero = np.zeros((3, 3))
+    assert fid.frechet_distance(np.zeros(3), zero, np.ones(3), np.eye(3)) == pytest.approx(6)
+    with pytest.raises(ValueError, match="finite"):
+        fid.frechet_distance(np.zeros(3), zero * np.nan, np.zeros(3), zero)
+    with pytest.raises(ValueError, match="sizes"):
+        fid.frechet_distance(np.zeros(3), zero, np.zeros(2), np.eye(2))
+
+
+def test_statistics_equal_numpy_in_any_batches():
+    f, mu, sigma = gaussian(np.random.default_rng(2), 32, 101)
+    for offset in (0, 1e6):  # at 1e6 a difference of raw sums would lose 12 digits
+        for sizes in ((101,), (1, 60, 0, 40), (50, 51)):
+            s = fid.Statistics(32)
+            for batch in torch.from_numpy(f + offset).split(list(sizes)):
+                s.update(batch)
+            assert s.n == 101
+            np.testing.assert_allclose(s.mu, mu + offset, rtol=1e-12)
+            np.testing.assert_allclose(s.sigma, sigma, rtol=1e-6 if offset else 1e-12, atol=1e-6 if offset else 1e-12)
+    with pytest.raises(ValueError, match="at least 2"):
+        fid.Statistics(32).sigma  # noqa: B018
+
+
+def test_statistics_files_are_interchangeable(tmp_path):
+    f, mu, sigma = gaussian(np.random.default_rng(3), 16, 40)
+    s = fid.Statistics(16)
+    s.update(torch.from_numpy(f))
+    s.save(tmp_path / "a.npz")
+    assert os.listdir(tmp_path) == ["a.npz"]
+    again = fid.Statistics.load(tmp_path / "a.npz")
+    assert again.n == 40 and np.array_equal(again.mu, s.mu) and np.allclose(again.sigma, s.sigma, rtol=1e-14)
+    np.savez_compressed(tmp_path / "peer.npz", mu=mu, sigma=sigma)  # what pytorch-fid --save-stats writes
+    peers = fid.Statistics.load(tmp_path / "peer.npz")
+    assert peers.n is None and np.array_equal(peers.sigma, sigma)
+    np.savez(tmp_path / "wrong.npz", x=mu)
+    np.savez(tmp_path / "shape.npz", mu=mu, sigma=sigma[:3])
+    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "zip.npz").write_bytes(b"PK\x03\x04 not really")
+    for name in ("wrong", "shape", "text", "zip"):
+        with pytest.raises(ValueError, match=name):
+            fid.Statistics.load(tmp_path / f"{name}.npz")
+    data.import_torchvision()
+    peer = pytest.importorskip("pytorch_fid.fid_score")
+    m, c = peer.compute_statistics_of_path(str(tmp_path / "a.npz"), None, 1, 16, "cpu")
+    assert np.array_equal(m, s.mu) and np.array_equal(c, s.sigma)
+
+
+def test_statistics_that_are_none(tmp_path):
+    rng = np.random.default_rng(0)
+    skew, negative = np.eye(3), np.eye(3)
+    skew[0, 1], negative[2, 2] = 0.5, -1.0
+    for sigma in (skew, negative):
+        np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=sigma)
+        with pytest.raises(ValueError, match="no covariance"):
+            fid.Statistics.load(tmp_path / "s.npz")
+    features = rng.standard_normal((5, 3)).astype(np.float32)
+    np.savez(tmp_path / "s.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False).astype(np.float32))
+    assert fid.Statistics.load(tmp_path / "s.npz").n is None
+    indefinite = np.array([[1.0, 2.0], [2.0, 1.0]])
+    with pytest.raises(ValueError, match="negative eigenvalues"):
+        fid.frechet_distance(np.zeros(2), indefinite, np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="too large"):
+        fid.frechet_distance(np.full(2, 1e300), np.eye(2), np.zeros(2), np.eye(2))
+
+
+def test_fid_command(tmp_path, inception_file, monkeypatch, capsys):
+    rng = np.random.default_rng(4)
+    for folder, sizes in (("a", [(40, 30), (30, 40), (40, 30)]), ("b", [(64, 64), (64, 64)])):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        for i, (w, h) in enumerate(sizes):
+            name = tmp_path / folder / ("sub" if i else "") / f"{i}.png"
+            Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(name)
+    (tmp_path / "a" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    one = fid.read_image(tmp_path / "a" / "0.png", 24)
+    want = data.prepare_eval(Image.open(tmp_path / "a" / "0.png"), 24)
+    assert torch.equal(one, torch.from_numpy(np.array(want)).permute(2, 0, 1))  # --size is evaluate.py's --crop center
+
+    a, b, saved = tmp_path / "a", tmp_path / "b", tmp_path / "a.npz"
+    run_main(fid, monkeypatch, a, b, "--inception", inception_file, "--save", saved)
+    text, errors = capsys.readouterr()
+    number = float(text.split()[1])
+    assert number > 0 and "N = 3 and 2" in text and "biased" in text and "rank-deficient" in text
+    assert fid.InceptionFeatures(inception_file).sha256 in text and "skipped 1 unreadable" in errors
+    assert fid.Statistics.load(saved).n == 3
+    small = [tmp_path / "c.npz", tmp_path / "d.npz"]  # pytorch-fid's format, of any dimension
+    for path, mean in zip(small, (0, 2), strict=True):
+        np.savez(path, mu=np.full(4, float(mean)), sigma=np.eye(4))
+    run_main(fid, monkeypatch, *small)
+    assert capsys.readouterr().out.startswith("FID 16.0000\nN = unknown and unknown")
+
+    (tmp_path / "empty").mkdir()
+    assert "nowhere" in sentence(fid, monkeypatch, tmp_path / "nowhere", b, "--inception", inception_file)
+    assert "empty" in sentence(fid, monkeypatch, tmp_path / "empty", b, "--inception", inception_file)
+    assert "none.pth" in sentence(fid, monkeypatch, a, b, "--inception", tmp_path / "none.pth")
+    assert "no.npz" in sentence(fid, monkeypatch, tmp_path / "no.npz", saved)
+    assert cli("fid.py", tmp_path / "no.npz", saved, ok=False).startswith("error: ")
+    none = ["--inception", tmp_path / "none.pth"]  # what is said before it is looked for is said before any work
+    assert "--batch_size 0" in sentence(fid, monkeypatch, a, b, *none, "--batch_size", 0)
+    assert "--size -1" in sentence(fid, monkeypatch, a, b, *none, "--size", -1)
+    missing = tmp_path / "missing" / "a.npz"
+    assert f"there is no folder {missing.parent}" in sentence(fid, monkeypatch, a, *none, "--save", missing)
+    assert "is a folder" in sentence(fid, monkeypatch, a, *none, "--save", tmp_path)
+    assert not missing.parent.exists()
+
+
+def test_fid_reads_images_as_training_does(tmp_path, monkeypatch, capsys):
+    """8 and 16 bits of the same grey have distance 0; copies in hidden folders do not count; nor do errors pass."""
+    rng = np.random.default_rng(0)
+    for folder in ("grey8", "grey16"):
+        (tmp_path / folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for i in range(4):
+        grey = rng.integers(0, 256, (40, 40), dtype=np.uint8)
+        Image.fromarray(grey).save(tmp_path / "grey8" / f"{i}.png")
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16" / f"{i}.png")
+        Image.fromarray(255 - grey).save(tmp_path / "grey8" / ".ipynb_checkpoints" / f"{i}.png")
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (fid.read_image(tmp_path / "clear.png") == 255).all()  # transparency over white
+    network = TinyInception()
+    network.forward = functools.partial(fid.on_8bit(TinyInception.forward), network)
+    one, two = (fid.folder_statistics(str(tmp_path / folder), network) for folder in ("grey8", "grey16"))
+    assert one.n == two.n == 4 and fid.frechet_distance(one.mu, one.sigma, two.mu, two.sigma) < 1e-9
+    assert one.mu.std() > 0
+    failing_open(monkeypatch, errno.ESTALE, times=1000)
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
+    assert os.strerror(errno.ESTALE) in sentence(fid, monkeypatch, tmp_path / "grey8", tmp_path / "grey16",
+                                                 "--save", tmp_path / "a.npz")
+    assert not (tmp_path / "a.npz").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_dinov2_features_are_those_of_the_original_code(tmp_path, monkeypatch, offline):
+    """Two of the 24 blocks, random weights: written out here after DINOv2's vision_transformer.py."""
+    data.import_torchvision()
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
+    with torch.device("meta"):
+        state = timm.create_model("vit_large_patch14_dinov2.lvd142m", num_classes=0).state_dict()
+    g = torch.Generator().manual_seed(0)
+    p = {k: torch.randn(v.shape, generator=g) * 0.03 + (".gamma" in k or "norm" in k and "weight" in k)
+         for k, v in state.items()}
+    torch.save(p | {"mask_token": torch.zeros(1, 1024)}, tmp_path / "original.pth")
+    image = torch.randint(0, 256, (2, 3, 40, 56), generator=g, dtype=torch.uint8)
+    network = fid.DINOv2Features(tmp_path / "original.pth")
+    got = network(image)
+
+    x = F.interpolate(image.float(), size=(224, 224), mode="bicubic", antialias=True) / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    x = F.conv2d(x, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=14).flatten(2).transpose(1, 2)
+    x = torch.cat([p["cls_token"].expand(2, -1, -1), x], 1)
+    grid = p["pos_embed"][:, 1:].reshape(1, 37, 37, 1024).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=((16 + 0.1) / 37, (16 + 0.1) / 37), mode="bicubic")
+    x = x + torch.cat([p["pos_embed"][:, :1], grid.permute(0, 2, 3, 1).reshape(1, 256, 1024)], 1)
+    for i in range(2):
+        def layer(name, y, i=i):
+            return F.linear(y, p[f"blocks.{i}.{name}.weight"], p[f"blocks.{i}.{name}.bias"])
+
+        def norm(name, y, i=i):
+            return F.layer_norm(y, (1024,), p[f"blocks.{i}.{name}.weight"], p[f"blocks.{i}.{name}.bias"], 1e-6)
+
+        q, k, v = layer("attn.qkv", norm("norm1", x)).reshape(2, 257, 3, 16, 64).permute(2, 0, 3, 1, 4)
+        attended = (q @ k.transpose(-1, -2) / 8).softmax(-1) @ v
+        x = x + p[f"blocks.{i}.ls1.gamma"] * layer("attn.proj", attended.transpose(1, 2).reshape(2, 257, 1024))
+        x = x + p[f"blocks.{i}.ls2.gamma"] * layer("mlp.fc2", F.gelu(layer("mlp.fc1", norm("norm2", x))))
+    want = F.layer_norm(x, (1024,), p["norm.weight"], p["norm.bias"], 1e-6)[:, 0]
+    assert got.shape == (2, 1024) and got.dtype == torch.float32 and want.std() > 0.1
+    assert relative_error(got, want) < 1e-4
+    assert torch.equal(network(image / 127.5 - 1 + 0.001), got)  # floats are rounded to 8 bit
+    digest = hashlib.sha256((tmp_path / "original.pth").read_bytes()).hexdigest()
+    assert network.dim == 1024 and network.sha256 == digest
+
+    save_file(p, tmp_path / "timm.safetensors")  # timm's layout and format: the same network
+    assert torch.equal(fid.load_features("dinov2", dinov2=tmp_path / "timm.safetensors")(image), got)
+    torch.save({k: v for k, v in p.items() if k != "norm.bias"}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match="part.pth does not hold the weights of DINOv2"):
+        fid.DINOv2Features(tmp_path / "part.pth")
+    with pytest.raises(FileNotFoundError, match="missing.pth"):
+        fid.DINOv2Features(tmp_path / "missing.pth")
+    with pytest.raises(FileNotFoundError, match=r"dinov2_vitl14_pretrain.pth .*fbaipublicfiles.*--dinov2 FILE"):
+        fid.DINOv2Features()
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="timm"):
+        fid.DINOv2Features(tmp_path / "original.pth")
+
+
+def test_features_of_a_timm_network_by_name(tmp_path):
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("resnet10t.c3_in1k", pretrained=False).eval()
+    path = str(tmp_path / "resnet10t.c3_in1k.safetensors")
+    save_file(net.state_dict(), path)
+    network, images = fid.load_features(path), torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    x = F.interpolate(images / 255, size=net.pretrained_cfg["input_size"][1:], mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(net.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        want = net.forward_head(net.forward_features((x - mean) / std), pre_logits=True)
+    assert network(images).shape == (2, network.dim) and relative_error(network(images), want) < 1e-5
+    assert network.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    for name, tensors, words in (("nonesuch", net.state_dict(), "timm knows no network nonesuch"),
+                                 ("resnet10t", {"weight": torch.zeros(3)}, "does not hold the weights")):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(ValueError, match=words):
+            fid.load_features(str(tmp_path / f"{name}.safetensors"))
+
+
+class Bomb(nn.Module):
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_features_from_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net = script(tmp_path / "mine.ts")
+    network = fid.load_features("mine.ts", size=24)
+    image = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
+    with torch.no_grad():
+        want = net(image / 255 * 2 - 1)
+    assert network.dim == 5 and torch.allclose(network(image), want, atol=1e-6)
+    assert network.sha256 == hashlib.sha256((tmp_path / "mine.ts").read_bytes()).hexdigest()
+
+    torch.save(Bomb(), "bomb.ts")
+    (tmp_path / "text.ts").write_text("hello")
+    script("map.ts", module=nn.Conv2d(3, 4, 3))
+    script("fixed.ts", module=nn.Sequential(nn.Flatten(0), nn.Linear(2 * 3 * 16 * 16, 4)))
+    for name in ("bomb.ts", "text.ts", "map.ts", "fixed.ts"):
+        with pytest.raises(ValueError, match=f"{name} is refused.*TorchScript") as stop:
+            fid.load_features(name, size=16)
+        assert "\n" not in str(stop.value)
+    assert not os.path.exists("exploded")
+    with pytest.raises(FileNotFoundError, match="neither inception nor dinov2 nor a file"):
+        fid.load_features("none.ts")
+
+    for name, n in (("a", 6), ("b", 5)):
+        folder_of(tmp_path / name, n, (24, 24))
+    Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(tmp_path / "b" / "black.png")
+    run_main(fid, monkeypatch, "a", "b", "--features", "mine.ts")
+    text = capsys.readouterr().out
+    images = [[np.array(Image.open(file)) for file in sorted((tmp_path / name).iterdir())] for name in "ab"]
+    f = [net(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2) / 127.5 - 1).detach().numpy() for x in images]
+    want = fid.frechet_distance(*(s for x in f for s in (x.mean(0), np.cov(x, rowvar=False))))
+    assert want > 1e-3 and float(re.match(r"FD mine ([\d.]+)\n", text)[1]) == pytest.approx(want, abs=6e-5)
+    assert f"mine.ts sha256 {network.sha256}" in text and "N = 6 and 6" in text and "biased" in text
+    assert "refused" in sentence(fid, monkeypatch, "a", "b", "--features", "text.ts")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py
+# The numbers of the tables, in any batches and processes, with and without networks; own pictures.
+
+def test_size_0_and_a_damaged_manifest_are_refused(tmp_path, checkpoint, monkeypatch):
+    common = ["--ckpt", checkpoint, "--device", "cpu"]
+    assert "--size 0" in sentence(distill, monkeypatch, *common, "--size", 0, "--out", tmp_path / "d")
+    assert "--size 0" in sentence(evaluate, monkeypatch, *common, "--size", 0, "--workers", 0)
+    (tmp_path / "manifest.json").write_text("[1")
+    assert "is damaged" in sentence(latents, monkeypatch, *common, "--limit", 2, "--workers", 0, "--out", tmp_path)
+
+
+def refuse(name):
+    """For json.loads: strict JSON has no such number."""
+    raise AssertionError(name)
+
+
+class FailingInception(nn.Module):
+    """A network that is found but fails in the pass."""
+    dim, sha256 = 4, "1" * 64
+
+    def __init__(self, weights=None):
+        super().__init__()
+
+    def forward(self, x):
+        raise RuntimeError("no kernel for this image")
+
+
+def test_results_survive_a_cache_and_a_row_that_fail(tmp_path, checkpoint, offline, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
+    run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--limit", 3, "--workers", 0, "--device", "cpu", "--steps", 1,
+             2, "--eta", 1e38, "--cache", "/dev/null/cache", "--lpips_net", "vgg", "--out", tmp_path / "o")
+    shown = capsys.readouterr()
+    report = json.loads((tmp_path / "o" / "metrics.json").read_text(), parse_constant=refuse)
+    assert report["rows"][0]["rfid"] is not None and "not kept in --cache" in shown.err
+    row = report["rows"][3]
+    assert row["name"] == "2 steps" and row["psnr"] is row["rfid"] is row["ssim"] is None
+    line = next(line for line in shown.out.splitlines() if line.startswith("2 steps"))
+    assert set(line.split()[3:-1]) == {"-"} and float(line.split()[-1]) > 0  # NFE and time are there
+
+
+def test_results_survive_a_picture_a_metric_and_a_terminal_that_fail(tmp_path, checkpoint, offline, monkeypatch,
+                                                                     capsys):
+    """Metrics are on the disk before anything is shown, and what cannot be shown is a warning."""
+    def no_space(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(fid, "InceptionFeatures", FailingInception)
+    monkeypatch.setattr(evaluate, "save_grid", no_space)
+    monkeypatch.setattr(sys, "stdout", Gone())
+    written = []
+    monkeypatch.setattr(evaluate, "print_table", lambda result: written.extend(os.listdir(tmp_path / "o")))
+    run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--limit", 3, "--workers", 0, "--device", "cpu",
+             "--cache", tmp_path / "c", "--lpips_net", "vgg", "--out", tmp_path / "o")
+    errors = capsys.readouterr().err
+    report = json.loads((tmp_path / "o" / "metrics.json").read_text(), parse_constant=refuse)
+    assert all(row["rfid"] is None and row["psnr"] > 0 for row in report["rows"]) and written == ["metrics.json"]
+    for words in ("could not write reconstructions.png: [Errno 28] No space left", "what follows is not shown: ",
+                  "a metric is left out, FailingInception fails: no kernel", "not kept in --cache"):
+        assert words in errors
+    assert not list(tmp_path.glob("c/*")) and not list(tmp_path.glob("o/*.tmp"))
+
+
+def test_a_network_that_fails_gives_nan_and_is_named_once(capsys):
+    def broken(*images):
+        raise RuntimeError("out of luck\nand more")
+
+    broken.dim = 5
+    x = torch.zeros(2, 3, 8, 8)
+    for _ in range(2):
+        assert fid.or_nan(broken, x, x).isnan().all() and fid.or_nan(broken, x, x).shape == (2,)
+        assert fid.or_nan(broken, x).isnan().all() and fid.or_nan(broken, x).shape == (2, 5)
+    assert capsys.readouterr().err == "warning: a metric is left out, function fails: out of luck\n"
+    statistics = fid.Statistics(5)
+    statistics.update(fid.or_nan(broken, x))
+    assert fid.distance_or_none(statistics, statistics) is None
+    assert fid.or_nan(lambda x, y: (x - y).sum((1, 2, 3)), x, x).tolist() == [0, 0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="shells are POSIX's")
+@pytest.mark.parametrize("shell", ["{} | true", "{} >&- 2>&-"])
+def test_a_program_without_a_terminal_does_its_work(tmp_path, shell):
+    """A pipe that nobody reads, and nothing at all: to the very end, where buffers are emptied."""
+    program = f"{sys.executable} {HERE}/data.py --size 8 --rows 2 --out {tmp_path}/grid.png"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", shell.format(program)], capture_output=True, text=True,
+                          check=False, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"))
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert Image.open(tmp_path / "grid.png").size == (22, 22)
+
+
+def test_names_that_the_terminal_cannot_encode_are_escaped():
+    inner = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    print("a\u2192\udcff", file=data.Terminal(inner), flush=True)
+    assert inner.buffer.getvalue() == b"a\\u2192\\udcff\n"
+
+
+def test_targets_that_cannot_be_written_are_found_before_the_work(tmp_path, checkpoint, monkeypatch):
+    """A folder that cannot be made, and a folder in the place of a file: said before the data is looked for."""
+    (tmp_path / "file").write_text("")
+    common = ["--ckpt", checkpoint, "--device", "cpu", "--data", tmp_path / "nowhere"]
+    training = ["--device", "cpu", "--data", tmp_path / "nowhere", "--w_lpips", 0, "--w_repa", 0]
+    picture = tmp_path / "a.png"
+    programs = [  # module, arguments, a file that it would write
+        (evaluate, common, "metrics.json"), (evaluate, common, "reconstructions.png"),
+        (evaluate, [*common[:4], "--images", picture], "a.png.reconstruction.png"), (sweep, common, "sweep.csv"),
+        (field, common, "field.png"), (latents, common, "manifest.json"),
+        (train, ["--preset", "tiny", *training], "reconstructions.png"),
+        (distill, ["--ckpt", checkpoint, *training], "metrics.json")]
+    if importlib.util.find_spec("matplotlib"):
+        programs.append((compare, [tmp_path / "nowhere", "--plot"], "curves.png"))
+    for module, argv, name in programs:
+        def stop(out, module=module, argv=argv):
+            if module is train:
+                with pytest.raises((OSError, ValueError)) as stop:
+                    run_main(module, monkeypatch, *argv, "--out", out)
+                return str(stop.value)
+            return sentence(module, monkeypatch, *argv, "--out", out)
+
+        assert f"nothing can be written into {tmp_path}/file/out (Not a directory)" in stop(tmp_path / "file" / "out")
+        out = tmp_path / f"{module.__name__}_{name}"
+        (out / name).mkdir(parents=True)
+        assert f"{out}/{name} is no ordinary file" in stop(out)
+        assert {path.name for path in out.iterdir()} <= {name, ".lock"}
+    for out, words in ((tmp_path / "file" / "g.png", "Not a directory"), (tmp_path, "is no ordinary file"),
+                       ("/dev/null", "is no ordinary file")):
+        with pytest.raises(OSError, match=words):
+            run_main(data, monkeypatch, "--data", tmp_path / "nowhere", "--out", out)
+    assert "/dev/null is no ordinary file" in sentence(fid, monkeypatch, tmp_path, "--save", "/dev/null")
+    assert os.path.exists("/dev/null") and not os.path.isfile("/dev/null")
+
+
+def test_numbers_that_are_not_finite_are_empty_in_every_file(tmp_path, monkeypatch):
+    rows = [{"name": "a", "psnr": math.nan, "hf": math.inf}, {"name": "b", "psnr": 1.5, "hf": None}]
+    assert sweep.csv_text(rows) == "name,psnr,hf\na,,\nb,1.5,\n"
+    log = tmp_path / "log.jsonl"
+    train.append_log(log, None, 3, loss=math.nan, eval=[{"name": "a", "psnr": -math.inf}])
+    line = json.loads(log.read_text(), parse_constant=refuse)
+    assert line == {"step": 3, "loss": None, "eval": [{"name": "a", "psnr": None}]}
+    data.write_json(tmp_path / "m.json", {"a": [math.nan, 1], "b": {"c": math.inf}})
+    assert json.loads((tmp_path / "m.json").read_text(), parse_constant=refuse) == {"a": [None, 1], "b": {"c": None}}
+    # What reads them knows: a run that diverged has no gain, and fewer points on its curves.
+    run = write_run(tmp_path / "run", 1.0, rate=20.0)
+    for path in (run / "metrics.json", run / "log.jsonl"):
+        path.write_text(path.read_text().replace('"psnr": 21.0', '"psnr": null').replace('"eqm": 12.0', '"eqm": null'))
+    read = compare.read_run(run)
+    assert read["rows"][-1]["gain"] is None and read["curves"] == ([(500, 5)], [])
+
+
+class FakeAutoencoder:
+    """An autoencoder that loses nothing, but for what `damage(image, noise, steps)` does."""
+    downscale = 8
+
+    def __init__(self, damage=lambda x, noise, steps: x):
+        self.damage = damage
+
+    def encode(self, x):
+        return types.SimpleNamespace(mode=lambda: x)
+
+    def sample(self, z, steps=1, noise=None, **options):
+        return self.damage(z, noise, steps), torch.arange(len(z)) % 2 + steps
+
+
+def batches_of(x, batch):
+    return list(zip(x.split(batch), torch.arange(len(x)).split(batch), strict=True))
+
+
+def test_evaluate_gives_the_expected_numbers():
+    x = demo_batch(6, 32)
+    result = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 4), steps=(1, 4),
+                               distances={"lpips_vgg": lambda a, b: (a - b).abs().mean((1, 2, 3))})
+    baseline, linear, one, four = result["rows"]
+    assert result["images"] == 6 and [row["steps"] for row in result["rows"]] == [0, 0, 1, 4]
+    assert one["psnr"] == pytest.approx(100) and one["ssim"] == pytest.approx(1) and one["hf"] == pytest.approx(1)
+    assert one["lpips_vgg"] == 0 and one["psnr_se"] == 0 and one["ms"] > 0 and "rfid" not in one
+    assert (one["nfe"], four["nfe"]) == (1.5, 4.5) and one["nfe_se"] == pytest.approx(0.5 * (6 / 5) ** 0.5 / 6**0.5)
+    small = F.interpolate(x, (4, 4), mode="bilinear", antialias=True)
+    y = ((F.interpolate(small, (32, 32), mode="bilinear") * 127.5 + 127.5).clamp(0, 255).round()).double()
+    mse = ((x * 127.5 + 127.5).round().double() - y).square().mean((1, 2, 3))
+    db = 10 * torch.log10(255**2 / mse)
+    assert baseline["psnr"] == pytest.approx(float(db.mean()), abs=1e-4)
+    assert baseline["psnr_se"] == pytest.approx(float(db.std() / 6**0.5), rel=1e-4)
+    assert baseline["psnr_pooled"] == pytest.approx(10 * math.log10(255**2 / float(mse.mean())), abs=1e-4)
+    assert baseline["hf"] < 0.1 and "nfe" not in baseline
+    rows = result["pictures"]
+    assert len(rows) == 5 and all(row.shape == (6, 3, 32, 32) for row in rows) and torch.equal(rows[0], rows[3])
+    code = LappedCode(8, 3)  # as many numbers as the "latent" here has channels
+    mse = (losses.to8bit(code.decode(code.encode(x))) - losses.to8bit(x)).square().mean((1, 2, 3))
+    assert linear["psnr"] == pytest.approx(float(losses.psnr(mse).mean()), abs=1e-4)
+    assert one["cells"] == pytest.approx(1) and 0.5 < linear["cells"] < 2
+    cells = F.avg_pool2d(x, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    flat = evaluate.evaluate(FakeAutoencoder(lambda z, *_: cells[:len(z)]), [(x, torch.arange(6))])["rows"][2]
+    assert flat["cells"] is None  # no step at all but at the borders: not a number
+    mixed = evaluate.evaluate(FakeAutoencoder(lambda z, *_: (z + cells) / 2), [(x, torch.arange(6))])["rows"][2]
+    assert mixed["cells"] > 2
+
+    blurred = evaluate.evaluate(FakeAutoencoder(lambda z, *_: F.avg_pool2d(z, 3, 1, 1)), batches_of(x, 4))["rows"][2]
+    assert baseline["psnr"] < blurred["psnr"] < 60 and blurred["hf"] < 0.5
+    brighter = FakeAutoencoder(lambda z, *_: z + 2 / 255)  # by one level
+    bright = evaluate.evaluate(brighter, batches_of(x.clamp(-1, 0.9), 4))["rows"][2]
+    assert bright["psnr"] == pytest.approx(20 * math.log10(255), abs=0.3)
+    with pytest.raises(ValueError, match="not one image"):
+        evaluate.evaluate(FakeAutoencoder(), [])
+    with pytest.raises(ValueError, match="twice"):
+        evaluate.evaluate(FakeAutoencoder(), batches_of(x, 3)[:1] * 2)
+
+
+def test_noise_depends_on_seed_and_index_alone():
+    x = demo_batch(5, 16)
+    noisy = FakeAutoencoder(lambda z, noise, steps: z + 0.2 * noise)
+    values = [evaluate.evaluate(noisy, batches_of(x, batch), seed=seed)["rows"][2]["psnr"]
+              for batch, seed in ((5, 0), (2, 0), (5, 1))]
+    assert values[0] == pytest.approx(values[1], rel=1e-7) and values[0] != values[2]
+    a, b = sampler.image_noise(0, [3, 2**33], (3, 8, 8))
+    assert torch.equal(a, sampler.image_noise(0, torch.tensor([3]), (3, 8, 8))[0]) and not torch.equal(a, b)
+
+
+def test_rfid_of_a_perfect_decoder_is_zero_and_originals_are_reused():
+    x, network = demo_batch(3, 16), TinyInception()
+    result = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 2), features={"rfid": network})
+    baseline, _, one = (row["rfid"] for row in result["rows"])
+    assert baseline > 1e-4 and 0 <= one < 1e-9
+    again = evaluate.evaluate(FakeAutoencoder(), batches_of(x, 2), features={"rfid": network},
+                              originals=result["originals"])
+    assert again["rows"][0]["rfid"] == pytest.approx(baseline, rel=1e-6)
+    with pytest.raises(ValueError, match="3 originals for 2 images"):
+        evaluate.evaluate(FakeAutoencoder(), batches_of(x[:2], 2), features={"rfid": network},
+                          originals=result["originals"])
+
+
+def test_two_processes_equal_one(tmp_path, checkpoint):
+    """7 images, which 2 processes do not divide, and a broken file: everything but the time is the same."""
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.fromarray(data.demo_image(32, 0, "val", i)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "0.png").write_bytes((tmp_path / "images" / "0.png").read_bytes()[:200])
+    reports = []
+    for n in (1, 2):
+        # batches of 1: other batch sizes round convolutions differently, and a level may flip
+        run(tmp_path / "o", "--ckpt", checkpoint, "--data", tmp_path / "images", "--steps", 1, 3, "--batch_size", 1,
+            "--workers", 0, "--device", "cpu", "--cache", tmp_path / f"cache{n}", "--out", tmp_path / str(n),
+            module="evaluate", world=n, env={**offline_environment(tmp_path), "TINY_INCEPTION": "1"})
+        reports.append(json.loads((tmp_path / str(n) / "metrics.json").read_text()))
+    one, two = reports
+    assert one["images"] == two["images"] == 7 and one["skipped"] == two["skipped"] == 1
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert a.keys() == b.keys() and {"psnr", "psnr_pooled", "ssim", "hf", "rfid", "psnr_se"} <= a.keys()
+        for key in a.keys() - {"ms"}:
+            assert b[key] == (a[key] if isinstance(a[key], (str, type(None))) else pytest.approx(a[key], rel=1e-6)), key
+    pictures = [np.asarray(Image.open(tmp_path / n / "reconstructions.png")) for n in "12"]
+    assert np.array_equal(*pictures)
+
+
+def test_evaluate_command_reports_what_is_unavailable(tmp_path, checkpoint, offline, monkeypatch, capsys):
+    common = ["--ckpt", checkpoint, "--data", "demo", "--limit", 3, "--workers", 0, "--device", "cpu",
+              "--out", tmp_path / "o"]
+    run_main(evaluate, monkeypatch, *common, "--steps", 1, 2, "--dtype", "bf16")
+    text = capsys.readouterr().out
+    report = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert set(report["unavailable"]) == {"lpips_vgg", "lpips_alex", "rfid"}
+    for row in report["rows"]:
+        assert row["rfid"] is None and row["lpips_vgg"] is None and row["psnr"] > 0
+    assert "rFID: unavailable: pt_inception" in text and "LPIPS alex: unavailable: " in text and "protocol: 3 " in text
+    assert "shrink/enlarge x 8" in text and "2 steps" in text
+    assert Image.open(tmp_path / "o" / "reconstructions.png").height > 4 * 32  # originals, baseline, 1 and 2 steps
+
+    # With a network, and twice: the second run takes the originals' statistics from the cache.
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
+    rfid = []
+    for _ in range(2):
+        run_main(evaluate, monkeypatch, *common, "--cache", tmp_path / "c", "--lpips_net", "vgg")
+        rfid.append([row["rfid"] for row in json.loads((tmp_path / "o" / "metrics.json").read_text())["rows"]])
+        assert len(os.listdir(tmp_path / "c")) == 1
+    assert rfid[0] == pytest.approx(rfid[1], rel=1e-6) and rfid[0][1] > 0
+    text = capsys.readouterr().out
+    assert "rFID (biased, N=3)" in text and "sha256 " + "0" * 64 in text
+    run_main(evaluate, monkeypatch, *common[:4], "--limit", 2, *common[6:], "--cache", tmp_path / "c",
+             "--lpips_net", "vgg")
+    assert len(os.listdir(tmp_path / "c")) == 2  # other originals, another file
+
+
+def test_statistics_of_an_incomplete_pass_are_not_kept(tmp_path, checkpoint, offline, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
+    monkeypatch.setattr(data, "PAUSES", (0,))
+    images, cache = Path(folder_of(tmp_path / "images", 4, (32, 32))), tmp_path / "c"
+    (images / "04.png").symlink_to(tmp_path / "deleted.png")
+    command = ["--ckpt", checkpoint, "--data", images, "--workers", 0, "--device", "cpu", "--cache", cache,
+               "--lpips_net", "vgg", "--out", tmp_path / "o"]
+    run_main(evaluate, monkeypatch, *command)
+    assert not cache.exists() and "1 images are missing" in capsys.readouterr().out
+    photo(32, 32, 4).save(tmp_path / "deleted.png")
+    run_main(evaluate, monkeypatch, *command)
+    (entry,) = cache.iterdir()
+    whole = fid.Statistics.load(entry)
+    entry.write_bytes(entry.read_bytes()[:-100])  # and damaged ones are replaced
+    capsys.readouterr()
+    run_main(evaluate, monkeypatch, *command)
+    again = fid.Statistics.load(entry)
+    assert "computed again" in capsys.readouterr().err and np.array_equal(again.sigma, whole.sigma)
+
+
+def test_evaluate_command_stops_with_one_sentence(tmp_path, checkpoint, offline, monkeypatch):
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+
+    def stop(*argv):
+        return sentence(evaluate, monkeypatch, *argv, "--workers", 0, "--device", "cpu")
+
+    assert "none.safetensors" in stop("--ckpt", tmp_path / "none.safetensors")
+    assert "text.safetensors" in stop("--ckpt", tmp_path / "text.safetensors")
+    assert "other.pt" in stop("--ckpt", tmp_path / "other.pt")
+    assert "--size 100" in stop("--ckpt", checkpoint, "--size", 100)
+    assert "nowhere" in stop("--ckpt", checkpoint, "--data", tmp_path / "nowhere")
+    assert "empty" in stop("--ckpt", checkpoint, "--data", tmp_path / "empty")
+    assert "--sampler euler" in stop("--ckpt", checkpoint, "--sampler", "euler")
+    assert "t_shift" in stop("--ckpt", checkpoint, "--t_shift", 2, "--limit", 1)
+    assert "--lpips_weights" in stop("--ckpt", checkpoint, "--lpips_net", "vgg", "alex", "--lpips_weights", "f.pth")
+    assert "none.pth" in stop("--ckpt", checkpoint, "--inception", tmp_path / "none.pth")
+    assert "--device" in sentence(evaluate, monkeypatch, "--ckpt", checkpoint, "--device", "abacus")
+    assert cli("evaluate.py", "--ckpt", tmp_path / "none", ok=False).startswith("error: ")
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--bench", "decode", "--size", 256], "--bench is now python -m tools.bench"),
+    (["--bench"], "--bench is now python -m tools.bench"),
+    (["--ckpt", "f", "--sweep", 1, 2, "--plot"], "--sweep is now python -m tools.sweep"),
+    (["--compare", "runs/a", "--plot"], "--compare is now python -m tools.compare"),
+    (["--ckpt", "f", "--field"], "--field is now python -m tools.field"),
+    (["--latents=d", "--ckpt", "f", "--flip"], "--latents is now python -m tools.latents --out"),
+    (["--latents_sample"], "--latents_sample is now python -m tools.latents --sample"),
+    (["--z_stats"], "--z_stats is now python -m tools.latents --z_stats"),
+    (["--flip"], "--flip is now an option of python -m tools.latents"),
+    (["--dec", "S"], "--dec is now an option of python -m tools.bench"),
+    (["--plot"], "--plot is now an option of python -m tools.sweep and of python -m tools.compare"),
+])
+def test_flags_that_moved_say_where_they_are(monkeypatch, argv, words):
+    assert sentence(evaluate, monkeypatch, *argv) == f"error: {words}"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_several_features_and_dreamsim_in_one_pass(tmp_path, checkpoint, offline, monkeypatch, capsys):
+    script(tmp_path / "mine.ts")
+    calls = []
+
+    def dreamsim(pretrained, device, cache_dir):
+        assert pretrained and device == "cpu" and cache_dir.startswith(str(tmp_path))
+
+        def network(x, y):
+            assert x.shape[1:] == y.shape[1:] == (3, 224, 224) and 0 <= x.min() and y.max() <= 1
+            calls.append(len(x))
+            return (x - y).abs().mean((1, 2, 3)).squeeze()  # the package gives () for one image
+        return network, None
+
+    monkeypatch.setitem(sys.modules, "dreamsim", types.SimpleNamespace(dreamsim=dreamsim))
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
+    command = ["--ckpt", checkpoint, "--limit", 5, "--batch_size", 4, "--workers", 0, "--device", "cpu", "--out",
+               tmp_path / "o", "--cache", tmp_path / "c", "--features", "inception", tmp_path / "mine.ts", "dinov2",
+               "--dreamsim"]
+    rows = []
+    for _ in range(2):  # the second time with the cached statistics of the originals: one file a network
+        run_main(evaluate, monkeypatch, *command)
+        report = json.loads((tmp_path / "o" / "metrics.json").read_text())
+        rows.append(report["rows"])
+        assert len(os.listdir(tmp_path / "c")) == 2
+    text = capsys.readouterr().out
+    for head in ("rFID (biased, N=5)", "FD mine (biased, N=5)", "FD-DINOv2: unavailable: dinov2_vitl14", "DreamSim",
+                 "inception features sha256 " + "0" * 64, "mine.ts features sha256 ", "; dreamsim; "):
+        assert head in text
+    for a, b in zip(*rows, strict=True):
+        assert a["rfid"] > 0 and a["fd_mine"] > 0 and a["fd_dinov2"] is None
+        assert (a["rfid"], a["fd_mine"]) == (pytest.approx(b["rfid"], rel=1e-6), pytest.approx(b["fd_mine"], rel=1e-6))
+    assert calls == [4, 4, 4, 1, 1, 1] * 2  # baseline, linear code and one step, batches of 4 and 1
+    x = torch.stack([data.make_dataset("demo", 32, False, limit=5)[i][0] for i in range(5)])
+    y = losses.to8bit(losses.shrink_enlarge(x, 8))
+    small = [F.interpolate(v / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1) for v in (x, y)]
+    want = (small[0] - small[1]).abs().mean((1, 2, 3))
+    assert rows[0][0]["dreamsim"] == pytest.approx(float(want.mean()), rel=1e-4)
+    assert rows[0][0]["dreamsim_se"] == pytest.approx(float(want.std() / 5**0.5), rel=1e-3)
+    monkeypatch.setitem(sys.modules, "dreamsim", None)
+    run_main(evaluate, monkeypatch, *command[:-5], "--dreamsim", "--features")
+    text = capsys.readouterr().out
+    assert "DreamSim: unavailable: " in text and "pip install dreamsim" in text and "FID" not in text
+    assert "two of one name" in sentence(evaluate, monkeypatch, *command, "--features", "a/x.ts", "b/x.ts")
+
+
+def test_own_pictures(tmp_path, checkpoint, monkeypatch, capsys):
+    sizes = {"a.png": (37, 50), "b.jpg": (64, 24), "c.webp": (5, 3)}
+    for k, (name, size) in enumerate(sizes.items()):
+        photo(*size, seed=k).save(tmp_path / name)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    files = [tmp_path / name for name in ("a.png", "broken.jpg", "b.jpg", "none.png", "c.webp")]
+    before = (tmp_path / "a.png").read_bytes()
+    run_main(evaluate, monkeypatch, "--ckpt", checkpoint, "--images", files[0], "--out", tmp_path / "bf16", "--device",
+             "cpu", "--dtype", "bf16")
+    assert "PSNR" in capsys.readouterr().out and os.listdir(tmp_path / "bf16") == ["a.png.reconstruction.png"]
+    message = sentence(evaluate, monkeypatch, "--ckpt", checkpoint, "--images", *files, "--steps", 2, "--out", tmp_path,
+                       "--device", "cpu")
+    assert message.startswith("error: 2 of 5 --images could not be read: ")
+    assert "broken.jpg" in message and "none.png" in message
+    lines = capsys.readouterr().out.splitlines()
+    model = DCSSDAE.load(checkpoint)
+    assert len(lines) == 3 and (tmp_path / "a.png").read_bytes() == before
+    for line, (name, (w, h)), k in zip(lines, sizes.items(), (0, 2, 4), strict=True):
+        x = torch.from_numpy(np.array(Image.open(tmp_path / name).convert("RGB"))).permute(2, 0, 1)[None].float()
+        generator = sampler.seeded_generator("cpu", 0, k)
+        with torch.no_grad():
+            y = model.reconstruct(x / 127.5 - 1, 2, generator=generator)
+        y = (y.clamp(-1, 1) * 127.5 + 127.5).round()
+        grid = np.asarray(Image.open(tmp_path / f"{name}.reconstruction.png")).astype(int)
+        assert grid.shape == (h + 4, 3 * w + 8, 3)
+        a, b, error = (grid[2:2 + h, 2 + k * (w + 2):2 + k * (w + 2) + w] for k in range(3))
+        assert np.array_equal(a, x[0].permute(1, 2, 0).numpy()) and abs(b - y[0].permute(1, 2, 0).numpy()).max() <= 1
+        assert np.array_equal(error, np.minimum(4 * abs(a - b), 255))
+        db = 10 * np.log10(255**2 / ((a - b) ** 2).mean())
+        rows, columns = -(-h // 8), -(-w // 8)
+        assert f"{w} x {h}, PSNR {db:.2f} dB, SSIM " in line and f"latent 4 x {rows} x {columns} of 16 bit" in line
+        assert f"{3 * h * w} : {8 * rows * columns} bytes = {3 * h * w / (8 * rows * columns):.1f}" in line
+    assert "one name" in sentence(evaluate, monkeypatch, "--ckpt", checkpoint, "--images", "a.png", "sub/a.png",
+                                  "--device", "cpu")
+
+
+def test_evaluate_help_is_in_groups(monkeypatch, capsys):
+    with contextlib.suppress(SystemExit):
+        run_main(evaluate, monkeypatch, "--help")
+    text = capsys.readouterr().out
+    for title in ("data:", "sampler:", "metrics that need a network:"):
+        assert f"\n{title}\n" in text
+    assert all(flag in text for flag in ("--features", "--dreamsim", "--images"))
+    assert not any(flag in text for flag in evaluate.MOVED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py, train.py: what GPUs need, shown on a CPU
+# Maps stay channels last, nothing is copied from the host, one late read a step, compiled block by block.
+
+@pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
+def test_ddp_gets_no_deprecated_options(monkeypatch, name):
+    def ddp(module, gradient_as_bucket_view=False, **options):
+        return gradient_as_bucket_view, options
+
+    parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in ("gradient_as_bucket_view", name)]
+    ddp.__signature__ = inspect.Signature(parameters)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", ddp)
+    assert train.data_parallel(None, 2) == (True, {name: False})
+
+
+class GpuLayouts(TorchDispatchMode):
+    """Layouts as on a GPU, whose pixel_unshuffle and group norm return NCHW; the convolutions that get NCHW, and those
+    whose backward pass does."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions, self.forward, self.backward = 0, [], []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        name = function.overloadpacket.__name__
+        if name == "pixel_unshuffle":
+            out = out.contiguous()
+        elif name == "native_group_norm":
+            out = (out[0].contiguous(), *out[1:])
+        elif name == "convolution":
+            self.convolutions += 1
+            if not arguments[0].is_contiguous(memory_format=torch.channels_last):
+                self.forward.append(arguments[0].shape)
+        elif name == "convolution_backward":
+            for t in arguments[:2]:
+                if t.stride(1) != 1 and not t.is_contiguous(memory_format=torch.channels_last):
+                    self.backward.append(t.shape)
+        return out
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The forms that GPUs and compilers get, on the CPU."""
+    for module in (encoder_module, model_module):
+        monkeypatch.setattr(module, "eager_cpu", lambda x: False)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("part", ["dc_f32c32", "vq_f8c4", "dcae_f32c32", "dcae_f32c32_sana", "fm", "eqm"])
+def test_no_convolution_turns_a_map_round_on_a_gpu(part, trains, as_on_a_gpu):
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    if part in ("fm", "eqm"):
+        network = UViT("XS", 4, part == "fm", depth=1, base=(8, 4) if part == "eqm" else None)
+        arguments = (x, torch.randn(2, 4, 8, 8), *([torch.rand(2)] if part == "fm" else []))
+        outputs = network
+    else:
+        network, arguments = make_encoder(part, 0.125), (x,)
+        outputs = lambda x: network(x).mean  # noqa: E731
+    network.to(memory_format=torch.channels_last).requires_grad_(trains)
+    with GpuLayouts() as layouts:
+        y = outputs(*arguments)
+        if trains:
+            y.square().sum().backward()
+    assert layouts.convolutions > 30 and layouts.forward == []
+    # what is left are gradients of latents, and of an attention's q, k and v
+    is_attention = part.startswith("dcae")
+    assert all(max(shape[2:]) <= 8 for shape in layouts.backward) and (is_attention or len(layouts.backward) <= 1)
+
+
+@pytest.mark.parametrize("name", ["vq_f8c4", "dc_f16c4"])
+def test_the_forms_for_gpus_equal_those_for_cpus(name, monkeypatch):
+    x = torch.randn(1, 3, 32, 48, dtype=torch.float64)
+    network = randomise(make_encoder(name, 0.25 if name == "vq_f8c4" else 0.0625)).double()
+    decoder = randomise(UViT("XS", 4, depth=1)).double()
+    found = []
+    for is_cpu in (True, False):
+        for module in (encoder_module, model_module):
+            monkeypatch.setattr(module, "eager_cpu", lambda x, is_cpu=is_cpu: is_cpu)
+        parameters = [*network.parameters(), *decoder.parameters()]
+        z = network(x).mode().double()
+        y = decoder(x, z, torch.tensor([0.3]).double())
+        found.append([z, y, *torch.autograd.grad(y.square().sum() + z.sum(), parameters, allow_unused=True)])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).norm() <= 1e-6 * (b.norm() + 1e-3)  # some are 0 but for rounding
+
+
+@pytest.mark.parametrize("form", [NormSiLU.apply, model_module.plain_norm_silu])
+@pytest.mark.parametrize("offset", [0.0, 4.0])
+def test_bf16_gradients_of_the_norms_are_as_exact_as_autocasts(form, offset):
+    """Also where a group's mean is large beside its deviation, and constants cancel."""
+    x = torch.randn(2, 64, 24, 24) + offset * torch.randn(1, 64, 1, 1)
+    x = x.bfloat16().to(memory_format=torch.channels_last)
+    scale, shift, grad = 1 + torch.randn(2, 64, 3, 3) / 2, torch.randn(2, 64, 3, 3), torch.randn(2, 64, 24, 24)
+
+    def gradients(form, dtype):
+        inputs = [t.bfloat16().to(dtype).requires_grad_() for t in (x, scale, shift)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            y = form(*inputs).to(dtype)
+        return torch.autograd.grad(y, inputs, grad.bfloat16().to(dtype))
+
+    exact = gradients(plain_norm_silu, torch.float64)
+    ours, autocasts = (gradients(f, torch.bfloat16) for f in (lambda *a: form(*a, 32, 1e-5), plain_norm_silu))
+    for a, b, c in zip(ours, autocasts, exact, strict=True):
+        assert relative_error(a, c) <= 1.2 * relative_error(b, c)
+
+
+@pytest.mark.parametrize("name", ["dc_f32c32", "dcae_f32c32"])
+def test_autocast_keeps_the_dc_encoders_maps_in_half_precision(name):
+    network, kinds = make_encoder(name, 0.125), set()
+    for module in network.modules():
+        if type(module).__name__ in ("DCResBlock", "DCDown", "LinearAttention", "GatedConv"):
+            module.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        network(torch.randn(1, 3, 32, 32))
+    assert kinds == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("loss", ["fm", "eqm"])
+def test_a_decode_after_the_first_needs_nothing_of_the_host(loss):
+    model = DCSSDAE("dc_f32c32", "XS", loss, enc_width=0.125, depth=2, input_skip=True, linear_decoder=32).eval()
+    z, noise = torch.randn(1, 32, 9, 1), torch.randn(1, 3, 288, 32)  # 36 x 4 tokens: several blocks of attention
+    model_module.cached_windows.cache_clear()
+    counts = []
+    with torch.no_grad():
+        for _ in range(2):
+            with check.HostTraffic() as traffic:
+                model.decode(z, 3, noise)
+            counts.append((len(traffic.copies), len(traffic.reads)))
+    assert counts[0][0] > 5 and counts[1] == (0, 0)
+
+
+@pytest.mark.parametrize("module", [train, distill])
+def test_a_training_step_waits_for_the_device_once(tmp_path, checkpoint, monkeypatch, module):
+    traffic, at_start = check.HostTraffic(), []
+    draw, next_batch, tolist = module.draw, module.next_batch, torch.Tensor.tolist
+
+    def counting_draw(*arguments):
+        at_start.append((len(traffic.copies), len(traffic.reads)))
+        return draw(*arguments)
+
+    def uncounted_batch(*arguments):
+        traffic.paused = True
+        batch = next_batch(*arguments)
+        traffic.paused = False
+        return batch
+
+    def counting_tolist(t):  # of a CPU tensor no operation shows it
+        if not traffic.paused:
+            traffic.reads.append("tolist")
+        return tolist(t)
+
+    monkeypatch.setattr(module, "draw", counting_draw)
+    monkeypatch.setattr(module, "next_batch", uncounted_batch)
+    monkeypatch.setattr(torch.Tensor, "tolist", counting_tolist)
+    monkeypatch.setattr(module, "evaluate", lambda *a, **kw: sys.exit(0))
+    flags = [*SMALL, "--steps", 4, "--save_every", 4, "--out", tmp_path / "r"]
+    if module is train:
+        flags += ["--eval_every", 0, "--w_gan", 0.1]
+    else:
+        flags = ["--ckpt", checkpoint, "--teacher_steps", 2, "--batch_size", 4, "--device", "cpu", "--save_every", 4,
+                 "--steps", 4, "--out", tmp_path / "r"]
+    with traffic, pytest.raises(SystemExit):
+        run_main(module, monkeypatch, *flags)
+    (copies, reads), (copies_after, reads_after) = at_start[2:4]
+    assert traffic.copies[copies:copies_after] == [] and traffic.reads[reads:reads_after] == ["tolist"]
+
+
+def test_compile_without_a_compiler_is_one_sentence(tmp_path, monkeypatch):
+    """Before the data is looked for, and before anything is timed."""
+    output = cli("train.py", *TINY, "--compile", "--data", tmp_path / "nowhere", "--out", tmp_path / "r", ok=False,
+                 env={"CXX": "/nonexistent"})
+    assert "error: --compile does not work here (" in output and "/nonexistent" in output
+    assert not (tmp_path / "r").exists()
+
+    def broken(*args, **options):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert "does not work here (no compiler): install" in sentence(bench, monkeypatch, "decode", "--compile",
+                                                                   "--device", "cpu")
+
+
+def test_blocks_are_compiled_one_by_one(monkeypatch):
+    """Each in one graph, once for every shape of its weights; in eager code between them nothing changes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    decoder = randomise(UViT("XS", 4, depth=2)).requires_grad_(False)
+    x, z, t = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 2, 2), torch.rand(1)
+    plain, names = decoder(x, z, t), list(decoder.state_dict())
+    model_module.compile_blocks(decoder, backend=backend, fullgraph=True)
+    assert relative_error(decoder(x, z, t), plain) < 1e-4 and list(decoder.state_dict()) == names
+    made = len(graphs)
+    decoder(2 * x, z, t)
+    blocks = sum(isinstance(m, model_module.BLOCKS) for m in decoder.modules())
+    assert len(graphs) == made and 8 < made < blocks == 22  # beyond 8, the compiler's own limit
+    torch._dynamo.reset()
+
+
+def test_what_is_compiled_by_default(monkeypatch):
+    for there, device, flags, expected in ((True, "cuda", [], True), (False, "cuda", [], False),
+                                           (True, "cpu", [], False), (True, "cuda", ["--no-compile"], False),
+                                           (False, "cpu", ["--compile"], True)):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there or None)
+        assert train.compiles(train.get_args(flags), torch.device(device)) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/check.py
+# A healthy machine is healthy, a slow decode is not.
+
+def test_check_command(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_main(check, monkeypatch, "values", "traffic", "ranks", "--device", "cpu")
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and text.count("values ") == 4 and text.rstrip().endswith("\nhealthy")
+    assert text.count("0 copies from the host, 0 reads by it") == 2
+    monkeypatch.setattr(DCSSDAE, "decode", lambda self, z, steps, noise: noise * z.mean().item())
+    with pytest.raises(SystemExit) as end:
+        run_main(check, monkeypatch, "traffic", "--device", "cpu")
+    assert end.value.code == 1 and "a decode waits for the host or the device" in capsys.readouterr().out
+    assert "there is no sped to check" in sentence(check, monkeypatch, "sped")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/bench.py
+# Every task runs and prints its line.
+
+@slow
+def test_bench_command(monkeypatch, capsys):
+    """Every task in float32; the training step in bfloat16 too, which is slow on processors that do not have it."""
+    quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
+    text = command("tools.bench", "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
+    text += command("tools.bench", "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--dtype", "float32", "bf16",
+                    "--checkpointing")
+    text += cli("tools.bench", "input", *quick)
+    rows = [line for line in text.splitlines() if line.startswith(("U-ViT XS", "vq_f8c4"))]
+    assert len(rows) == 2 + 4 + 4 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
+    assert len(re.findall(r"^input, JPEG .* x$", text, re.MULTILINE)) == 2
+    if importlib.util.find_spec("diffusers"):
+        assert len(re.findall(r"^(KL-VAE|DC-AE f32c32) .* x KL-VAE$", text, re.MULTILINE)) == 4
+    assert "there is no encoding to time" in sentence(bench, monkeypatch, "decode", "encoding")
+    assert "--rounds 0 is out of range" in sentence(bench, monkeypatch, "--rounds", 0)
+    monkeypatch.setattr(bench, "main", lambda: print(bench.parse_arguments().tasks))
+    assert command("tools.bench") == f"{bench.TASKS}\n"  # without names all four
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/compare.py
+# Groups of seeds, their errors, and the curves of a log.
 
 def test_compare_runs(tmp_path, monkeypatch):
     def run(name, *args, **more):
@@ -5147,6 +4945,10 @@ def test_curves_of_runs(tmp_path, monkeypatch):
     assert "needs a log.jsonl" in sentence(compare, monkeypatch, runs[1], "--plot")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/field.py
+# Every tile of the picture and every number beside it.
+
 @pytest.mark.parametrize("loss", ["eqm", "fm"])
 @torch.no_grad()
 def test_field_picture(tmp_path, monkeypatch, loss):
@@ -5193,46 +4995,388 @@ def test_field_picture(tmp_path, monkeypatch, loss):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# tools/latents.py
+# Stored latents: the same bytes by any processes and after an interruption; their statistics in the model.
+
+def test_latent_statistics_are_stored_in_the_model(tmp_path):
+    model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1, notes={"size": 32})).eval()
+    model.save(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="--z_stats"):
+        model.normalize(torch.zeros(1, 4, 2, 2))
+    command("tools.latents", "--ckpt", tmp_path / "m.safetensors", "--limit", 16, "--z_stats", "--device", "cpu",
+            "--workers", 0)
+    loaded = DCSSDAE.load(tmp_path / "m.safetensors")
+    dataset = data.make_dataset("demo", 32, train=False, limit=16)
+    x = torch.stack([dataset[i][0] for i in range(16)])
+    with torch.no_grad():
+        posterior = loaded.encode(x)
+        z = posterior.sample(sampler.image_noise(0, range(16), posterior.mean.shape[1:]))
+    stored = loaded.config["latents"]
+    assert np.allclose(stored["mean"], z.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
+    assert np.allclose(stored["std"], z.transpose(0, 1).flatten(1).std(dim=1, correction=0), rtol=1e-3)
+    assert stored["std_all"] == pytest.approx(float(z.std(correction=0)), rel=1e-3)
+    normal = loaded.normalize(z)
+    assert normal.mean(dim=(0, 2, 3)).abs().max() < 1e-3
+    assert torch.allclose(loaded.denormalize(normal), z, rtol=1e-4, atol=1e-4)
+
+
+READER = '''
+class Latents(torch.utils.data.Dataset):
+    def __init__(self, folder):
+        with open(f"{folder}/manifest.json") as file:
+            self.manifest = json.load(file)
+        self.z = [np.load(f"{folder}/{s['latents']}", mmap_mode="r") for s in self.manifest["shards"]]
+        self.labels = np.concatenate([np.load(f"{folder}/{s['labels']}") for s in self.manifest["shards"]])
+        self.ends = np.cumsum([s["count"] for s in self.manifest["shards"]])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):                                # -> latent (c, h, w), with --flip (2, c, h, w); label
+        k = np.searchsorted(self.ends, i, side="right")
+        return torch.from_numpy(self.z[k][i - self.ends[k]].astype(np.float32)), int(self.labels[i])
+'''
+
+
+def files_of(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
+    """Same bytes by one process, by two, and after an interruption; labels; the reader; refusals."""
+    for k, name in enumerate(("cat", "dog", "dog/puppy")):
+        folder_of(tmp_path / "images" / "train" / name, 3, (40, 32))
+    folder_of(tmp_path / "images" / "val", 2)
+    for broken in sorted((tmp_path / "images" / "train" / "cat").iterdir())[:2]:  # all of the first shard
+        broken.write_bytes(b"broken")
+    common = ["--ckpt", checkpoint, "--data", tmp_path / "images", "--shard", 2, "--batch_size", 2, "--workers", 0,
+              "--device", "cpu", "--out"]
+    run_main(latents, monkeypatch, *common, tmp_path / "one")
+    assert "mean" in capsys.readouterr().out
+    run(tmp_path / "o", *common, tmp_path / "two", module="tools.latents", world=2)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+    write, calls = latents.write_whole, []
+
+    def interrupted(path, content):
+        calls.append(path)
+        if len(calls) == 6:  # the second shard's labels are there, its latents half written
+            (tmp_path / "three" / "latents_00002.npy.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(latents, "write_whole", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(latents, monkeypatch, *common, tmp_path / "three")
+    monkeypatch.setattr(latents, "write_whole", write)
+    assert "latents_00001.npy" in files_of(tmp_path / "three")
+    assert "latents_00002.npy" not in files_of(tmp_path / "three")
+    assert "shards" not in json.loads((tmp_path / "three" / "manifest.json").read_text())
+    finished = os.stat(tmp_path / "three" / "latents_00001.npy").st_mtime_ns
+    for change, word in ((["--size", 40], "size"), (["--data", "demo", "--limit", 9], "data"), (["--flip"], "shape"),
+                         (["--sample"], "values"), (["--part", "val"], "part"), (["--shard", 3], "shard")):
+        assert word in sentence(latents, monkeypatch, *common, tmp_path / "three", *change)
+    run_main(latents, monkeypatch, *common, tmp_path / "three")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
+    assert os.stat(tmp_path / "three" / "latents_00001.npy").st_mtime_ns == finished
+
+    whole = np.load(tmp_path / "three" / "latents_00001.npy")
+    for damaged in (whole[:0], np.concatenate([whole, whole]), whole * np.nan, None, "no labels"):
+        if isinstance(damaged, np.ndarray):
+            np.save(tmp_path / "three" / "latents_00001.npy", damaged)
+        elif damaged is None:
+            (tmp_path / "three" / "latents_00001.npy").write_bytes(b"half")
+        else:
+            (tmp_path / "three" / "labels_00001.npy").unlink()
+        run_main(latents, monkeypatch, *common, tmp_path / "three")
+        assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
+
+    namespace = {"np": np, "torch": torch, "json": json}
+    exec(READER, namespace)  # noqa: S102
+    stored = namespace["Latents"](tmp_path / "one")
+    assert isinstance(stored.z[0], np.memmap) and stored.z[0].dtype == np.float16
+    dataset = data.make_dataset(str(tmp_path / "images"), 32, train=False, split="train")
+    items = [item for item in (dataset[i] for i in range(len(dataset))) if item]
+    assert len(stored) == len(items) == len(dataset) - 2 == 7 and len(stored.z) == 4
+    assert stored.labels.tolist() == [dataset.labels[i] for _, i in items] and set(stored.labels.tolist()) == {0, 1}
+    with torch.no_grad():
+        want = DCSSDAE.load(checkpoint).encode(torch.stack([x for x, _ in items])).mode()
+    got = torch.stack([stored[i][0] for i in range(len(stored))])
+    assert torch.allclose(got, want, atol=2e-3 * float(want.abs().max()))
+    m = stored.manifest
+    assert np.allclose(m["mean"], got.mean((0, 2, 3)), atol=1e-6)
+    assert np.allclose(m["std"], got.transpose(0, 1).flatten(1).std(1, correction=0), rtol=1e-5)
+    assert m["classes"] == dataset.classes == ["cat", "dog"]
+    assert m["model_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest() and m["shape"] == [4, 4, 4]
+
+
+def test_statistics_that_are_not_finite_stay_out_of_the_model(tmp_path, checkpoint):
+    model, before = DCSSDAE.load(checkpoint), Path(checkpoint).read_bytes()
+    args = types.SimpleNamespace(ckpt=str(checkpoint), data="demo", out=None)
+    with pytest.raises(ValueError, match="latents are not finite: the model's file stays as it is"):
+        latents.store_in_model(model, args, {"mean": [0.0, math.nan], "std": [1.0, 1.0]})
+    assert Path(checkpoint).read_bytes() == before
+
+
+def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, monkeypatch):
+    common = ["--ckpt", checkpoint, "--limit", 5, "--workers", 0, "--device", "cpu", "--out"]
+    run_main(latents, monkeypatch, *common, tmp_path / "z", "--sample", "--flip", "--shard", 3,
+             "--batch_size", 3)
+    z = np.concatenate([np.load(tmp_path / "z" / f"latents_0000{k}.npy", mmap_mode="r") for k in range(2)])
+    assert z.shape == (5, 2, 4, 4, 4) and (np.load(tmp_path / "z" / "labels_00000.npy") == -1).all()
+    dataset = data.make_dataset("demo", 32, False, limit=5, split="train")
+    x = torch.stack([dataset[i][0] for i in range(5)])
+    noise = sampler.image_noise(0, range(5), (2, 4, 4, 4))
+    model = DCSSDAE.load(checkpoint)
+    for k, v in enumerate((x, x.flip(3))):
+        with torch.no_grad():
+            want = model.encode(v).sample(noise[:, k])
+        assert torch.allclose(torch.from_numpy(z[:, k]).float(), want, rtol=2e-3, atol=2e-3)
+    assert not np.allclose(z[:, 0], z[:, 1], atol=0.05)
+    run_main(latents, monkeypatch, *common, tmp_path / "bf16", "--dtype", "bf16")
+    half = torch.from_numpy(np.load(tmp_path / "bf16" / "latents_00000.npy")).float()
+    with torch.no_grad():
+        want = model.encode(x).mode()
+    assert 1e-4 < relative_error(half, want) < 0.05
+    large = types.SimpleNamespace(mode=lambda: torch.full((3, 4, 4, 4), 7e4))
+    monkeypatch.setattr(DCSSDAE, "encode", lambda self, x: large)
+    assert "float16 ends at 65504" in sentence(latents, monkeypatch, *common, tmp_path / "large")
+    assert sorted(os.listdir(tmp_path / "large")) in ([".lock", "manifest.json"], ["manifest.json"])
+    assert "--out" in sentence(latents, monkeypatch, "--ckpt", checkpoint)  # nothing to do
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/sweep.py
+# Calibration finds the best steps, on images apart from those that are reported.
+
+class Quadratic:
+    """A model for calibrate: descent on sum of a (x - x*)^2 / 2 over two directions, starting at distance 1."""
+
+    def __init__(self, *curvatures):
+        self.a, self.config, self.eqm = curvatures, {"loss": "eqm"}, EqM()
+
+    def measure(self, runs):
+        for n, o in runs.values():
+            loss = 0.0
+            for a in self.a:
+                x = previous = 1.0
+                for _ in range(n):
+                    y = x + o.get("mu", 0) * (x - previous)
+                    previous, x = x, y - o["eta"] * a * y
+                loss += x * x
+            yield {"psnr_pooled": -10 * np.log10(loss) if loss < 1e30 else float("nan")}
+
+
+def test_calibration_finds_the_best_step_sizes(monkeypatch):
+    monkeypatch.setattr(sweep, "default_eta", lambda eqm, steps: 1.0)
+    model = Quadratic(1.0, 4.0)
+    best = sweep.calibrate(model, [1, 2, 8], lambda runs: list(model.measure(runs)))
+    assert set(best) == {(s, n) for s in ("gd", "nesterov") for n in (1, 2, 8)}
+    one = best["gd", 1][1]
+    assert one["method"] == "gd" and one["eta"] == pytest.approx(5 / 17, rel=0.05)  # minimum of (1-e)^2 + (1-4e)^2
+    for (name, n), (score, options) in best.items():  # no worse than a fine grid, but for the resolution of 2^(1/8)
+        fine = [{"eta": eta, "mu": mu} for eta in np.geomspace(0.02, 2, 400)
+                for mu in ((0,) if name == "gd" else (0.3, 0.6, 0.9))]
+        grid = [row["psnr_pooled"] for row in model.measure({i: (n, o) for i, o in enumerate(fine)})]
+        assert score >= np.nanmax(grid) - (0.2 if n < 8 else 2), (sampler, n, options)
+    assert best["nesterov", 8][0] > best["gd", 8][0] + 3  # momentum pays on an ill-conditioned problem
+    runs = sweep.sweep_runs(best)
+    assert len(runs) == 6 + 4 and runs["gd 1 eta " + f"{one['eta']:.3g}"] == (1, one)
+    assert [o for _, o in runs.values()][-1] == best["nesterov", 8][1] | {"tol": 0.02}
+    diverging = Quadratic(1e6)
+    assert np.isfinite(sweep.calibrate(diverging, [9], lambda r: list(diverging.measure(r)))["gd", 9][1]["eta"])
+
+
+def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
+    """In two processes as in one; on images apart from the calibration's."""
+    seen, subset = [], data.ImageDataset.subset
+
+    def recorded(self, i):
+        seen.append(set(self.images[i].tolist()))
+        return subset(self, i)
+
+    monkeypatch.setattr(data.ImageDataset, "subset", recorded)
+    pytest.importorskip("matplotlib")
+    common = ["--ckpt", checkpoint, "--steps", 2, 1, "--calibrate", 2, "--limit", 3, "--batch_size", 1, "--workers", 0,
+              "--size", 16, "--device", "cpu", "--features", "--lpips_net", "vgg"]
+    run_main(sweep, monkeypatch, *common, "--plot", "--out", tmp_path / "1")
+    text = capsys.readouterr().out
+    assert len(seen) == 2 and len(seen[0]) == 2 and len(seen[1]) == 3 and not seen[0] & seen[1]
+    assert "adaptive " in text and "tol 0.02" in text and "on 2 other images" in text
+    assert text.endswith(f"wrote sweep.csv and sweep.png to {tmp_path / '1'}\n")
+    assert Image.open(tmp_path / "1" / "sweep.png").width > 600
+    run(tmp_path / "o", *common, "--out", tmp_path / "2", module="tools.sweep", world=2)
+    tables = []
+    for n in "12":
+        with open(tmp_path / n / "sweep.csv", newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+        rows = json.loads((tmp_path / n / "metrics.json").read_text())["rows"]
+        assert [row["name"] for row in tables[-1]] == [row["name"] for row in rows] and len(rows) == 2 + 4 + 4
+        for line, row in zip(tables[-1], rows, strict=True):
+            assert float(line["psnr"]) == row["psnr"] and line["lpips_vgg"] == ""
+            assert line["nfe"] == str(row.get("nfe", ""))
+    for a, b in zip(*tables, strict=True):
+        assert a["name"] == b["name"]
+        for key in a.keys() - {"name", "method", "ms"}:
+            assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-6), key
+    for row in rows[2:]:  # the numbers are evaluate's for these options
+        assert row["steps"] in (1, 2) and row["eta"] > 0 and row["nfe"] <= row["steps"]
+    with pytest.raises(SystemExit, match="2"):  # it chooses the sampler's options itself
+        run_main(sweep, monkeypatch, *common, "--eta", 1)
+    assert "unrecognized arguments: --eta" in capsys.readouterr().err
+    folder_of(tmp_path / "one", 1)
+    assert "at least 2 images" in sentence(sweep, monkeypatch, *common, "--data", tmp_path / "one")
+    assert "--calibrate 0 is out of range" in cli("tools.sweep", *common, "--calibrate", 0, ok=False)
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+    assert "matplotlib" in sentence(sweep, monkeypatch, *common, "--plot")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README.md, docs/, --help
+# Links, commands and Python of the documents are of what exists, and every flag is explained.
+
+DOCUMENTS = ("README.md", "docs/results.md", "docs/training.md")
+
+
+def headings_of(path):
+    """What follows # in links to the headings of a document, as GitHub makes it."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)  # comments are no headings
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_documents_links_point_at_what_they_name():
+    readme = Path(HERE, "README.md").read_text()
+    links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", readme)
+    assert len(links) > 20
+    for name, file, line in links:
+        source = Path(HERE, file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"\s*(def|class) {name.split('.')[-1]}\b", source), (name, file, line, source)
+    for document in DOCUMENTS:
+        targets = re.findall(r"\]\(([^)]*)\)", Path(HERE, document).read_text())
+        assert len(targets) > 2
+        for target in targets:
+            name, _, anchor = target.partition("#")
+            path = Path(HERE, document).parent / name if name else Path(HERE, document)
+            assert path.is_file(), (document, target)
+            if anchor and path.suffix == ".md":
+                assert anchor in headings_of(path), (document, target)
+
+
+def test_the_documents_python_runs(tmp_path, monkeypatch):
+    """Every ```python block of the README, then of docs/training.md, in order, in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for document, expected in (("README.md", 2), ("docs/training.md", 1)):
+        blocks = re.findall(r"```python\n(.*?)```", Path(HERE, document).read_text(), re.DOTALL)
+        assert len(blocks) >= expected
+        for block in blocks:
+            exec(block, namespace)  # noqa: S102
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """{program as it stands after python or python -m: its --help}"""
+    programs = ("train.py", "distill.py", "evaluate.py", "fid.py", "data.py", *TOOLS, "examples.generate")
+    return {name: command(name, "--help") for name in programs}
+
+
+def test_help_explains_every_flag(helps):
+    assert all("--" in text for text in helps.values())
+    text = helps["train.py"]
+    for flag in ["--enc", "--enc_width", "--enc_ckpt", "--freeze_enc", "--dec", "--loss", "--c", "--lam", "--w_lpips",
+                 "--w_repa", "--w_kl", "--data", "--size", "--aug_scale", "--batch_size", "--micro_batch", "--steps",
+                 "--lr", "--weight_decay", "--grad_clip", "--ema", "--dtype", "--compile", "--seed", "--out",
+                 "--resume", "--eval_every", "--save_every", "--log_every"]:
+        assert flag in text
+
+
+def test_every_tool_explains_itself_as_a_module(helps):
+    assert TOOLS == ["tools.bench", "tools.check", "tools.compare", "tools.field", "tools.latents", "tools.sweep"]
+    for tool in TOOLS:
+        assert f"-m {tool} " in helps[tool] and f"usage: {tool.split('.')[1]}.py" in helps[tool]
+    for title in ("data:", "metrics that need a network:"):
+        assert f"\n{title}\n" in helps["tools.sweep"]
+    assert all(flag in helps["tools.latents"] for flag in ("--out", "--z_stats", "--sample", "--flip", "--shard"))
+
+
+def test_the_documents_commands_are_of_programs_and_flags_that_exist(helps):
+    """Of commands in code blocks and between backquotes, up to what follows ; # | or a backquote. A backslash at the
+    end of a line continues it."""
+    command = re.compile(r"(?:python|torchrun)(?: --[^ ]+)* (?:-m )?(\w+\.\w+)( [^;#`|]*)?")
+    found = Counter()
+    for document in DOCUMENTS:
+        text = Path(HERE, document).read_text().replace("\\\n", "")
+        for program, flags in command.findall(text.replace("\n", " ; ")):
+            if program in helps:
+                found[program] += 1
+                for flag in re.findall(r"(?<= )--\w+", flags):
+                    assert re.search(rf"{flag}\b", helps[program]), (document, program, flag)
+    assert {"train.py", "distill.py", "evaluate.py", *TOOLS, "examples.generate"} <= found.keys(), found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# examples/
+# The generator: resumed = uninterrupted = two processes; labels; refusals.
+
+def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
+    """Resumed = uninterrupted = two processes; silent at the start; labels matter; refusals."""
+    for k, name in enumerate(("cat", "dog")):
+        folder_of(tmp_path / "images" / "train" / name, 7 + k, (40, 32))
+    folder_of(tmp_path / "images" / "val", 2)
+    run_main(latents, monkeypatch, "--ckpt", checkpoint, "--data", tmp_path / "images", "--shard", 4, "--flip",
+             "--workers", 0, "--device", "cpu", "--out", tmp_path / "latents")
+    stored = generate.Latents(tmp_path / "latents")
+    both = torch.cat([torch.from_numpy(np.array(shard)) for shard in stored.shards]).float()  # (15, 2, c, h, w)
+    drawn, labels = stored.batch([(epoch, i) for epoch in range(20) for i in range(15)], seed=0)
+    drawn = (drawn * stored.std + stored.mean).view(20, 15, *stored.shape)
+    for i in range(15):
+        is_first = (drawn[:, i] - both[i, 0]).abs().amax(dim=(1, 2, 3)) < 1e-3
+        is_mirrored = (drawn[:, i] - both[i, 1]).abs().amax(dim=(1, 2, 3)) < 1e-3
+        assert (is_first | is_mirrored).all() and is_first.any() and is_mirrored.any()
+    assert labels[:15].tolist() == [0] * 7 + [1] * 8
+
+    torch.jit.trace(nn.Sequential(nn.AvgPool2d(8), nn.Flatten()), torch.zeros(1, 3, 32, 32)).save(tmp_path / "f.ts")
+    common = ["--latents", tmp_path / "latents", "--ckpt", checkpoint, "--width", 64, "--depth", 1, "--batch_size", 4,
+              "--warmup", 1, "--log_every", 1, "--eval_images", 9, "--eval_steps", 2, "--features", tmp_path / "f.ts",
+              "--device", "cpu", "--out"]
+    run_main(generate, monkeypatch, *common, tmp_path / "whole", "--steps", 4)
+    run_main(generate, monkeypatch, *common, tmp_path / "parts", "--steps", 2)
+    run_main(generate, monkeypatch, *common, tmp_path / "parts", "--steps", 4, "--resume")
+    cli("examples.generate", *common, tmp_path / "two", "--steps", 4, nproc=2)
+    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts", "two")}
+    logs = {name: [json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in weights}
+    for key, value in weights["whole"].items():
+        assert torch.equal(value, weights["parts"][key])
+        assert torch.allclose(value, weights["two"][key], atol=1e-6)
+    distances = {name: logs[name][-1]["eval"][0]["fd_f"] for name in weights}
+    assert distances["whole"] == distances["parts"] == pytest.approx(distances["two"], rel=1e-3)
+    assert Image.open(tmp_path / "whole" / "samples.png").size == (8 * 34 + 2, 2 * 34 + 2)
+
+    keys = next(iter(data.TrainBatches(15, 4, 0, 0, 1, 0)))
+    x, _ = stored.batch(keys, 0)
+    e, _, _ = train.draw(0, 0, range(4), stored.shape, (), "cpu")
+    assert logs["whole"][0]["loss"] == pytest.approx((x - e).square().mean().item(), rel=1e-5)  # the network says 0
+
+    model = randomise(generate.DiT(stored.shape, 64, 2, classes=2))
+    x, t = torch.randn(2, *stored.shape), torch.tensor([0.3, 0.3])
+    of_cat, of_dog = (model(x, torch.full((2,), k), t) for k in range(2))
+    assert of_cat.shape == x.shape and (of_cat - of_dog).abs().amax() > 1e-3
+    assert (model(x.flip(3), torch.zeros(2).long(), t).flip(3) - of_cat).abs().amax() > 1e-3  # it knows where a cell is
+
+    assert "no finished latents" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--latents", tmp_path)
+    assert "multiple of 64" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--width", 100)
+    other = DCSSDAE("dc_f8c8", "XS", enc_width=0.0625, depth=0, loss="fm")
+    other.save(tmp_path / "other.safetensors")
+    assert "makes" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--ckpt", tmp_path / "other.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Fuzzing: whatever command line, file or argument comes, it works or it ends in one sentence
-#
-#     FUZZ=10000 python -m pytest test_all.py -k fuzz -s       # the cases 0 ... 9999; FUZZ_FIRST=N begins at another
-#     FUZZ_CASE=1234 python -m pytest test_all.py -k fuzz -s   # this case alone: a case depends on its number alone
-
-FUZZ_CASES = 150
-FUZZ_SECONDS, FUZZ_BYTES = 120, 3 * 2**30  # of a case: how long it may take, how much memory beside what there is
-REFUSALS = (ValueError, TypeError, OSError)  # in Python, each with a message
-ODD_WORDS = ["", "x", "nan", "inf", "-inf", "-1", "0", "-0", "1.5", "1e400", "1e-30", "1e30", "0x10", "１", "٣", "None",
-             str(10**30), "true", "hf:", "hf://o/r", "\udcff", "a" * 300]
-ODD_VALUES = [None, True, -1, 0, 1, 2, 1.5, -0.5, math.nan, math.inf, -math.inf, 10**30, "", "x", "vq_f8c4", [], {},
-              [None], [[1, 2], [3]], {"x": 1}, b"x", (1, 2)]
-# What makes an accepted command line slow or large: of these flags only small numbers, and such that are refused.
-COSTLY = {"size", "batch_size", "steps", "eval_steps", "teacher_steps", "limit", "workers", "depth", "window", "rows",
-          "calibrate", "eval_images"}
-LEFT_OUT = {"help", "compile", "tensorboard", "dreamsim", "dinov2", "enc"}  # slow, or with networks of their own
-FUZZ_PROGRAMS = {  # module: flags of a command that ends soon
-    train: [*TINY, "--size", 8, "--batch_size", 2, "--steps", 1, "--eval_images", 1, "--eval_steps", 1],
-    distill: ["--ckpt", "model.safetensors", "--w_lpips", 0, "--size", 8, "--batch_size", 2, "--steps", 1,
-              "--teacher_steps", 1, "--eval_images", 1, "--workers", 0, "--dtype", "float32"],
-    evaluate: ["--ckpt", "model.safetensors", "--limit", 1, "--size", 8, "--workers", 0, "--features", "--cache", "",
-               "--lpips_net", "vgg"],
-    fid: ["--batch_size", 2, "--features", "features.pt", "--size", 8],
-    data: ["--size", 8, "--rows", 1],
-    bench: ["--size", 8, "--dec", "XS"],
-    compare: [],
-    field: ["--ckpt", "model.safetensors", "--size", 8],
-    latents: ["--ckpt", "model.safetensors", "--size", 8, "--limit", 2, "--workers", 0, "--out", "latents"],
-    sweep: ["--ckpt", "model.safetensors", "--size", 8, "--limit", 1, "--calibrate", 1, "--workers", 0, "--features",
-            "--lpips_net", "vgg", "--steps", 1],
-}
-
+# FUZZ=10000 python -m pytest test_all.py -k fuzz -s runs the cases 0 ... 9999, FUZZ_FIRST=N begins at another;
+# FUZZ_CASE=1234 runs this one alone: a case depends on its number alone.
 
 FUZZ_RUN = ["--w_gan", 0.1, "--size", 24, "--save_every", 1, "--eval_every", 0, "--out", "run"]
-
-
-class Payload:
-    """Makes a folder where a pickle is executed."""
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
 
 
 def actions_of(module, monkeypatch):
@@ -5297,39 +5441,6 @@ def call_main(module, argv):
         assert is_sentence or stop.code in (0, 2), f"ends with {stop.code!r}"
     except Exception as error:  # noqa: BLE001 whatever it is, users would see a traceback
         raise AssertionError(f"ends in a traceback: {error!r}") from error
-
-
-def odd_tensor(rng, shape, dtype=torch.float32):
-    """Mostly of this shape and type; sometimes of another, or with values that are not finite."""
-    if rng.random() < 0.25:
-        shape = rng.choice([(), (0,), (3,), shape[:-1], (*shape, 1), (0, *shape[1:]), (*shape[:-1], 0), (2, 3, 7, 9),
-                            (1,) * 5, (1, *shape[1:]), (shape[0], 1, *shape[2:])])
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(rng.getrandbits(32)))
-    if x.numel() and rng.random() < 0.2:
-        x.view(-1)[0] = rng.choice([math.nan, math.inf, -1e38])
-    if rng.random() < 0.15:
-        dtype = rng.choice([torch.uint8, torch.int64, torch.bool, torch.float64, torch.float16, torch.bfloat16,
-                            torch.complex64])
-    return x.nan_to_num(0, 1, -1).to(dtype) if not dtype.is_floating_point else x.to(dtype)
-
-
-def damaged(rng, value):
-    """The same tree of dicts, lists and tensors, but for one part of it."""
-    is_tree = isinstance(value, (dict, list)) and len(value) > 0
-    if is_tree and rng.random() < 0.95:
-        changed = value.copy()
-        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
-        what = rng.random()
-        if what < 0.1:
-            del changed[key]
-        elif what < 0.2 and isinstance(value, dict):
-            changed[rng.choice(["x", 5, f"{key}2"])] = changed[key]
-        else:
-            changed[key] = damaged(rng, value[key])
-        return changed
-    if isinstance(value, torch.Tensor) and rng.random() < 0.8:
-        return odd_tensor(rng, value.shape or (1,), value.dtype) if rng.random() < 0.5 else value * math.nan
-    return rng.choice([*ODD_VALUES, Payload()])
 
 
 def damage_file(rng, path):
@@ -5439,10 +5550,6 @@ def read_checkpoint(rng):
     state = load_checkpoint("run")
     assert state["step"] in (1, 2) and train.DCSSDAE(**state["config"])
     assert all(value.isfinite().all() for name in ("model", "ema") for value in state[name].values())
-
-
-def averaged(ema, model, decay):
-    return train.update_ema(train.paired_tensors(ema, model), decay, 5, torch.tensor(True))
 
 
 def fuzz_python(rng, box):
@@ -5580,58 +5687,3 @@ def test_fuzz(tmp_path, monkeypatch, offline):
             signal.signal(s, handler)
     assert before == {path: path.stat().st_mtime_ns for path in box.good.rglob("*")}, "written in place"
     assert not problems, f"{len(problems)} of {len(numbers)} cases: " + "\n\n".join(problems[:20])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# examples/
-
-def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
-    """Resumed = uninterrupted = two processes; silent at the start; labels matter; refusals."""
-    for k, name in enumerate(("cat", "dog")):
-        folder_of(tmp_path / "images" / "train" / name, 7 + k, (40, 32))
-    folder_of(tmp_path / "images" / "val", 2)
-    run_main(latents, monkeypatch, "--ckpt", checkpoint, "--data", tmp_path / "images", "--shard", 4, "--flip",
-             "--workers", 0, "--device", "cpu", "--out", tmp_path / "latents")
-    stored = generate.Latents(tmp_path / "latents")
-    both = torch.cat([torch.from_numpy(np.array(shard)) for shard in stored.shards]).float()  # (15, 2, c, h, w)
-    drawn, labels = stored.batch([(epoch, i) for epoch in range(20) for i in range(15)], seed=0)
-    drawn = (drawn * stored.std + stored.mean).view(20, 15, *stored.shape)
-    for i in range(15):
-        is_first = (drawn[:, i] - both[i, 0]).abs().amax(dim=(1, 2, 3)) < 1e-3
-        is_mirrored = (drawn[:, i] - both[i, 1]).abs().amax(dim=(1, 2, 3)) < 1e-3
-        assert (is_first | is_mirrored).all() and is_first.any() and is_mirrored.any()
-    assert labels[:15].tolist() == [0] * 7 + [1] * 8
-
-    torch.jit.trace(nn.Sequential(nn.AvgPool2d(8), nn.Flatten()), torch.zeros(1, 3, 32, 32)).save(tmp_path / "f.ts")
-    common = ["--latents", tmp_path / "latents", "--ckpt", checkpoint, "--width", 64, "--depth", 1, "--batch_size", 4,
-              "--warmup", 1, "--log_every", 1, "--eval_images", 9, "--eval_steps", 2, "--features", tmp_path / "f.ts",
-              "--device", "cpu", "--out"]
-    run_main(generate, monkeypatch, *common, tmp_path / "whole", "--steps", 4)
-    run_main(generate, monkeypatch, *common, tmp_path / "parts", "--steps", 2)
-    run_main(generate, monkeypatch, *common, tmp_path / "parts", "--steps", 4, "--resume")
-    cli("examples.generate", *common, tmp_path / "two", "--steps", 4, nproc=2)
-    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts", "two")}
-    logs = {name: [json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in weights}
-    for key, value in weights["whole"].items():
-        assert torch.equal(value, weights["parts"][key])
-        assert torch.allclose(value, weights["two"][key], atol=1e-6)
-    distances = {name: logs[name][-1]["eval"][0]["fd_f"] for name in weights}
-    assert distances["whole"] == distances["parts"] == pytest.approx(distances["two"], rel=1e-3)
-    assert Image.open(tmp_path / "whole" / "samples.png").size == (8 * 34 + 2, 2 * 34 + 2)
-
-    keys = next(iter(data.TrainBatches(15, 4, 0, 0, 1, 0)))
-    x, _ = stored.batch(keys, 0)
-    e, _, _ = train.draw(0, 0, range(4), stored.shape, (), "cpu")
-    assert logs["whole"][0]["loss"] == pytest.approx((x - e).square().mean().item(), rel=1e-5)  # the network says 0
-
-    model = randomise(generate.DiT(stored.shape, 64, 2, classes=2))
-    x, t = torch.randn(2, *stored.shape), torch.tensor([0.3, 0.3])
-    of_cat, of_dog = (model(x, torch.full((2,), k), t) for k in range(2))
-    assert of_cat.shape == x.shape and (of_cat - of_dog).abs().amax() > 1e-3
-    assert (model(x.flip(3), torch.zeros(2).long(), t).flip(3) - of_cat).abs().amax() > 1e-3  # it knows where a cell is
-
-    assert "no finished latents" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--latents", tmp_path)
-    assert "multiple of 64" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--width", 100)
-    other = DCSSDAE("dc_f8c8", "XS", enc_width=0.0625, depth=0, loss="fm")
-    other.save(tmp_path / "other.safetensors")
-    assert "makes" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--ckpt", tmp_path / "other.safetensors")
