@@ -10,6 +10,7 @@ class-conditional; there is no guidance. Every evaluation writes samples.png and
 between generated images and as many of those that the latents were made of.
 """
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -68,6 +69,7 @@ class Latents:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{folder} holds no finished latents ({type(error).__name__}: {error}): run tools.latents "
                              "on it, once more if it was stopped") from None
+        self.classes = len(self.manifest["classes"])
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.shape = self.shards[0].shape[-3:]               # with --flip the shards are (n, 2, c, h, w)
 
@@ -152,17 +154,17 @@ class DiT(nn.Module):
 # Sampling and its evaluation
 
 @torch.no_grad()
-def generate(ema, tokenizer, latents, index, args, device, dtype):
-    """Images (b, 3, H, W) with the numbers `index`; classes take turns."""
-    labels = None
-    if ema.label is not None:
-        labels = torch.tensor(index, device=device) % ema.label.num_embeddings
+def generate(ema, tokenizer, latents, args, rank, world, device, dtype):
+    """Batches of this process's share of --eval_images images (b, 3, H, W); classes take turns."""
     size = latents.manifest["size"]
-    with train.autocast(device, dtype):
-        z, _ = euler(ema, image_noise(args.seed, index, latents.shape).to(device), labels, args.eval_steps, t_shift=1.0)
-        z = z.float().cpu() * latents.std + latents.mean
-        images = tokenizer.decode(z.to(device), 1, image_noise(args.seed, index, (3, size, size)).to(device))
-    return images.float()
+    numbers = list(range(rank, args.eval_images, world))
+    for index in (numbers[k:k + BATCH] for k in range(0, len(numbers), BATCH)):
+        labels = torch.tensor(index, device=device) % latents.classes if latents.classes else None
+        noise = image_noise(args.seed, index, latents.shape).to(device)
+        with train.autocast(device, dtype):
+            z, _ = euler(ema, noise, labels, args.eval_steps, t_shift=1.0)
+            z = z.float() * latents.std.to(device) + latents.mean.to(device)
+            yield tokenizer.decode(z, 1, image_noise(args.seed, index, (3, size, size)).to(device)).float()
 
 
 def statistics_of(images, features, device):
@@ -175,23 +177,20 @@ def statistics_of(images, features, device):
 
 
 def validate(run, ema, tokenizer, latents, features, reference, dtype):
-    """Generate --eval_images: samples.png, a line of the log, the Frechet distance to the Statistics `reference`."""
+    """Generate: samples.png, a line of the log, and given features the distance to the Statistics `reference`."""
     train.read_reports(run)  # of steps before it
     args, start = run.args, now(run.device)
-    numbers = list(range(run.rank, args.eval_images, run.world))
-    images = []
-    for first in range(0, len(numbers), BATCH):
-        index = numbers[first:first + BATCH]
-        images.append(generate(ema, tokenizer, latents, index, args, run.device, dtype).cpu())
-    values = {"name": "samples", "images": args.eval_images, "seconds": now(run.device) - start}
+    images = generate(ema, tokenizer, latents, args, run.rank, run.world, run.device, dtype)
+    first = next(images)
+    values = {"name": "samples"}
     if features:
-        statistics = statistics_of(images, features, run.device)
+        statistics = statistics_of(itertools.chain([first], images), features, run.device)
         values[metric_of(args.features)] = distance_or_none(statistics, reference)
     run.evaluating += now(run.device) - start
     if run.rank == 0:
-        save_grid(Path(args.out, "samples.png"), [*images[0].split(8)])
+        save_grid(Path(args.out, "samples.png"), [*first.split(8)])
         train.append_log(run.log_path, run.board, run.done, eval=[values])
-        run.bar.write(f"step {run.done}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+        run.bar.write(f"step {run.done}: {values}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,6 +207,8 @@ def main():
         raise ValueError(f"{args.data} holds latents {latents.shape}, but {args.ckpt} makes "
                          f"{tokenizer.latent_shape(size, size)} of {size} px")
     train.check_shared(args, world)
+    if args.eval_images < world:
+        raise ValueError(f"--eval_images {args.eval_images} must be at least one for each of the {world} processes")
     features = reference = None
     if args.features:
         features = load_features(args.features, size=size).to(device)
@@ -218,7 +219,7 @@ def main():
 
     checkpoint, log_path, evaluated = train.open_run(args, rank, world)
     train.check_content(checkpoint, latents, args)
-    model = DiT(latents.shape, args.width, args.depth, len(latents.manifest["classes"])).to(device)
+    model = DiT(latents.shape, args.width, args.depth, latents.classes).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = train.make_optimizer(list(model.parameters()), args, device)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
