@@ -17,14 +17,14 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from data import check_numbers, guarded, make_dataset, make_loader, parts_taken, setup
+from data import check_numbers, guarded, make_loader, setup
 from evaluate import evaluate, print_table, write_results
 from model import DCSSDAE, check_size, compile_blocks
 from sampler import image_noise
 
-from train import (VALIDATION_BATCH, Run, append_log, autocast, check_content, check_shared,  # isort: skip
+from train import (VALIDATION_BATCH, Run, append_log, autocast, check_shared,  # isort: skip
                    clip_gradients, compiles, data_parallel, draw, evaluation_is_due, finish_step, image_arguments,
-                   make_optimizer, make_parser, matching, next_batch, open_board, open_run, paired_tensors,
+                   make_optimizer, make_parser, matching, next_batch, open_board, open_data, open_run, paired_tensors,
                    perceptual_losses, pick_dtype, prefer_speed, restore, run_arguments, set_learning_rate, step_if,
                    stop_flag, summed, training_batches, update_ema, validate)
 
@@ -126,12 +126,7 @@ def main():
 
     # Data, student, objective, optimiser
     checkpoint, log_path, evaluated = open_run(args, rank, world)
-    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
-                           enlarge=args.enlarge)
-    val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
-    check_content(checkpoint, dataset, args)
-    if rank == 0:
-        print(parts_taken(dataset, val), flush=True)
+    dataset, val = open_data(args, checkpoint, rank)
     lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank)
     teacher.to(device, memory_format=torch.channels_last)
     student = copy.deepcopy(teacher)

@@ -964,6 +964,17 @@ def compare_flags(then, args, rank):
         print(f"resuming a run that does not know the flags{flags(now, unknown)}", flush=True)
 
 
+def open_data(args, checkpoint, rank):
+    """(training images, validation images) of --data; ValueError where a resumed run had others."""
+    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
+                           enlarge=args.enlarge)
+    val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    check_content(checkpoint, dataset, args)
+    if rank == 0:
+        print(parts_taken(dataset, val), flush=True)
+    return dataset, val
+
+
 def check_content(checkpoint, dataset, args):
     """ValueError where a run would go on with other images than its checkpoint's, wherever they lie."""
     then = checkpoint.get("content") if checkpoint else None
@@ -1313,12 +1324,7 @@ def main():
     model.decoder.checkpointing = args.checkpointing
 
     # Data
-    dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
-                           enlarge=args.enlarge)
-    val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
-    check_content(checkpoint, dataset, args)
-    if rank == 0:
-        print(parts_taken(dataset, val), flush=True)
+    dataset, val = open_data(args, checkpoint, rank)
     model_is_new = not args.init_from and checkpoint is None
     if model_is_new and encoder_is_given(args) and model.config["linear_decoder"]:
         model.fit_linear_decoder(fit_images(dataset, model, args.size))
