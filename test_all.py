@@ -5435,7 +5435,7 @@ def call_main(module, argv):
     sys.argv = [module.__name__, *map(str, argv)]
     print("  ", " ".join(map(repr, sys.argv)))
     try:
-        module.main() if module in (fid, data) else data.guarded(module.main)
+        data.guarded(module.main)
     except SystemExit as stop:
         is_sentence = isinstance(stop.code, str) and stop.code.startswith("error: ") and "\n" not in stop.code
         assert is_sentence or stop.code in (0, 2), f"ends with {stop.code!r}"
