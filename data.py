@@ -1046,8 +1046,8 @@ def now(device):
 # Files, written whole or not at all
 
 # What reading a damaged file raises, in one library or another.
-BROKEN_FILE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, struct.error,
-               pickle.UnpicklingError, SafetensorError)
+BROKEN_FILE = (OSError, RuntimeError, ValueError, OverflowError, LookupError, EOFError, TypeError, AttributeError,
+               struct.error, pickle.UnpicklingError, SafetensorError)
 # ... and what zip archives (torch's files, .npz) and numpy's arrays, which begin with a line of Python, raise besides.
 BROKEN_ARCHIVE = (*BROKEN_FILE, zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError)
 
