@@ -1078,7 +1078,8 @@ data.ImageDataset.item = item_until_it_vanishes
 guarded(train.main)
 """)
     command = [tmp_path / "run.py", *TINY, "--workers", 2, "--data", tmp_path / "images", "--out", tmp_path / "run"]
-    done = subprocess.run([sys.executable, *map(str, command)], env=dict(os.environ, PYTHONPATH=HERE, OMP_NUM_THREADS="1"),
+    environment = dict(os.environ, PYTHONPATH=HERE, OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment,
                           check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "skipping" not in done.stderr, done.stderr
     said = done.stderr.partition("error: ")[2].splitlines()[0]                # the progress bar's last line may follow
