@@ -5674,12 +5674,12 @@ def test_fuzz(tmp_path, monkeypatch, offline):
         numbers = [int(os.environ["FUZZ_CASE"])]
     handlers = {s: signal.getsignal(s) for s in [*train.stop_signals(), signal.SIGALRM]}
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    if sys.platform == "linux":
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + FUZZ_BYTES, limits[1]))
     problems, before = [], {path: path.stat().st_mtime_ns for path in box.good.rglob("*")}
     try:
         for number in numbers:
+            if sys.platform == "linux":
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + FUZZ_BYTES, limits[1]))
             problem = fuzz_one(number, box, tmp_path / "case")
             if problem:
                 print(problem, flush=True)
