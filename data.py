@@ -719,6 +719,10 @@ def collate(items):
     return x, torch.tensor([i for _, i in items], dtype=torch.int64)
 
 
+KILLED_READER = "DataLoader worker"                          # in torch's message
+READER_WAS_KILLED = "a process that reads images was killed, for want of memory most often: use fewer --workers"
+
+
 class Loader(torch.utils.data.DataLoader):
     """DataLoader whose images become numbers in [-1, 1] on `device`. Leaves out batches without a readable image.
     Raises what its workers met: OSError or ValueError, one sentence; OSError where a worker is killed; ValueError too
@@ -730,10 +734,9 @@ class Loader(torch.utils.data.DataLoader):
         try:
             yield from self.readable()
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if KILLED_READER not in str(error):
                 raise
-            raise OSError("a process that reads images was killed, for want of memory most often: use fewer --workers"
-                          ) from None
+            raise OSError(READER_WAS_KILLED) from None
 
     def readable(self):
         """The batches that hold an image."""
@@ -916,8 +919,11 @@ def guarded(main):
         sys.exit(last_words(str(error)))
     except RuntimeError as error:
         close_bars()
-        if os.environ.get("TRACEBACK") or not is_lost_connection(error):
+        is_killed_reader = KILLED_READER in str(error)       # torch says so wherever the program is at that moment
+        if os.environ.get("TRACEBACK") or not (is_killed_reader or is_lost_connection(error)):
             raise
+        if is_killed_reader:
+            sys.exit(last_words(READER_WAS_KILLED))
         sys.exit(last_words("another process has ended: its own message says why; where there is none, it was killed, "
                             "for want of memory most often"))
     finally:
