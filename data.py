@@ -733,8 +733,9 @@ class Loader(torch.utils.data.DataLoader):
     def __iter__(self):
         try:
             yield from self.readable()
-        except RuntimeError as error:
-            if KILLED_READER not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            is_pipe = self.num_workers > 0 and not isinstance(error, RuntimeError)  # a reader's, cut off
+            if not (is_pipe or KILLED_READER in str(error)):
                 raise
             raise OSError(READER_WAS_KILLED) from None
 
