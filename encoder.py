@@ -12,6 +12,7 @@ Three families, one naming rule NAME = FAMILY_f<downscale>c<latent channels>:
 Convention: images (B, 3, H, W) in [-1, 1], H and W multiples of the downscale f; latents (B, c, H/f, W/f).
 """
 import functools
+import importlib.util
 import math
 import re
 from functools import partial
@@ -193,6 +194,20 @@ def eager_cpu(x):
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def gpu_kernels(x):
+    """The module kernels where its operations are for x: on NVIDIA's GPUs with Triton, outside a compiler; else
+    None."""
+    if not x.is_cuda or torch.compiler.is_compiling() or not has_triton() or x.dtype is torch.float64:
+        return None
+    import kernels
+    return kernels
+
+
+@functools.cache
+def has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
 def plain_norm(x, groups, eps):
     """Group norm without weights: x (B, C, H, W) -> the same, in float32 at least."""
     v = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))                                     # (B, H, W, groups, .)
@@ -226,8 +241,8 @@ def group_norm(channels):
 
 
 def plain_weighted_norm(x, weight, bias, groups, eps):
-    x = plain_norm(x, groups, eps)
-    return x * weight[:, None, None] + bias[:, None, None]
+    y = plain_norm(x, groups, eps)
+    return (y * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
 
 
 def normed(x, norm):
@@ -235,6 +250,15 @@ def normed(x, norm):
     if eager_cpu(x):
         return norm(x)
     return recomputed(plain_weighted_norm, x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+def normed_silu(x, norm):
+    """x through an nn.GroupNorm and SiLU."""
+    kernels = gpu_kernels(x)
+    if kernels:
+        weight, bias = norm.weight[:, None, None], norm.bias[:, None, None]
+        return kernels.GpuNormSiLU.apply(x, weight[None], bias[None], norm.num_groups, norm.eps)
+    return F.silu(normed(x, norm))
 
 
 class VQResBlock(nn.Module):
@@ -248,8 +272,8 @@ class VQResBlock(nn.Module):
     def forward(self, x):
         if eager_cpu(x) and not x.requires_grad:  # its group norm crashes in backward for channels_last constants
             x = x.contiguous()
-        h = self.conv1(F.silu(normed(x, self.norm1)))
-        h = self.conv2(F.silu(normed(h, self.norm2)))
+        h = self.conv1(normed_silu(x, self.norm1))
+        h = self.conv2(normed_silu(h, self.norm2))
         return self.shortcut(x) + h
 
 
@@ -330,7 +354,7 @@ class VQEncoder(nn.Module):
                     h = attention[i](h)
             if len(level) == 3:
                 h = level[2](F.pad(h, (0, 1, 0, 1)))  # the original pads right and bottom only
-        h = self.conv_out(F.silu(normed(self.mid(h), self.norm_out)))
+        h = self.conv_out(normed_silu(self.mid(h), self.norm_out))
         mean, logvar = self.quant(h).float().chunk(2, dim=1)
         if self.fold:
             variance = self.fold_var.float()[:, None, None] + FOLD_EPS
@@ -353,10 +377,9 @@ class RMSNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(dim=1, keepdim=True) + self.eps)
+        h = F.rms_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=self.eps)                   # (B, H, W, C)
         # Back to x's type at the very end: weights are float32 under autocast, and all blocks after this one would be.
-        return (h * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return (h * self.weight + self.bias).to(x.dtype).permute(0, 3, 1, 2)
 
 
 class DCResBlock(nn.Module):

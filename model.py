@@ -38,6 +38,7 @@ from encoder import (
     LinearAttention,
     VQResBlock,
     eager_cpu,
+    gpu_kernels,
     make_encoder,
     normed,
     parse_name,
@@ -182,10 +183,13 @@ class NormSiLU(torch.autograd.Function):
 
 
 def norm_silu(x, scale, shift, groups=32, eps=1e-5):
-    """silu(GroupNorm(x) * scale + shift), arguments as NormSiLU's, which is made for the CPU's own kernels; elsewhere
-    the plain form, which compilers fuse into two passes over x."""
+    """silu(GroupNorm(x) * scale + shift), arguments as NormSiLU's, which is made for the CPU's own kernels; on NVIDIA's
+    GPUs in kernels of its own; elsewhere the plain form, which compilers fuse into two passes over x."""
     if eager_cpu(x):
         return NormSiLU.apply(x, scale, shift, groups, eps)
+    kernels = gpu_kernels(x)
+    if kernels:
+        return kernels.GpuNormSiLU.apply(x, scale, shift, groups, eps)
     return recomputed(plain_norm_silu, x, scale, shift, groups, eps)
 
 

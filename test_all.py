@@ -59,7 +59,7 @@ import losses
 import model as model_module
 import sampler
 import train
-from encoder import DiagonalGaussian, LappedCode, lapped_basis, make_encoder, parse_name
+from encoder import DiagonalGaussian, LappedCode, VQResBlock, lapped_basis, make_encoder, parse_name
 from examples import generate
 from losses import EqM, PatchGAN, hinge_loss
 from model import (
@@ -4730,6 +4730,75 @@ def test_the_forms_for_gpus_equal_those_for_cpus(name, monkeypatch):
     for a, b in zip(*found, strict=True):
         assert (a is None) == (b is None)
         assert a is None or (a - b).norm() <= 1e-6 * (b.norm() + 1e-3)  # some are 0 but for rounding
+
+
+@slow
+def test_the_gpus_norm_equals_the_plain_form():
+    """On a GPU, or in Triton's interpreter, which is chosen before anything imports Triton."""
+    pytest.importorskip("triton")
+    env = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    code = "import test_all; test_all.check_gpu_norm(); test_all.check_blocks_with_gpu_norm()"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, check=True, timeout=300)
+
+
+def check_gpu_norm():
+    """Tiles that do not divide the map, groups of any width, large means, and scales for all images or for each."""
+    from kernels import GpuNormSiLU
+    torch.manual_seed(0)
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+    for batch, channels, groups, h, w, cells, offset in (
+            (2, 64, 32, 4, 6, (2, 2, 3), 0.0), (2, 64, 8, 4, 6, (1, 1, 1), 3.0), (2, 40, 5, 8, 8, (2, 8, 8), 0.0),
+            (1, 160, 20, 33, 10, (1, 1, 1), 5.0), (2, 96, 12, 20, 16, (2, 2, 2), 0.0)):
+        x = torch.randn(batch, channels, h, w) + offset * torch.randn(1, channels, 1, 1)
+        x = x.to(memory_format=torch.channels_last)
+        scale = 1 + torch.randn(cells[0], channels, *cells[1:]) / 2
+        shift, grad = torch.randn_like(scale), torch.randn_like(x)
+        for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
+            inputs = [t.to(dtype).requires_grad_() for t in (x, scale, shift)]
+            y = GpuNormSiLU.apply(*inputs, groups, 1e-5)
+            exact = [t.detach().double().requires_grad_() for t in inputs]
+            plain = model_module.plain_norm_silu(*exact, groups, 1e-5)
+            assert y.dtype is dtype and y.is_contiguous(memory_format=torch.channels_last)
+            found = [y, *torch.autograd.grad(y, inputs, grad.to(dtype))]
+            expected = [plain, *torch.autograd.grad(plain, exact, grad.to(dtype).double())]
+            for a, b in zip(found, expected, strict=True):
+                assert relative_error(a, b) < limit
+
+
+def check_blocks_with_gpu_norm():
+    """Outputs and gradients of the blocks that have such norms stay what they are."""
+    import kernels
+    calls = []
+
+    def counted(x):
+        calls.append(x.shape)
+        return kernels
+
+    x, modulation = torch.randn(1, 64, 4, 6), torch.randn(1, 128, 2, 3)
+    for block, arguments in ((model_module.ResBlock(64, 96, 8, 16), (x, modulation)), (VQResBlock(64, 32), (x,))):
+        randomise(block).to(x.device)
+        found = []
+        for chosen in (counted, lambda x: None):
+            for module in (encoder_module, model_module):
+                module.eager_cpu, module.gpu_kernels = (lambda x: False), chosen
+            y = block(*arguments)
+            found.append([y, *torch.autograd.grad(y.square().sum(), block.parameters(), allow_unused=True)])
+        for a, b in zip(*found, strict=True):
+            assert a is None or (a - b).norm() <= 1e-5 * (b.norm() + 10)  # some are 0 but for rounding
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("enc", ["vq_f8c4", "dc_f8c4", "dcae_f32c32"])
+def test_half_precision_weights_on_a_gpu(as_on_a_gpu, enc):
+    model = DCSSDAE(enc, "XS", "eqm", enc_width=0.125, depth=1, input_skip=True).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        z = model.encode(x).mode()
+        exact = model.decode(z, 1, x)
+        model.bfloat16()
+        half = model.encode(x.bfloat16()).mode()
+        y = model.decode(half.bfloat16(), 1, x.bfloat16())
+    assert relative_error(half, z) < 0.1 and relative_error(y, exact) < 0.1
 
 
 @pytest.mark.parametrize("form", [NormSiLU.apply, model_module.plain_norm_silu])

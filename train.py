@@ -75,7 +75,7 @@ from losses import (LPIPSLoss, PatchGAN, REPALoss, WeightsUnavailable, eqm_loss,
 
 # Two cores without GPU or network. Measured results stand in the README's quick start.
 TEACHING = {"enc_width": 0.125, "dec": "XS", "depth": 2, "warmup": 50, "decay": 0.5, "lr": 1e-3, "ema": 0.99,
-            "w_lpips": 0.0, "w_repa": 0.0}
+            "w_lpips": 0.0, "w_repa": 0.0, "compile": False}
 PRESETS = {
     "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 1500, "t_mean": 2.0, "g_power": 2.0,
                         "eval_every": 500, "eval_images": 256, "save_every": 750},

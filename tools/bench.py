@@ -8,6 +8,8 @@ Candidates run in turn, round by round; times are medians, ratios are taken with
 the fastest matrix product or convolution; MiB is what one call allocates beside the weights.
 """
 import argparse
+import copy
+import functools
 import importlib.util
 import itertools
 import os
@@ -32,7 +34,7 @@ from data import (
     setup,
 )
 from losses import EqM, LPIPSLoss, eqm_loss, fm_loss, fm_mix, fm_predict_x, kl_loss
-from model import DCSSDAE, SIZES
+from model import DCSSDAE, SIZES, compile_blocks
 
 TASKS = ["decode", "encode", "train", "input"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -105,36 +107,50 @@ def count_flop(run):
     return counter.get_total_flops()
 
 
-def fastest(runs, device, rounds, compile):
-    """Time {name: callable}, eager and, with `compile`, compiled; whichever is faster counts. The callables are lambdas
-    of one network call. -> {name: (rounds,) seconds}, names of those that are faster compiled"""
+def compiled(network):
+    """A copy of the network that is compiled: ours block by block, as train.py does it, another library's in one."""
+    network = copy.deepcopy(network)
+    if isinstance(network, DCSSDAE):
+        compile_blocks(network)
+    else:
+        network.encoder.compile()
+        network.decoder.compile()
+    return network
+
+
+def fastest(tasks, networks, device, rounds, compile):
+    """Time {name: function(network) -> callable without arguments} on {name: network}, eager and, with `compile`,
+    compiled; whichever is faster counts.
+    -> {name: (rounds,) seconds}, {name: callable, eager}, names of those that are faster compiled"""
+    runs = {name: task(networks[name]) for name, task in tasks.items()}
     candidates = {(name, "eager"): run for name, run in runs.items()}
     if compile:
-        mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
-        for name, run in runs.items():
-            candidates[name, "compiled"] = torch.compile(run, mode=mode)
+        for name, task in tasks.items():
+            candidates[name, "compiled"] = task(compiled(networks[name]))
     measured = interleaved(candidates, device, rounds)
-    seconds, compiled = {}, set()
+    seconds, faster_compiled = {}, set()
     for name in runs:
         seconds[name] = measured[name, "eager"]
         if compile and np.median(measured[name, "compiled"]) < np.median(seconds[name]):
             seconds[name] = measured[name, "compiled"]
-            compiled.add(name)
-    return seconds, compiled
+            faster_compiled.add(name)
+    return seconds, runs, faster_compiled
 
 
-def print_bench(title, runs, models, dtype, device, args, reference=None, compile=False):
-    """Time {name: callable} of {name: network} and print a line for each, with `reference`'s throughput as 1."""
+def print_bench(title, tasks, networks, part, dtype, device, args, reference=None):
+    """Time tasks (see `fastest`) and print a line for each, with `reference`'s throughput as 1. part: "encoder" or
+    "decoder", the part of each network that works and whose parameters count, or None for all."""
     rate = product_rate(dtype, device)
-    seconds, compiled = fastest(runs, device, args.rounds, compile)
+    seconds, runs, faster_compiled = fastest(tasks, networks, device, args.rounds, args.compile)
     title = f"{title}, {str(dtype).removeprefix('torch.')}, {rate / 1e12:.2f} TFLOP/s"
     print(f"{title:36s} {'params':>8s} {'GFLOP':>8s} {'ms':>9s} {'images/s':>9s} {'of peak':>8s} {'MiB':>8s}")
     for name, run in runs.items():
         median = float(np.median(seconds[name]))
         flop = count_flop(run)
-        millions = sum(p.numel() for p in models[name].parameters()) / 1e6
+        network = getattr(networks[name], part) if part else networks[name]
+        millions = sum(p.numel() for p in network.parameters()) / 1e6
         mebibytes = peak_memory(run, device) / 2**20
-        label = f"{name} compiled" if name in compiled else name
+        label = f"{name} compiled" if name in faster_compiled else name
         line = (f"{label:36s} {millions:6.1f} M {flop / 1e9:8.1f} {1000 * median:9.1f} {args.batch_size / median:9.2f} "
                 f"{flop / median / rate:8.0%} {mebibytes:8.0f}")
         if reference:
@@ -171,38 +187,44 @@ def random_latent(args, channels, side, dtype, device):
     return place(torch.randn(args.batch_size, channels, side, side), dtype, device)
 
 
+def decoding(z, noise=None):
+    """A network -> its decoding of z in one step, as a callable; of another library's autoencoder without noise."""
+    def prepare(network):
+        if noise is None:
+            return lambda: network.decode(z).sample
+        return lambda: network.decode(z, 1, noise)
+    return prepare
+
+
+def encoding(image):
+    """A network -> its encoding of the image, as a callable."""
+    def prepare(network):
+        return lambda: network.encode(image)
+    return prepare
+
+
 def bench_decode(args, others, size, dtype, device):
     """Decoding in one step."""
-    runs, models = {}, {}
+    tasks, networks = {}, {}
     for name, (peer, factor, channels) in others.items():
-        peer = place(peer, dtype, device).eval()
-        z = random_latent(args, channels, size // factor, dtype, device)
-        models[name] = peer.decoder
-        runs[name] = lambda peer=peer, z=z: peer.decode(z).sample
+        networks[name] = place(peer, dtype, device).eval()
+        tasks[name] = decoding(random_latent(args, channels, size // factor, dtype, device))
     noise = place(torch.randn(args.batch_size, 3, size, size), dtype, device)
     for dec in args.dec:
         model = place(DCSSDAE(args.enc, dec, args.loss, NARROW), dtype, device).eval()
         z = random_latent(args, model.encoder.z_dim, size // model.downscale, dtype, device)
-        name = f"U-ViT {dec} {args.enc}"
-        models[name] = model.decoder
-        runs[name] = lambda model=model, z=z: model.decode(z, 1, noise)
-    reference = "KL-VAE" if others else None
-    print_bench(f"decode, {size} px", runs, models, dtype, device, args, reference, args.compile)
+        networks[f"U-ViT {dec} {args.enc}"] = model
+        tasks[f"U-ViT {dec} {args.enc}"] = decoding(z, noise)
+    print_bench(f"decode, {size} px", tasks, networks, "decoder", dtype, device, args, "KL-VAE" if others else None)
 
 
 def bench_encode(args, others, size, dtype, device):
     """Encoding, by encoders of full width."""
-    runs, models = {}, {}
     image = place(torch.randn(args.batch_size, 3, size, size), dtype, device)
-    for name, (peer, _, _) in others.items():
-        peer = place(peer, dtype, device).eval()
-        models[name] = peer.encoder
-        runs[name] = lambda peer=peer: peer.encode(image)[0]
-    model = place(DCSSDAE(args.enc, "XS", args.loss), dtype, device).eval()
-    models[args.enc] = model.encoder
-    runs[args.enc] = lambda: model.encode(image).mean
-    reference = "KL-VAE" if others else None
-    print_bench(f"encode, {size} px", runs, models, dtype, device, args, reference, args.compile)
+    networks = {name: place(peer, dtype, device).eval() for name, (peer, _, _) in others.items()}
+    networks[args.enc] = place(DCSSDAE(args.enc, "XS", args.loss), dtype, device).eval()
+    tasks = dict.fromkeys(networks, encoding(image))
+    print_bench(f"encode, {size} px", tasks, networks, "encoder", dtype, device, args, "KL-VAE" if others else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,16 +247,16 @@ def random_lpips(device):
 
 def bench_train(args, lpips, size, dtype, device):
     """A step of train.py, of either loss, with and without LPIPS."""
-    runs, models = {}, {}
+    tasks, networks = {}, {}
     for dec, loss, perceptual in itertools.product(args.dec, ("fm", "eqm"), (None, lpips)):
         name = f"U-ViT {dec} {loss}"
         if perceptual:
             name += " + LPIPS"
-        model = DCSSDAE(args.enc, dec, loss, args.enc_width).to(device, memory_format=torch.channels_last)
-        model.decoder.checkpointing = args.checkpointing
-        models[name] = model
-        runs[name] = training_step(model, perceptual, args.batch_size, size, dtype, device)
-    print_bench(f"training step, {size} px", runs, models, dtype, device, args)
+        networks[name] = DCSSDAE(args.enc, dec, loss, args.enc_width).to(device, memory_format=torch.channels_last)
+        networks[name].decoder.checkpointing = args.checkpointing
+        tasks[name] = functools.partial(training_step, lpips=perceptual, batch=args.batch_size, size=size, dtype=dtype,
+                                        device=device)
+    print_bench(f"training step, {size} px", tasks, networks, None, dtype, device, args)
 
 
 def training_step(model, lpips, batch, size, dtype, device):

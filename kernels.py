@@ -1,0 +1,227 @@
+"""Group norm, scale, shift and SiLU in one operation for NVIDIA's GPUs, in Triton; model.norm_silu calls it there.
+
+PyTorch's own kernels would go over each map about ten times, and more often backwards. Here the forward pass reads a
+map twice (statistics, result) and the backward pass twice (sums, gradient). Only x is kept for it, and all arithmetic
+is in float32 registers. Maps are channels_last: (B, H, W, C) in memory, and channels are the fast axis of every load.
+"""
+import torch
+import triton
+import triton.language as tl
+
+MOST_PIXELS = 64             # of a tile
+TILE = 2048                  # values of a tile: what fits into registers some times over
+MOST_SPAN = 256              # pixels that one program sums up, tile by tile
+
+
+def tile(pixels, channels):
+    """(pixels, channels) of a tile, powers of 2."""
+    c = min(triton.next_power_of_2(channels), 128)
+    return min(triton.next_power_of_2(pixels), TILE // c, MOST_PIXELS), c
+
+
+def group_tile(rows, channels):
+    """(rows, channels) of a tile that holds all channels of a group."""
+    c = triton.next_power_of_2(channels)
+    return min(triton.next_power_of_2(rows), max(1, TILE // c)), c
+
+
+def span(pixels):
+    return min(triton.next_power_of_2(pixels), MOST_SPAN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels. A cell is a block of H/h x W/w pixels that share scale and shift.
+
+@triton.jit
+def _moments(x, sums, H_W, C, group, spans, SPAN: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
+    """Sums of (x - k) and (x - k)^2 over a span of pixels, for each channel: sums (2, B, spans, C). k is the image's
+    first value in the channel's group: without it a mean far from 0 would cancel."""
+    b, number = tl.program_id(0) // spans, tl.program_id(0) % spans
+    c = tl.program_id(1) * N + tl.arange(0, N)
+    image = x + b.to(tl.int64) * H_W * C
+    k = tl.load(image + c // group * group, mask=c < C, other=0.0).to(tl.float32)
+    total, squares = tl.zeros([P, N], tl.float32), tl.zeros([P, N], tl.float32)
+    for start in range(0, SPAN, P):
+        p = number * SPAN + start + tl.arange(0, P)
+        inside = (p < H_W)[:, None] & (c < C)[None, :]
+        v = tl.load(image + p[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        v = tl.where(inside, v - k[None, :], 0.0)
+        total += v
+        squares += v * v
+    out = sums + tl.program_id(0).to(tl.int64) * C + c
+    tl.store(out, tl.sum(total, 0), mask=c < C)
+    tl.store(out + tl.num_programs(0).to(tl.int64) * C, tl.sum(squares, 0), mask=c < C)
+
+
+@triton.jit
+def _statistics(x, sums, mean, rstd, H_W, C, group, spans, eps, S: tl.constexpr, N: tl.constexpr):
+    """Mean and 1 / deviation of a group, of the moments of its spans and channels."""
+    groups = C // group
+    b, first = tl.program_id(0) // groups, tl.program_id(0) % groups * group
+    c = tl.arange(0, N)
+    total, squares = tl.zeros([S, N], tl.float32), tl.zeros([S, N], tl.float32)
+    for start in range(0, spans, S):
+        s = start + tl.arange(0, S)
+        inside = (s < spans)[:, None] & (c < group)[None, :]
+        at = sums + (b.to(tl.int64) * spans + s[:, None]) * C + first + c[None, :]
+        total += tl.load(at, mask=inside, other=0.0)
+        squares += tl.load(at + (tl.num_programs(0) // groups).to(tl.int64) * spans * C, mask=inside, other=0.0)
+    off = tl.sum(tl.sum(total, 1), 0) / (H_W * group)
+    var = tl.sum(tl.sum(squares, 1), 0) / (H_W * group) - off * off
+    k = tl.load(x + b.to(tl.int64) * H_W * C + first).to(tl.float32)
+    tl.store(mean + tl.program_id(0), k + off)
+    tl.store(rstd + tl.program_id(0), tl.rsqrt(tl.maximum(var, 0.0) + eps))
+
+
+@triton.jit
+def _forward(x, y, mean, rstd, scale, shift, own, H, W, C, h, w, group, P: tl.constexpr, N: tl.constexpr):
+    """y = silu((x - mean) rstd scale + shift). own: 1 if every image has its own scale and shift, else 0."""
+    chunks = tl.cdiv(H * W, P)
+    b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    p, c = chunk * P + tl.arange(0, P), tl.program_id(1) * N + tl.arange(0, N)
+    inside = (p < H * W)[:, None] & (c < C)[None, :]
+    at = b.to(tl.int64) * H * W * C + p[:, None] * C + c[None, :]
+    cell = p // W // (H // h) * w + p % W // (W // w)
+    of_cell = (own * b * h * w + cell)[:, None] * C + c[None, :]
+    of_group = b * (C // group) + c // group
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    m, r = tl.load(mean + of_group, mask=c < C, other=0.0), tl.load(rstd + of_group, mask=c < C, other=0.0)
+    a = tl.load(scale + of_cell, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(shift + of_cell, mask=inside, other=0.0).to(tl.float32)
+    v = (v - m[None, :]) * r[None, :] * a + s
+    tl.store(y + at, (v * tl.sigmoid(v)).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sums(x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, spans,
+          SPAN: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
+    """Gradients of shift and scale: sums of g = grad silu'(.) and of g x^ over a span of a cell's pixels, for each
+    channel: sums (2, B, h, w, spans, C)."""
+    of_image, number = tl.program_id(0) // spans, tl.program_id(0) % spans
+    b, cell = of_image // (h * w), of_image % (h * w)
+    c = tl.program_id(1) * N + tl.arange(0, N)
+    rows, columns = H // h, W // w
+    image = b.to(tl.int64) * H * W * C
+    of_group = b * (C // group) + c // group
+    of_cell = (own * b * h * w + cell) * C + c
+    m, r = tl.load(mean + of_group, mask=c < C, other=0.0), tl.load(rstd + of_group, mask=c < C, other=0.0)
+    a = tl.load(scale + of_cell, mask=c < C, other=0.0).to(tl.float32)
+    s = tl.load(shift + of_cell, mask=c < C, other=0.0).to(tl.float32)
+    total, products = tl.zeros([P, N], tl.float32), tl.zeros([P, N], tl.float32)
+    for start in range(0, SPAN, P):
+        q = number * SPAN + start + tl.arange(0, P)                                   # number of a pixel in the cell
+        p = (cell // w * rows + q // columns) * W + cell % w * columns + q % columns  # and in the image
+        inside = (q < rows * columns)[:, None] & (c < C)[None, :]
+        at = image + p[:, None] * C + c[None, :]
+        x_hat = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - m[None, :]) * r[None, :]
+        v = x_hat * a[None, :] + s[None, :]
+        sigmoid = tl.sigmoid(v)
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * sigmoid * (1 + v * (1 - sigmoid))
+        total += g
+        products += g * x_hat
+    out = sums + tl.program_id(0).to(tl.int64) * C + c
+    tl.store(out, tl.sum(total, 0), mask=c < C)
+    tl.store(out + tl.num_programs(0).to(tl.int64) * C, tl.sum(products, 0), mask=c < C)
+
+
+@triton.jit
+def _means(sums, scale, means, own, H_W, C, cells, group, spans, S: tl.constexpr, N: tl.constexpr):
+    """Means over a group of scale g and of scale g x^: means (2, B, groups)."""
+    groups = C // group
+    b, first = tl.program_id(0) // groups, tl.program_id(0) % groups * group
+    c = tl.arange(0, N)
+    total, products = tl.zeros([S, N], tl.float32), tl.zeros([S, N], tl.float32)
+    for start in range(0, cells * spans, S):
+        s = start + tl.arange(0, S)
+        inside = (s < cells * spans)[:, None] & (c < group)[None, :]
+        at = sums + (b.to(tl.int64) * cells * spans + s[:, None]) * C + first + c[None, :]
+        a = tl.load(scale + (own * b * cells + s // spans)[:, None] * C + first + c[None, :], mask=inside, other=0.0)
+        a = a.to(tl.float32)
+        total += a * tl.load(at, mask=inside, other=0.0)
+        products += a * tl.load(at + (tl.num_programs(0) // groups).to(tl.int64) * cells * spans * C, mask=inside,
+                                other=0.0)
+    tl.store(means + tl.program_id(0), tl.sum(tl.sum(total, 1), 0) / (H_W * group))
+    tl.store(means + tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(products, 1), 0) / (H_W * group))
+
+
+@triton.jit
+def _backward(x, grad, dx, mean, rstd, scale, shift, means, own, H, W, C, h, w, group, B_G,
+              P: tl.constexpr, N: tl.constexpr):
+    """dx = rstd (scale g - mean(scale g) - x^ mean(scale g x^)), the means over a group: means (2, B, groups)."""
+    chunks = tl.cdiv(H * W, P)
+    b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    p, c = chunk * P + tl.arange(0, P), tl.program_id(1) * N + tl.arange(0, N)
+    inside = (p < H * W)[:, None] & (c < C)[None, :]
+    at = b.to(tl.int64) * H * W * C + p[:, None] * C + c[None, :]
+    cell = p // W // (H // h) * w + p % W // (W // w)
+    of_cell = (own * b * h * w + cell)[:, None] * C + c[None, :]
+    of_group = b * (C // group) + c // group
+    m, r = tl.load(mean + of_group, mask=c < C, other=0.0), tl.load(rstd + of_group, mask=c < C, other=0.0)
+    m_g, m_gx = (tl.load(means + of_group, mask=c < C, other=0.0),
+                 tl.load(means + B_G + of_group, mask=c < C, other=0.0))
+    a = tl.load(scale + of_cell, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(shift + of_cell, mask=inside, other=0.0).to(tl.float32)
+    x_hat = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - m[None, :]) * r[None, :]
+    v = x_hat * a + s
+    sigmoid = tl.sigmoid(v)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * sigmoid * (1 + v * (1 - sigmoid))
+    d = r[None, :] * (a * g - m_g[None, :] - x_hat * m_gx[None, :])
+    tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def in_memory(t):
+    """(B, C, H, W) -> contiguous (B, H, W, C): a view of channels_last maps."""
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+class GpuNormSiLU(torch.autograd.Function):
+    """silu(GroupNorm(x) * scale + shift), arguments and values as model.NormSiLU's."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, groups, eps):
+        B, C, H, W = x.shape
+        h, w = scale.shape[2:]
+        x, scale, shift = in_memory(x), in_memory(scale), in_memory(shift)
+        group, own = C // groups, int(len(scale) > 1)
+        P, N = tile(H * W, C)
+        spans = triton.cdiv(H * W, span(H * W))
+        sums = x.new_empty((2, B, spans, C), dtype=torch.float32)
+        columns = triton.cdiv(C, N)
+        _moments[(B * spans, columns)](x, sums, H * W, C, group, spans, SPAN=span(H * W), P=P, N=N)
+        mean, rstd = (x.new_empty((B, groups), dtype=torch.float32) for _ in range(2))
+        S, M = group_tile(spans, group)
+        _statistics[(B * groups,)](x, sums, mean, rstd, H * W, C, group, spans, eps, S=S, N=M)
+        y = torch.empty_like(x)
+        _forward[(B * triton.cdiv(H * W, P), columns)](
+            x, y, mean, rstd, scale, shift, own, H, W, C, h, w, group, P=P, N=N)
+        ctx.save_for_backward(x, scale, shift, mean, rstd)
+        return y.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, shift, mean, rstd = ctx.saved_tensors
+        B, H, W, C = x.shape
+        _, h, w, _ = scale.shape
+        grad = in_memory(grad)
+        groups = mean.shape[1]
+        group, own = C // groups, int(len(scale) > 1)
+        pixels = H // h * (W // w)
+        P, N = tile(pixels, C)
+        spans, columns = triton.cdiv(pixels, span(pixels)), triton.cdiv(C, N)
+        sums = x.new_empty((2, B, h, w, spans, C), dtype=torch.float32)
+        _sums[(B * h * w * spans, columns)](
+            x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, spans,
+            SPAN=span(pixels), P=P, N=N)
+        means = x.new_empty((2, B, groups), dtype=torch.float32)
+        S, M = group_tile(h * w * spans, group)
+        _means[(B * groups,)](sums, scale, means, own, H * W, C, h * w, group, spans, S=S, N=M)
+        dx = torch.empty_like(x)
+        P, N = tile(H * W, C)
+        _backward[(B * triton.cdiv(H * W, P), columns)](
+            x, grad, dx, mean, rstd, scale, shift, means, own, H, W, C, h, w, group, B * groups, P=P, N=N)
+        sums = sums.sum(4) if spans > 1 else sums[:, :, :, :, 0]                              # (2, B, h, w, C)
+        dshift, dscale = (s.sum_to_size(t.shape).to(t.dtype) for s, t in zip(sums, (shift, scale)))
+        dx, dscale, dshift = (t.permute(0, 3, 1, 2) for t in (dx, dscale, dshift))
+        return dx, dscale, dshift, None, None
