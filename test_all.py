@@ -4598,6 +4598,20 @@ def test_several_features_and_dreamsim_in_one_pass(tmp_path, checkpoint, offline
     assert "two of one name" in sentence(evaluate, monkeypatch, *command, "--features", "a/x.ts", "b/x.ts")
 
 
+def test_the_model_in_the_tree_is_above_the_linear_code():
+    model = DCSSDAE.load(os.path.join(HERE, "examples", "f32c32.safetensors"))
+    dataset = data.make_dataset("demo", 64, train=False, limit=16)
+    x = torch.stack([dataset[i][0] for i in range(16)])
+    with torch.no_grad():
+        z = model.encode(x).mode()
+        y = model.decode(z, 1, torch.randn_like(x)).clamp(-1, 1)
+        code = LappedCode(32, 32)
+        linear = code.decode(code.encode(x)).clamp(-1, 1)
+    errors = [(image - x).square().mean((1, 2, 3)) for image in (linear, y)]
+    gain = 10 * torch.log10(errors[0] / errors[1])
+    assert gain.mean() > 0.5 and (gain > 0).sum() > 12
+
+
 def test_own_pictures(tmp_path, checkpoint, monkeypatch, capsys):
     sizes = {"a.png": (37, 50), "b.jpg": (64, 24), "c.webp": (5, 3)}
     for k, (name, size) in enumerate(sizes.items()):
