@@ -483,7 +483,9 @@ def update_ema(tensors, decay, step, good):
     decay = min(decay, (1 + step) / (10 + step)) if step >= 0 else 0.0
     (averages, values), others = tensors
     weight = good.to(averages[0].dtype) * (1 - decay)  # on the device, which alone knows
-    torch._foreach_lerp_(averages, values, [weight] * len(averages))
+    # Not _foreach_lerp_, whose fast form on GPUs takes no weight from the device.
+    torch._foreach_mul_(averages, 1 - weight)
+    torch._foreach_add_(averages, torch._foreach_mul(values, weight))
     for average, value in others:
         average.copy_(value)
 
