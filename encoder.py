@@ -195,17 +195,18 @@ def eager_cpu(x):
 
 
 def gpu_kernels(x):
-    """The module kernels where its operations are for x: on NVIDIA's GPUs with Triton, outside a compiler; else
-    None."""
-    if not x.is_cuda or torch.compiler.is_compiling() or not has_triton() or x.dtype is torch.float64:
+    """The module kernels where its operations are for x: on GPUs that Triton serves, outside a compiler; else None."""
+    if not x.is_cuda or torch.compiler.is_compiling() or x.dtype is torch.float64 or not has_triton(x.device):
         return None
     import kernels
     return kernels
 
 
 @functools.cache
-def has_triton():
-    return importlib.util.find_spec("triton") is not None
+def has_triton(device):
+    """Whether Triton is installed and makes kernels for this GPU: NVIDIA's from 2017 (Volta) on, and AMD's."""
+    serves = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0)
+    return serves and importlib.util.find_spec("triton") is not None
 
 
 def plain_norm(x, groups, eps):

@@ -4,6 +4,8 @@ PyTorch's own kernels would go over each map about ten times, and more often bac
 map twice (statistics, result) and the backward pass twice (sums, gradient). Only x is kept for it, and all arithmetic
 is in float32 registers. Maps are channels_last: (B, H, W, C) in memory, and channels are the fast axis of every load.
 """
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -176,6 +178,11 @@ def in_memory(t):
     return t.permute(0, 2, 3, 1).contiguous()
 
 
+def on_device_of(t):
+    """Triton starts kernels on the current GPU, wherever the data is."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
 class GpuNormSiLU(torch.autograd.Function):
     """silu(GroupNorm(x) * scale + shift), arguments and values as model.NormSiLU's."""
 
@@ -186,41 +193,39 @@ class GpuNormSiLU(torch.autograd.Function):
         x, scale, shift = in_memory(x), in_memory(scale), in_memory(shift)
         group, own = C // groups, int(len(scale) > 1)
         P, N = tile(H * W, C)
-        spans = triton.cdiv(H * W, span(H * W))
-        sums = x.new_empty((2, B, spans, C), dtype=torch.float32)
-        columns = triton.cdiv(C, N)
-        _moments[(B * spans, columns)](x, sums, H * W, C, group, spans, SPAN=span(H * W), P=P, N=N)
-        mean, rstd = (x.new_empty((B, groups), dtype=torch.float32) for _ in range(2))
+        spans, columns = triton.cdiv(H * W, span(H * W)), triton.cdiv(C, N)
         S, M = group_tile(spans, group)
-        _statistics[(B * groups,)](x, sums, mean, rstd, H * W, C, group, spans, eps, S=S, N=M)
+        sums = x.new_empty((2, B, spans, C), dtype=torch.float32)
+        mean, rstd = (x.new_empty((B, groups), dtype=torch.float32) for _ in range(2))
         y = torch.empty_like(x)
-        _forward[(B * triton.cdiv(H * W, P), columns)](
-            x, y, mean, rstd, scale, shift, own, H, W, C, h, w, group, P=P, N=N)
+        with on_device_of(x):
+            _moments[(B * spans, columns)](x, sums, H * W, C, group, spans, SPAN=span(H * W), P=P, N=N)
+            _statistics[(B * groups,)](x, sums, mean, rstd, H * W, C, group, spans, eps, S=S, N=M)
+            _forward[(B * triton.cdiv(H * W, P), columns)](
+                x, y, mean, rstd, scale, shift, own, H, W, C, h, w, group, P=P, N=N)
         ctx.save_for_backward(x, scale, shift, mean, rstd)
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, grad):
         x, scale, shift, mean, rstd = ctx.saved_tensors
-        B, H, W, C = x.shape
-        _, h, w, _ = scale.shape
+        (B, H, W, C), (_, h, w, _), groups = x.shape, scale.shape, mean.shape[1]
         grad = in_memory(grad)
-        groups = mean.shape[1]
         group, own = C // groups, int(len(scale) > 1)
-        pixels = H // h * (W // w)
-        P, N = tile(pixels, C)
-        spans, columns = triton.cdiv(pixels, span(pixels)), triton.cdiv(C, N)
+        pixels = H // h * (W // w)                                                            # of a cell
+        spans, columns = triton.cdiv(pixels, span(pixels)), triton.cdiv(C, tile(pixels, C)[1])
         sums = x.new_empty((2, B, h, w, spans, C), dtype=torch.float32)
-        _sums[(B * h * w * spans, columns)](
-            x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, spans,
-            SPAN=span(pixels), P=P, N=N)
         means = x.new_empty((2, B, groups), dtype=torch.float32)
-        S, M = group_tile(h * w * spans, group)
-        _means[(B * groups,)](sums, scale, means, own, H * W, C, h * w, group, spans, S=S, N=M)
         dx = torch.empty_like(x)
-        P, N = tile(H * W, C)
-        _backward[(B * triton.cdiv(H * W, P), columns)](
-            x, grad, dx, mean, rstd, scale, shift, means, own, H, W, C, h, w, group, B * groups, P=P, N=N)
+        with on_device_of(x):
+            P, N = tile(pixels, C)
+            _sums[(B * h * w * spans, columns)](
+                x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, spans, SPAN=span(pixels), P=P, N=N)
+            S, M = group_tile(h * w * spans, group)
+            _means[(B * groups,)](sums, scale, means, own, H * W, C, h * w, group, spans, S=S, N=M)
+            P, N = tile(H * W, C)
+            _backward[(B * triton.cdiv(H * W, P), columns)](
+                x, grad, dx, mean, rstd, scale, shift, means, own, H, W, C, h, w, group, B * groups, P=P, N=N)
         sums = sums.sum(4) if spans > 1 else sums[:, :, :, :, 0]                              # (2, B, h, w, C)
         dshift, dscale = (s.sum_to_size(t.shape).to(t.dtype) for s, t in zip(sums, (shift, scale)))
         dx, dscale, dshift = (t.permute(0, 3, 1, 2) for t in (dx, dscale, dshift))
