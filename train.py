@@ -246,7 +246,7 @@ def image_arguments(p):
     add("--micro_batch", type=int, help="images per forward pass and process; gradients add up to the batch's")
     add("--checkpointing", action="store_true", help="less memory: compute residual blocks twice")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for the networks' blocks; default: on "
-        "NVIDIA's GPUs, where Triton is installed")
+        "NVIDIA's GPUs, where Triton is installed, but with --preset")
 
 
 def run_arguments(p):
