@@ -22,9 +22,11 @@ def tile(pixels, channels):
 
 
 def group_tile(rows, channels):
-    """(rows, channels) of a tile that holds all channels of a group."""
+    """(rows, channels) of a tile that holds all channels of a group, and rows that tiles one after the other cover: a
+    power of 2, so that few sizes are compiled."""
     c = triton.next_power_of_2(channels)
-    return min(triton.next_power_of_2(rows), max(1, TILE // c)), c
+    covered = triton.next_power_of_2(rows)
+    return min(covered, max(1, TILE // c)), c, covered
 
 
 def span(pixels):
@@ -56,13 +58,14 @@ def _moments(x, sums, H_W, C, group, spans, SPAN: tl.constexpr, P: tl.constexpr,
 
 
 @triton.jit
-def _statistics(x, sums, mean, rstd, H_W, C, group, spans, eps, S: tl.constexpr, N: tl.constexpr):
+def _statistics(x, sums, mean, rstd, H_W, C, group, spans, eps, SPANS: tl.constexpr, S: tl.constexpr,
+                N: tl.constexpr):
     """Mean and 1 / deviation of a group, of the moments of its spans and channels."""
     groups = C // group
     b, first = tl.program_id(0) // groups, tl.program_id(0) % groups * group
     c = tl.arange(0, N)
     total, squares = tl.zeros([S, N], tl.float32), tl.zeros([S, N], tl.float32)
-    for start in range(0, spans, S):
+    for start in range(0, SPANS, S):
         s = start + tl.arange(0, S)
         inside = (s < spans)[:, None] & (c < group)[None, :]
         at = sums + (b.to(tl.int64) * spans + s[:, None]) * C + first + c[None, :]
@@ -127,13 +130,14 @@ def _sums(x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, sp
 
 
 @triton.jit
-def _means(sums, scale, means, own, H_W, C, cells, group, spans, S: tl.constexpr, N: tl.constexpr):
+def _means(sums, scale, means, own, H_W, C, cells, group, spans, ROWS: tl.constexpr, S: tl.constexpr,
+           N: tl.constexpr):
     """Means over a group of scale g and of scale g x^: means (2, B, groups)."""
     groups = C // group
     b, first = tl.program_id(0) // groups, tl.program_id(0) % groups * group
     c = tl.arange(0, N)
     total, products = tl.zeros([S, N], tl.float32), tl.zeros([S, N], tl.float32)
-    for start in range(0, cells * spans, S):
+    for start in range(0, ROWS, S):
         s = start + tl.arange(0, S)
         inside = (s < cells * spans)[:, None] & (c < group)[None, :]
         at = sums + (b.to(tl.int64) * cells * spans + s[:, None]) * C + first + c[None, :]
@@ -194,13 +198,13 @@ class GpuNormSiLU(torch.autograd.Function):
         group, own = C // groups, int(len(scale) > 1)
         P, N = tile(H * W, C)
         spans, columns = triton.cdiv(H * W, span(H * W)), triton.cdiv(C, N)
-        S, M = group_tile(spans, group)
+        S, M, covered = group_tile(spans, group)
         sums = x.new_empty((2, B, spans, C), dtype=torch.float32)
         mean, rstd = (x.new_empty((B, groups), dtype=torch.float32) for _ in range(2))
         y = torch.empty_like(x)
         with on_device_of(x):
             _moments[(B * spans, columns)](x, sums, H * W, C, group, spans, SPAN=span(H * W), P=P, N=N)
-            _statistics[(B * groups,)](x, sums, mean, rstd, H * W, C, group, spans, eps, S=S, N=M)
+            _statistics[(B * groups,)](x, sums, mean, rstd, H * W, C, group, spans, eps, SPANS=covered, S=S, N=M)
             _forward[(B * triton.cdiv(H * W, P), columns)](
                 x, y, mean, rstd, scale, shift, own, H, W, C, h, w, group, P=P, N=N)
         ctx.save_for_backward(x, scale, shift, mean, rstd)
@@ -221,8 +225,8 @@ class GpuNormSiLU(torch.autograd.Function):
             P, N = tile(pixels, C)
             _sums[(B * h * w * spans, columns)](
                 x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, spans, SPAN=span(pixels), P=P, N=N)
-            S, M = group_tile(h * w * spans, group)
-            _means[(B * groups,)](sums, scale, means, own, H * W, C, h * w, group, spans, S=S, N=M)
+            S, M, covered = group_tile(h * w * spans, group)
+            _means[(B * groups,)](sums, scale, means, own, H * W, C, h * w, group, spans, ROWS=covered, S=S, N=M)
             P, N = tile(H * W, C)
             _backward[(B * triton.cdiv(H * W, P), columns)](
                 x, grad, dx, mean, rstd, scale, shift, means, own, H, W, C, h, w, group, B * groups, P=P, N=N)
