@@ -23,10 +23,10 @@ from model import DCSSDAE, check_size, compile_blocks
 from sampler import image_noise
 
 from train import (VALIDATION_BATCH, Run, append_log, autocast, check_shared,  # isort: skip
-                   clip_gradients, compiles, data_parallel, draw, evaluation_is_due, finish_step, image_arguments,
-                   make_optimizer, make_parser, matching, next_batch, open_board, open_data, open_run, paired_tensors,
-                   perceptual_losses, pick_dtype, prefer_speed, restore, run_arguments, set_learning_rate, step_if,
-                   stop_flag, summed, training_batches, update_ema, validate)
+                   clip_gradients, compiles, data_parallel, draw, evaluation_is_due, finish_step, freeze_base,
+                   image_arguments, make_optimizer, make_parser, matching, next_batch, open_board, open_data, open_run,
+                   paired_tensors, perceptual_losses, pick_dtype, prefer_speed, restore, run_arguments,
+                   set_learning_rate, step_if, stop_flag, summed, training_batches, update_ema, validate)
 
 
 def get_args(argv=None):
@@ -132,6 +132,7 @@ def main():
     student = copy.deepcopy(teacher)
     student.config["notes"] = dict(notes, distilled_from_steps=args.teacher_steps, left_out=left_out)
     student.decoder.requires_grad_(True)
+    freeze_base(student.decoder)
     student.decoder.train().checkpointing = args.checkpointing
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     if compiles(args, device):

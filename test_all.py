@@ -3145,6 +3145,19 @@ def test_what_each_phase_trains(tmp_path, monkeypatch):
             assert (latents is None) == (phase < 3)  # statistics of latents that have changed are dropped
 
 
+def test_the_linear_base_stays_as_it_is(tmp_path, monkeypatch):
+    """In training, and of a student of distillation."""
+    out = tmp_path / "r"
+    run_main(train, monkeypatch, *SMALL, "--enc", "dc_f32c32", "--size", 32, "--steps", 2, "--warmup", 0,
+             "--weight_decay", 0.5, "--lr", 0.01, "--out", out)
+    run_main(distill, monkeypatch, "--ckpt", out / "model.safetensors", "--teacher_steps", 2, "--batch_size", 2,
+             "--device", "cpu", "--steps", 2, "--warmup", 0, "--lr", 0.01, "--eval_images", 2, "--out", tmp_path / "d")
+    for folder in ("r", "d"):
+        decoder = DCSSDAE.load(tmp_path / folder / "model.safetensors").decoder
+        assert torch.equal(decoder.base.weight[:, :, 0, 0], torch.eye(32)) and not decoder.base.bias.any()
+        assert decoder.conv_out.weight.any()
+
+
 def test_checkpointing_works_on_a_loaded_model(tmp_path, monkeypatch):
     """--init_from gives a model in evaluation mode, which would compute without it."""
     calls = []

@@ -483,9 +483,12 @@ def update_ema(tensors, decay, step, good):
     decay = min(decay, (1 + step) / (10 + step)) if step >= 0 else 0.0
     (averages, values), others = tensors
     weight = good.to(averages[0].dtype) * (1 - decay)  # on the device, which alone knows
-    # Not _foreach_lerp_, whose fast form on GPUs takes no weight from the device.
-    torch._foreach_mul_(averages, 1 - weight)
-    torch._foreach_add_(averages, torch._foreach_mul(values, weight))
+    if decay == 0:  # a copy to the last bit; slow on GPUs: one kernel for each tensor
+        torch._foreach_lerp_(averages, values, [weight] * len(averages))
+    else:  # what does not train stays as it is, to the last bit
+        changes = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(changes, weight)
+        torch._foreach_add_(averages, changes)
     for average, value in others:
         average.copy_(value)
 
@@ -1112,6 +1115,14 @@ def choose_trained(model, phase=None, freeze_enc=False):
     model.requires_grad_(False)
     for part in parts:
         part.requires_grad_(True)
+    freeze_base(model.decoder)
+
+
+def freeze_base(decoder):
+    """The linear base is right from the start, as the code's transpose or by least squares. Adam makes full steps of
+    the noise in its gradients: c^2 weights, each a little off, cost 1.8 dB in 400 steps with c = 512."""
+    if decoder.base is not None:
+        decoder.base.requires_grad_(False)
 
 
 def makers_of_the_latent(encoder):
@@ -1127,7 +1138,7 @@ def readers_of_the_latent(decoder):
     joint_input = isinstance(decoder.conv_in_z, nn.Identity)
     parts.append(decoder.conv_in if joint_input else decoder.conv_in_z)
     if decoder.base is not None:
-        parts += [decoder.base, decoder.revision]
+        parts.append(decoder.revision)
     if decoder.context is not None:
         parts.append(decoder.context)
     for block in decoder.blocks:
