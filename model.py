@@ -825,6 +825,33 @@ class DCSSDAE(nn.Module):
         descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
         return descend(self.decoder, noise, condition, steps, lam=cfg["lam"], **options)
 
+    def energy(self, x, z):
+        """How far images x (B, 3, h*f, w*f) are from rest in the field of the latents z (B, c, h, w): |f(x, z)|^2 /
+        (2 lam), summed over an image's values. -> (B,), at least 0, float32. Low where x is what z describes.
+
+        The network is the field itself, which is in general no gradient, so that no energy belongs to it. There is one
+        where the field leads to a single image x0 and c is linear: then f = lam (x - x0), this is lam/2 |x - x0|^2, and
+        its gradient is f. Elsewhere it is the squared length of the field, no more: sqrt(2 energy / (lam 3 H W)) is
+        rms(f) / lam, which the samplers' `tol` is compared with. With another c even a perfect field's length does
+        not tell the distance: with "trunc" it is the same on most of the way from the noise.
+
+        EqM's authors (arXiv 2510.02300) propose energies for finding foreign images. Their EqM-E trains a network f
+        through the gradient of <x, f(x)>, which thereby is an energy. That product says less of a network that is the
+        field: at the same distance from x0 it depends on x0, and it can be negative.
+
+        raises   ValueError for FM, whose velocity is not small at the data, and for images or latents of another shape
+        """
+        if self.eqm is None:
+            raise ValueError("a decoder trained with --loss fm has no energy: only eqm's field comes to rest at images")
+        self._check_latents(z)
+        shape = (len(z), 3, z.shape[2] * self.downscale, z.shape[3] * self.downscale)
+        if x.shape != shape or not x.is_floating_point():
+            raise ValueError(f"images for these latents are floating-point {shape}, got {x.dtype} {tuple(x.shape)}")
+        # at least float32, as the sampler's images
+        x = x.to(z.device, torch.promote_types(x.dtype, torch.float32), memory_format=torch.channels_last)
+        field = self.decoder(x, z).float()
+        return field.square().sum(dim=(1, 2, 3)) / (2 * self.eqm.lam)
+
     def reconstruct(self, x, steps=1, noise=None, generator=None, **options):
         """x (B, 3, H, W) of any size -> its reconstruction, same size: padded by reflection, in the end cropped."""
         if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:

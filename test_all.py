@@ -2420,6 +2420,46 @@ def test_decode_is_reproducible_differentiable_and_says_what_it_takes():
     assert half.decode(z[:1, :, :1, :1].detach().bfloat16(), steps=2).dtype == torch.float32
 
 
+@pytest.mark.parametrize("lam", [1.0, 4.0])
+def test_energy_of_a_perfect_linear_field(lam):
+    """An untrained model's field leads straight to the linear code x0: f = lam (x - x0)."""
+    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1, lam=lam, input_skip=True, linear_encoder=True,
+                    linear_decoder=4).eval()
+    x, z = torch.randn(3, 3, 32, 48, requires_grad=True), torch.randn(3, 4, 2, 3)
+    x0 = model.decode(z).detach()
+    energy = model.energy(x, z)
+    assert energy.shape == (3,)
+    assert torch.allclose(energy, lam / 2 * (x - x0).square().sum(dim=(1, 2, 3)), rtol=1e-4)
+    # It is the energy whose gradient is the field, and zero at the image alone.
+    gradient, = torch.autograd.grad(energy.sum(), x)
+    assert torch.allclose(gradient, lam * (x - x0), atol=1e-4 * lam)
+    assert model.energy(x0, z).max() < 1e-6 * energy.min()
+    # What the adaptive stop compares with tol
+    rms = (2 * energy / (lam * x[0].numel())).sqrt()
+    for tol, stops in ((1.001, True), (0.999, False)):
+        _, nfe = model.sample(z[:1], 2, x[:1].detach(), eta=0.1, tol=tol * rms[0].item())
+        assert nfe.tolist() == [1 if stops else 2]
+
+
+def test_energy_does_not_depend_on_the_batch_and_says_what_it_takes():
+    model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)).eval()
+    x, z = torch.randn(3, 3, 32, 48), torch.randn(3, 4, 2, 3)
+    with torch.no_grad():
+        together = model.energy(x, z)
+        for i in range(3):
+            torch.testing.assert_close(model.energy(x[i:i + 1], z[i:i + 1]), together[i:i + 1], rtol=1e-4, atol=0)
+    assert len(set(together.tolist())) == 3
+    for bad in (x[:2], x[..., :32], x[:, :1], x[0], x.long()):
+        with pytest.raises(ValueError, match="images for these latents"):
+            model.energy(bad, z)
+    for bad in (z[:, :2], z[0], z.long()):
+        with pytest.raises(ValueError, match="latents of this model"):
+            model.energy(x, bad)
+    with pytest.raises(ValueError, match="no energy"):
+        DCSSDAE("dc_f16c4", "XS", "fm", enc_width=0.0625, depth=1).energy(x, z)
+    assert model.bfloat16().energy(x.bfloat16(), z.bfloat16()).dtype == torch.float32
+
+
 def test_integer_images_and_latents_of_another_shape_are_refused():
     model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
     for call, words in ((lambda: model.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), "127.5"),
@@ -5676,6 +5716,7 @@ def fuzz_python(rng, box):
         "decode": lambda: model.decode(z, steps=number, **options).shape[1] == 3,
         "noise": lambda: model.decode(z, noise=e).shape == e.shape,
         "reconstruct": lambda: model.reconstruct(x).shape == x.shape,
+        "energy": lambda: model.energy(x, z).shape == x.shape[:1],
         "normalize": lambda: model.denormalize(model.normalize(z)).shape == z.shape,
         "decoder": lambda: model.decoder(x, z, *[s] * rng.randint(0, 1)).shape == x.shape,
         "fm": lambda: losses.fm_loss(losses.fm_mix(x, e, s), x, e).ndim == 0,
