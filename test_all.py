@@ -3068,7 +3068,7 @@ def test_eval_metrics_change_no_step_and_read_the_originals_once(tmp_path, vgg_f
     monkeypatch.setattr(TinyInception, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1])
     monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
     metrics = ["--lpips_weights", vgg_file, "--eval_metrics", "lpips", "rfid"]
-    command("train.py", *MEASURED, "--steps", 3, "--out", tmp_path / "plain")
+    command("train.py", *MEASURED, "--eval_every", 0, "--steps", 3, "--out", tmp_path / "plain")
     command("train.py", *MEASURED, "--steps", 1, "--out", tmp_path / "r")
     assert not seen
     text = command("train.py", *MEASURED, *metrics, "--steps", 3, "--resume", "--out", tmp_path / "r")
@@ -3076,7 +3076,7 @@ def test_eval_metrics_change_no_step_and_read_the_originals_once(tmp_path, vgg_f
     assert seen == [2] * (4 + 3)  # baseline, linear code, one step; and in the first of two evaluations the originals
     rows = [line["eval"][2] for line in lines_of(tmp_path / "r" / "log.jsonl") if "eval" in line]
     assert "rfid" not in rows[0] and all(row["rfid"] > 0 and row["lpips_vgg"] > 0 for row in rows[1:])
-    run(tmp_path / "o", *MEASURED, *metrics, "--steps", 3, "--out", tmp_path / "two", world=2,
+    run(tmp_path / "o", *MEASURED, *metrics, "--eval_every", 0, "--steps", 3, "--out", tmp_path / "two", world=2,
         env={"TINY_INCEPTION": "1"})
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["rows"] for name in ("r", "two"))
     for a, b in zip(one, two, strict=True):
