@@ -17,16 +17,17 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from data import check_numbers, guarded, make_loader, setup
-from evaluate import evaluate, print_table, write_results
+from data import check_numbers, guarded, setup
+from evaluate import print_table, write_results
 from model import DCSSDAE, check_size, compile_blocks
 from sampler import image_noise
 
-from train import (VALIDATION_BATCH, Run, append_log, autocast, check_shared,  # isort: skip
-                   clip_gradients, compiles, data_parallel, draw, evaluation_is_due, finish_step, freeze_base,
-                   image_arguments, make_optimizer, make_parser, matching, next_batch, open_board, open_data, open_run,
+from train import (Run, append_log, autocast, check_shared, clip_gradients, compiles, data_parallel,  # isort: skip
+                   draw, evaluation_is_due, evaluation_networks, finish_step, freeze_base, image_arguments,
+                   make_optimizer, make_parser, matching, measure, next_batch, open_board, open_data, open_run,
                    paired_tensors, perceptual_losses, pick_dtype, prefer_speed, restore, run_arguments,
-                   set_learning_rate, step_if, stop_flag, summed, training_batches, update_ema, validate)
+                   set_learning_rate, step_if, stop_flag, summed, training_batches, update_ema, validate,
+                   validation_batches)
 
 
 def get_args(argv=None):
@@ -128,6 +129,7 @@ def main():
     checkpoint, log_path, evaluated = open_run(args, rank, world)
     dataset, val = open_data(args, checkpoint, rank)
     lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank)
+    networks = evaluation_networks(args, val, lpips, device, world)
     teacher.to(device, memory_format=torch.channels_last)
     student = copy.deepcopy(teacher)
     student.config["notes"] = dict(notes, distilled_from_steps=args.teacher_steps, left_out=left_out)
@@ -153,7 +155,7 @@ def main():
     parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start, device)
     board = open_board(args, start) if rank == 0 else None
-    run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content())
+    run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content(), networks)
     local = args.batch_size // world                                            # images of this process
     micro = min(args.micro_batch or local, local)                               # images of a forward pass
     z_shape = teacher.latent_shape(args.size, args.size)
@@ -204,11 +206,10 @@ def main():
 
     # Evaluate
     run.bar.close()
-    loader = make_loader(val, VALIDATION_BATCH * world, train=False, rank=rank, world=world, device=device)
-    result = evaluate(ema, loader, device, steps=[1], seed=args.seed, dtype=dtype, rank=rank, world=world)
+    result = measure(run, ema, val, dtype, [1])
     if rank == 0:
         write_results(result, args.out)  # before anything else can fail
-        loader = make_loader(val, VALIDATION_BATCH, train=False, device=device)
+        loader = validation_batches(val, args, 0, 1, device)
         before, after = closeness(teacher, ema, loader, args.teacher_steps, options, device, dtype, args.seed)
         result["mse_to_teacher"] = {"teacher_steps": args.teacher_steps, "undistilled": before, "distilled": after}
         write_results(result, args.out)

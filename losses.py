@@ -210,11 +210,11 @@ class LPIPSLoss(nn.Module):
         spec = importlib.util.find_spec("lpips")
         if spec is None:
             raise WeightsUnavailable("LPIPS needs the lpips package for its channel weights: pip install lpips, "
-                                     "or leave LPIPS out (training: --w_lpips 0)")
+                                     "or leave LPIPS out (training: --w_lpips 0, and no lpips in --eval_metrics)")
         lin = torch.load(os.path.join(spec.submodule_search_locations[0], "weights", "v0.1", f"{net}.pth"),
                          map_location="cpu", weights_only=True)
         state = _pretrained(filename, weights, "LPIPS", "--lpips_weights FILE",
-                            "leave LPIPS out (training: --w_lpips 0)")
+                            "leave LPIPS out (training: --w_lpips 0, and no lpips in --eval_metrics)")
         with torch.device("meta"):  # structure only: the weights come from the file
             features = getattr(import_torchvision().models, name)(weights=None).features
         try:

@@ -270,6 +270,28 @@ def dino_file(tmp_path, monkeypatch):
     return path
 
 
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Random weights in the layout of FID's Inception, scaled so that features neither vanish nor explode."""
+    torch.manual_seed(0)
+    net = nn.Module()
+    for name, conv in {"1a_3x3": (3, 32, 3, 2, 0), "2a_3x3": (32, 32, 3, 1, 0), "2b_3x3": (32, 64, 3),
+                       "3b_1x1": (64, 80, 1), "4a_3x3": (80, 192, 3, 1, 0)}.items():
+        net.add_module("Conv2d_" + name, fid.Conv(*conv))
+    for name, *row in fid.MIXED:
+        net.add_module(name, fid.Mixed(*row))
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+        elif isinstance(m, nn.BatchNorm2d):
+            m.running_mean.uniform_(-0.2, 0.2), m.running_var.uniform_(0.5, 1.5), m.bias.data.uniform_(-0.1, 0.3)
+    state = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}  # as in the real file
+    state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(state, path)
+    return path
+
+
 def demo_batch(n=3, size=48):
     """Demo images with more in them than noise: (n, 3, size, size) in [-1, 1]."""
     return torch.stack([data.make_dataset("demo", size, train=False, limit=n)[i][0] for i in range(n)])
@@ -3057,6 +3079,97 @@ def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file):
     assert log["loss"] == pytest.approx(total, rel=1e-5)
 
 
+# What an evaluation of two images and one number of steps takes.
+MEASURED = [*TINY, "--eval_images", 2, "--eval_steps", 1, "--eval_every", 1]
+
+
+def test_evaluations_measure_lpips_and_rfid_as_evaluate_does(tmp_path, vgg_file, inception_file, monkeypatch):
+    forward = fid.InceptionFeatures.forward
+    monkeypatch.setattr(fid.InceptionFeatures, "dim", 64)  # of 2048, whose eigenvalues take seconds
+    monkeypatch.setattr(fid.InceptionFeatures, "forward", lambda self, x: forward(self, x)[:, :64])
+    files = ["--lpips_weights", vgg_file, "--inception", inception_file]
+    text = command("train.py", *MEASURED, *files, "--steps", 1, "--eval_metrics", "lpips", "rfid", "--out",
+                   tmp_path / "r")
+    assert "LPIPS vgg" in text and "rFID (biased, N=2)" in text
+    command("evaluate.py", "--ckpt", tmp_path / "r" / "model.safetensors", *files, "--limit", 2, "--cache", "",
+            "--device", "cpu", "--workers", 0, "--out", tmp_path / "e")
+    ours, theirs = (json.loads((tmp_path / name / "metrics.json").read_text())["rows"] for name in "re")
+    assert lines_of(tmp_path / "r" / "log.jsonl")[-1]["eval"] == ours
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("psnr", "lpips_vgg", "lpips_vgg_se", "rfid"):
+            assert math.isfinite(a[key]) and a[key] == pytest.approx(b[key], rel=1e-3), (a["name"], key)
+        assert a["lpips_vgg"] > 0 and a["rfid"] > 0
+
+
+def test_eval_metrics_change_no_step_and_read_the_originals_once(tmp_path, vgg_file, monkeypatch):
+    """Also given on --resume alone; and in two processes the same numbers."""
+    seen = []
+    forward = TinyInception.forward
+    monkeypatch.setattr(TinyInception, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1])
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
+    metrics = ["--lpips_weights", vgg_file, "--eval_metrics", "lpips", "rfid"]
+    command("train.py", *MEASURED, "--eval_every", 0, "--steps", 3, "--out", tmp_path / "plain")
+    command("train.py", *MEASURED, "--steps", 1, "--out", tmp_path / "r")
+    assert not seen
+    text = command("train.py", *MEASURED, *metrics, "--steps", 3, "--resume", "--out", tmp_path / "r")
+    assert "resuming with" in text and same_weights(tmp_path / "plain", tmp_path / "r")
+    assert seen == [2] * (4 + 3)  # baseline, linear code, one step; and in the first of two evaluations the originals
+    rows = [line["eval"][2] for line in lines_of(tmp_path / "r" / "log.jsonl") if "eval" in line]
+    assert "rfid" not in rows[0] and all(row["rfid"] > 0 and row["lpips_vgg"] > 0 for row in rows[1:])
+    run(tmp_path / "o", *MEASURED, *metrics, "--eval_every", 0, "--steps", 3, "--out", tmp_path / "two", world=2,
+        env={"TINY_INCEPTION": "1"})
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["rows"] for name in ("r", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert all(a[key] == pytest.approx(b[key], rel=1e-2) for key in ("psnr", "lpips_vgg", "rfid"))
+
+
+def test_the_losses_lpips_serves_evaluations_too(tmp_path, checkpoint, vgg_file, monkeypatch):
+    monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
+    monkeypatch.setattr(fid, "LPIPSLoss", lambda **kwargs: pytest.fail("a second network"))
+    command("distill.py", "--ckpt", checkpoint, "--steps", 2, "--batch_size", 2, "--teacher_steps", 2, "--eval_images",
+            2, "--eval_every", 1, "--device", "cpu", "--dtype", "float32", "--workers", 0, "--w_lpips", 0.5,
+            "--lpips_weights", vgg_file, "--eval_metrics", "lpips", "rfid", "--out", tmp_path)
+    rows = [line["eval"] for line in lines_of(tmp_path / "log.jsonl") if "eval" in line]
+    assert len(rows) == 2 and rows[1] == json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert all(row["rfid"] > 0 and row["lpips_vgg"] > 0 for each in rows for row in each)
+
+
+def test_a_metric_that_cannot_be_had_stops_before_training(tmp_path, offline, vgg_file, monkeypatch, capsys):
+    for flags, words in (
+        (["rfid"], "--eval_metrics rfid: pt_inception-2015-12-05-6726825d.pth is neither in"),
+        (["rfid", "--inception", tmp_path / "none.pth"], "none.pth"),
+        (["rfid", "--inception", vgg_file], "does not hold FID's Inception-v3"),
+        (["rfid", "--eval_images", 1], "at least 2 validation images"),
+        (["lpips"], "vgg16-397923af.pth"),
+        (["lpips", "rfid", "--lpips_weights", vgg_file, "--size", 8], "at least 16 px, got --size 8"),
+    ):
+        output = command("train.py", *MEASURED, "--out", tmp_path / "r", "--eval_metrics", *flags, ok=False)
+        assert words in output.splitlines()[-1] and not os.path.exists(tmp_path / "r" / "log.jsonl")
+    with pytest.raises(SystemExit):
+        train.get_args(["--eval_metrics", "fid"])
+    assert "invalid choice: 'fid'" in capsys.readouterr().err
+    # What another process has not, this one does not use either.
+    monkeypatch.setattr(fid, "gathered", lambda value, world: [value, "no file there"])
+    args = train.get_args(["--eval_metrics", "lpips", "--lpips_weights", str(vgg_file)])
+    with pytest.raises(ValueError, match="--eval_metrics lpips: no file there"):
+        train.evaluation_networks(args, range(4), None, torch.device("cpu"), 2)
+
+
+def test_evaluations_read_whole_batches_ahead(monkeypatch):
+    monkeypatch.setattr(train, "VALIDATION_BATCH", 2)
+    val, before = data.make_dataset("demo", 16, train=False, limit=7), set(multiprocessing.active_children())
+    alone = train.validation_batches(val, train.get_args(["--workers", "0"]), 0, 1, "cpu")
+    args = train.get_args(["--workers", "2"])
+    loader = train.validation_batches(val, args, 0, 1, "cpu")
+    assert [alone.num_workers, loader.num_workers] == [0, 2]
+    assert train.validation_batches(val, train.get_args(["--workers", "9"]), 0, 1, "cpu").num_workers == 2
+    assert train.validation_batches(val, args, 1, 2, "cpu").num_workers == 0  # one whole batch for each process
+    assert same_batches(list(alone), list(loader))
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    del loader
+    assert set(multiprocessing.active_children()) == before
+
+
 def test_frozen_encoder_from_a_checkpoint(trained, tmp_path):
     loss = DCSSDAE.load(trained / "model.safetensors").config["loss"]
     command("train.py", *TINY, "--loss", loss, "--steps", 2, "--enc_ckpt", trained / "model.safetensors",
@@ -3931,28 +4044,6 @@ def test_distillation_in_micro_batches_with_evaluations_on_the_way(tmp_path, che
 # ---------------------------------------------------------------------------------------------------------------------
 # fid.py: features and Frechet distances
 # Inception and DINOv2 against the original code (random weights), distances against numpy and pytorch-fid.
-
-@pytest.fixture(scope="session")
-def inception_file(tmp_path_factory):
-    """Random weights in the layout of FID's Inception, scaled so that features neither vanish nor explode."""
-    torch.manual_seed(0)
-    net = nn.Module()
-    for name, conv in {"1a_3x3": (3, 32, 3, 2, 0), "2a_3x3": (32, 32, 3, 1, 0), "2b_3x3": (32, 64, 3),
-                       "3b_1x1": (64, 80, 1), "4a_3x3": (80, 192, 3, 1, 0)}.items():
-        net.add_module("Conv2d_" + name, fid.Conv(*conv))
-    for name, *row in fid.MIXED:
-        net.add_module(name, fid.Mixed(*row))
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight)
-        elif isinstance(m, nn.BatchNorm2d):
-            m.running_mean.uniform_(-0.2, 0.2), m.running_var.uniform_(0.5, 1.5), m.bias.data.uniform_(-0.1, 0.3)
-    state = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}  # as in the real file
-    state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save(state, path)
-    return path
-
 
 def test_inception_equals_pytorch_fid(inception_file, monkeypatch):
     data.import_torchvision()

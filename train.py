@@ -58,6 +58,7 @@ from data import (
 )
 from encoder import parse_name
 from evaluate import REFERENCES, evaluate, print_table, write_results
+from fid import SMALLEST, first_reason, wanted_networks
 from model import (
     DCSSDAE,
     SIZES,
@@ -96,7 +97,7 @@ MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "
 FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights", "workers", "steps", "lr", "warmup",
               "decay", "weight_decay", "grad_clip", "ema", "ema_start", "micro_batch", "checkpointing", "out", "resume",
               "keep", "dtype", "device", "compile", "eval_every", "eval_steps", "eval_images", "save_every",
-              "log_every", "tensorboard", "allow_changes")
+              "log_every", "tensorboard", "allow_changes", "eval_metrics", "inception")
 # With --allow_changes. Not those that add or remove networks that train.
 CHANGEABLE_FLAGS = ("data", "size", "aug_scale", "enlarge", "limit", "batch_size", "seed", "w_lpips", "w_kl",
                     "repa_size", "gan_start", "t_mean", "g_power", "teacher_steps", "t_shift", "eta", "mu")
@@ -221,7 +222,7 @@ def flags(values, names):
 
 
 def image_arguments(p):
-    """The flags of programs that train on images: data, and losses in the features of pretrained networks."""
+    """The flags of programs that train on images: data, losses and metrics in the features of pretrained networks."""
     add = p.add_argument_group("data").add_argument
     add("--data", metavar="DIR", type=str, default="demo",
         help="demo (built in), imagenette, cifar10, or a folder of images [%(default)s]")
@@ -234,13 +235,16 @@ def image_arguments(p):
     add("--workers", type=int, default=default_workers(),
         help="data loading processes per training process [%(default)s]")
 
-    add = p.add_argument_group("losses in the features of pretrained networks").add_argument
+    add = p.add_argument_group("losses and metrics in the features of pretrained networks").add_argument
     add("--w_lpips", type=float, default=0.5, help="weight of LPIPS (VGG-16); 0: off [%(default)s]")
     add("--lpips_weights", metavar="FILE", type=str, help="torchvision's VGG-16; else torch hub's cache or a download")
     add("--w_repa", type=float, default=0.25, help="weight of REPA (DINOv2 ViT-B/14); 0: off [%(default)s]")
     add("--repa_size", type=int, default=256, help="DINOv2 sees larger images shrunk to this side: its attention costs "
         "the fourth power [%(default)s]")
     add("--repa_weights", metavar="FILE", type=str, help="DINOv2 ViT-B/14; else Hugging Face's cache or a download")
+    add("--eval_metrics", type=str, nargs="*", default=[], choices=["lpips", "rfid"], help="what evaluations measure "
+        "too: LPIPS with --lpips_weights' network, Frechet distance in FID's Inception; default: neither")
+    add("--inception", metavar="FILE", type=str, help="FID's Inception; else torch hub's cache or a download")
 
     add = p.add_argument_group("memory and speed").add_argument
     add("--micro_batch", type=int, help="images per forward pass and process; gradients add up to the batch's")
@@ -356,6 +360,39 @@ def perceptual_losses(args, width, rank):
     return networks["lpips"], networks["repa"], left_out
 
 
+def evaluation_networks(args, val, lpips, device, world):
+    """({metric: distance}, {metric: features}) of --eval_metrics, on the device, as `evaluate` takes them.
+
+    val  validation images;  lpips  the loss's network, which then serves here too, or None
+    ValueError, the same on all ranks, where a network cannot be had, or the images are too small or too few for it:
+    who asks for a metric by name should not miss it after days of training.
+    """
+    nets, files, features = [], [], []
+    if "lpips" in args.eval_metrics:
+        nets, files = ["vgg"], [args.lpips_weights]
+    if "rfid" in args.eval_metrics:
+        features = ["inception"]
+    wanted = argparse.Namespace(lpips_net=nets, lpips_weights=files, features=features, inception=args.inception,
+                                dinov2=None, dreamsim=False)
+    networks, problem = {}, None
+    try:
+        if features and len(val) < 2:
+            raise ValueError("a covariance needs at least 2 validation images")
+        for metric, (_, build) in wanted_networks(wanted, args.size, device).items():
+            least = SMALLEST.get(metric, 0)
+            if args.size < least:
+                raise ValueError(f"{metric} needs images of at least {least} px, got --size {args.size}")
+            is_there = metric == "lpips_vgg" and lpips is not None
+            networks[metric] = lpips if is_there else build().to(device)
+    except (OSError, ValueError, ImportError) as error:
+        problem = " ".join(str(error).split())
+    problem = first_reason(problem, world)
+    if problem:
+        raise ValueError(f"--eval_metrics {' '.join(args.eval_metrics)}: {problem}")
+    distances = {metric: network for metric, network in networks.items() if metric != "rfid"}
+    return distances, {metric: network for metric, network in networks.items() if metric == "rfid"}
+
+
 def make_optimizer(parameters, args, device):
     return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, betas=BETAS,
                              fused=device.type != "mps")
@@ -380,6 +417,16 @@ def training_batches(args, dataset, rank, world, start, device):
     loader.worker_init_fn = ignore_stop
     atexit.register(kill_workers)
     return iter(loader)
+
+
+def validation_batches(val, args, rank, world, device):
+    """This process's share of the validation images, once, as (x, index). Workers where whole batches can be read
+    ahead: starting one for less takes longer than it wins."""
+    ahead = len(val) // (VALIDATION_BATCH * world) - 1  # whole batches of each process after its first
+    loader = make_loader(val, VALIDATION_BATCH * world, train=False, workers=min(args.workers, max(0, ahead)),
+                         rank=rank, world=world, device=device)
+    loader.worker_init_fn = ignore_stop
+    return loader
 
 
 def ignore_stop(worker):
@@ -527,16 +574,18 @@ def step_if(good, optimizer):
 class Run:
     """A run under way: where it logs and saves, and how far it is.
 
-    parts    {name: module, optimiser or None}: what a checkpoint holds
-    content  ImageDataset.content of the images, which says whether a resumed run has the same
-    done     steps;  skipped  those of them that were not finite
+    parts     {name: module, optimiser or None}: what a checkpoint holds
+    content   ImageDataset.content of the images, which says whether a resumed run has the same
+    networks  evaluation_networks' of --eval_metrics
+    done      steps;  skipped  those of them that were not finite
     """
 
-    def __init__(self, args, rank, world, device, log_path, board, parts, done, skipped, content):
+    def __init__(self, args, rank, world, device, log_path, board, parts, done, skipped, content, networks=({}, {})):
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.log_path, self.board, self.parts = log_path, board, parts
         self.done, self.skipped, self.skipped_in_a_row = done, skipped, 0
-        self.content = content
+        self.content, self.networks = content, networks
+        self.originals = {}  # {metric: fid.Statistics} of the validation images, from the first evaluation on
         self.reports = collections.deque()  # of steps whose numbers nobody has read yet: see finish_step
         self.save_is_due, self.saved = False, done  # saved: steps done at the last save
         self.logged, self.logged_at = done, time.time()  # steps and time at the last line of the log,
@@ -1253,15 +1302,22 @@ def evaluation_is_due(step, args):
     return step > 0 and args.eval_every > 0 and step % args.eval_every == 0
 
 
+def measure(run, ema, val, dtype, steps):
+    """evaluate's result on the validation images, decoded in each of `steps`, with the metrics of --eval_metrics."""
+    distances, features = run.networks
+    loader = validation_batches(val, run.args, run.rank, run.world, run.device)
+    result = evaluate(ema, loader, run.device, steps, distances, features, seed=run.args.seed, dtype=dtype,
+                      rank=run.rank, world=run.world, originals=run.originals)
+    run.originals = result["originals"]
+    return result
+
+
 def validate(run, ema, val, dtype, steps):
     """evaluate's result on the validation images, decoded in each of `steps`; printed, written and logged. Does not
     count as time of training."""
     read_reports(run)  # of steps before it
     before = time.time()
-    loader = make_loader(val, VALIDATION_BATCH * run.world, train=False, rank=run.rank, world=run.world,
-                         device=run.device)
-    result = evaluate(ema, loader, run.device, steps=steps, seed=run.args.seed, dtype=dtype,
-                      rank=run.rank, world=run.world)
+    result = measure(run, ema, val, dtype, steps)
     if run.rank == 0:
         write_results(result, run.args.out)  # before anything else can fail
         append_log(run.log_path, run.board, run.done, result["pictures"], eval=result["rows"])
@@ -1344,6 +1400,7 @@ def main():
 
     # Objective and optimisers
     lpips, repa, left_out = perceptual_losses(args, model.decoder.mid_in.out_features, rank)
+    networks = evaluation_networks(args, val, lpips, device, world)
     gan = PatchGAN().requires_grad_(False) if args.w_gan else None
     model.to(device, memory_format=torch.channels_last)
     if lpips is not None:
@@ -1380,7 +1437,7 @@ def main():
     board = open_board(args, start) if rank == 0 else None
     if rank == 0:
         print_start(args, model, trained, dataset, world, device, dtype)
-    run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content())
+    run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content(), networks)
     local = args.batch_size // world                                            # images of this process
     micro = min(args.micro_batch or local, local)                               # images of a forward pass
     z_shape = model.latent_shape(args.size, args.size)
