@@ -3123,6 +3123,23 @@ def test_eval_metrics_change_no_step_and_read_the_originals_once(tmp_path, vgg_f
         assert all(a[key] == pytest.approx(b[key], rel=1e-2) for key in ("psnr", "lpips_vgg", "rfid"))
 
 
+def test_an_image_that_breaks_between_evaluations_does_not_end_the_run(monkeypatch):
+    images = data.make_dataset("demo", 8, train=False, limit=2)
+    run = types.SimpleNamespace(args=types.SimpleNamespace(seed=0, workers=0), rank=0, world=1, device="cpu",
+                                networks=({}, {}), originals={"rfid": "of three images"})
+    given = []
+
+    def evaluate_two(*arguments, originals=None, **options):
+        given.append(originals)
+        if originals:
+            raise ValueError("statistics of 3 originals for 2 images")
+        return {"originals": {"rfid": "of two"}}
+
+    monkeypatch.setattr(train, "evaluate", evaluate_two)
+    train.measure(run, None, images, None, [1])
+    assert given == [{"rfid": "of three images"}, None] and run.originals == {"rfid": "of two"}
+
+
 def test_the_losses_lpips_serves_evaluations_too(tmp_path, checkpoint, vgg_file, monkeypatch):
     monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
     monkeypatch.setattr(fid, "LPIPSLoss", lambda **kwargs: pytest.fail("a second network"))

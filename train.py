@@ -1306,8 +1306,14 @@ def measure(run, ema, val, dtype, steps):
     """evaluate's result on the validation images, decoded in each of `steps`, with the metrics of --eval_metrics."""
     distances, features = run.networks
     loader = validation_batches(val, run.args, run.rank, run.world, run.device)
-    result = evaluate(ema, loader, run.device, steps, distances, features, seed=run.args.seed, dtype=dtype,
-                      rank=run.rank, world=run.world, originals=run.originals)
+    options = {"seed": run.args.seed, "dtype": dtype, "rank": run.rank, "world": run.world}
+    try:
+        result = evaluate(ema, loader, run.device, steps, distances, features, originals=run.originals, **options)
+    except ValueError:
+        if not run.originals:
+            raise
+        # An image has become unreadable since: the originals' statistics are of one more.
+        result = evaluate(ema, loader, run.device, steps, distances, features, **options)
     run.originals = result["originals"]
     return result
 
