@@ -5410,7 +5410,7 @@ def test_the_documents_commands_are_of_programs_and_flags_that_exist(helps):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # examples/
-# The generator: resumed = uninterrupted = two processes; labels; refusals.
+# The generator: resumed = uninterrupted = two processes; labels; refusals. The notebook runs and says what it stores.
 
 def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
     """Resumed = uninterrupted = two processes; silent at the start; labels matter; refusals."""
@@ -5462,6 +5462,46 @@ def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
     other = DCSSDAE("dc_f8c8", "XS", enc_width=0.0625, depth=0, loss="fm")
     other.save(tmp_path / "other.safetensors")
     assert "makes" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--ckpt", tmp_path / "other.safetensors")
+
+
+def printed_by(notebook):
+    """All lines that a notebook's cells have printed, as one text."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+@slow
+def test_the_notebook_runs_without_a_network(tmp_path, offline):
+    """In a copy, from the root; it was stored from a run in examples/. Numbers are those of the stored run."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    for path in Path(HERE).glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for name in ("examples/demo.ipynb", "examples/f32c32.safetensors", "docs/assets/photos_f32c32.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(HERE, name), tmp_path / name)
+    path = tmp_path / "examples" / "demo.ipynb"
+    assert path.stat().st_size < 500_000
+    notebook = nbformat.read(path, 4)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}  # nothing of the machine that it ran on
+    stored = printed_by(notebook)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    text = printed_by(notebook)
+
+    for kind in ("photographs", "built-in images"):
+        line = rf"{kind}, one step over the linear code: (\S+) dB"
+        gain, gain_then = (float(re.search(line, run)[1]) for run in (text, stored))
+        assert gain > 0.2 and gain == pytest.approx(gain_then, abs=0.05)
+    one, *more = [float(number) for number in re.findall(r"^(?:gd|nesterov) +\d+ +(\S+) dB", text, re.MULTILINE)]
+    assert len(more) == 6 and one > max(more)
+    path = re.search(r"^path .*: (.*) dB$", text, re.MULTILINE)[1].split()
+    assert float(path[0]) < float(path[1]) < float(path[2]) < float(path[3])
+    at_equal_bytes = dict(re.findall(r"^(latent, 8 bits|JPEG, 514 bytes) +.*bytes +(\S+) dB", text, re.MULTILINE))
+    assert float(at_equal_bytes["latent, 8 bits"]) > float(at_equal_bytes["JPEG, 514 bytes"])
+    pictures = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+                if "image/jpeg" in output.get("data", {})]
+    assert len(pictures) == 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
