@@ -705,7 +705,7 @@ class UViT(nn.Module):
             return OUTPUT_GAIN * (out - self.code.decode((1 - self.revision.float()) * coefficients))
 
 
-# What torch.compile gets: each block by itself. Blocks of the same shapes then share their code (25 graphs instead of 60
+# What torch.compile gets: each block by itself. Blocks of the same shapes then share their code (25 graphs of about 60
 # blocks, a minute or two of start-up on a GPU), and DDP can send a block's gradients while the one before is at work.
 BLOCKS = (ResBlock, TransformerBlock, DCResBlock, DCDown, VQResBlock, LinearAttention, GatedConv)
 MOST_VARIANTS = 64  # of a block's code, for all its shapes: beyond, the compiler leaves it as it is
