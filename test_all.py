@@ -1,7 +1,7 @@
 """Tests of everything users rely on: the mathematics, equivalences, parity with independent implementations, every
 command line.
 
-    python -m pytest test_all.py                  # no network, no GPU; under ten minutes on two cores
+    python -m pytest test_all.py                  # no network, no GPU; 10 to 20 minutes on two cores
     python -m pytest test_all.py -k "not slow"    # without those that take more than ten seconds
 
 Tests that compare with another library are skipped where it is not installed. Networks whose weights would have to be
