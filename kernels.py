@@ -48,7 +48,7 @@ def _moments(x, sums, H_W, C, group, spans, SPAN: tl.constexpr, P: tl.constexpr,
     for start in range(0, SPAN, P):
         p = number * SPAN + start + tl.arange(0, P)
         inside = (p < H_W)[:, None] & (c < C)[None, :]
-        v = tl.load(image + p[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(image + p[:, None].to(tl.int64) * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
         v = tl.where(inside, v - k[None, :], 0.0)
         total += v
         squares += v * v
@@ -85,7 +85,7 @@ def _forward(x, y, mean, rstd, scale, shift, own, H, W, C, h, w, group, P: tl.co
     b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     p, c = chunk * P + tl.arange(0, P), tl.program_id(1) * N + tl.arange(0, N)
     inside = (p < H * W)[:, None] & (c < C)[None, :]
-    at = b.to(tl.int64) * H * W * C + p[:, None] * C + c[None, :]
+    at = b.to(tl.int64) * H * W * C + p[:, None].to(tl.int64) * C + c[None, :]
     cell = p // W // (H // h) * w + p % W // (W // w)
     of_cell = (own * b * h * w + cell)[:, None] * C + c[None, :]
     of_group = b * (C // group) + c // group
@@ -117,7 +117,7 @@ def _sums(x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, sp
         q = number * SPAN + start + tl.arange(0, P)                                   # number of a pixel in the cell
         p = (cell // w * rows + q // columns) * W + cell % w * columns + q % columns  # and in the image
         inside = (q < rows * columns)[:, None] & (c < C)[None, :]
-        at = image + p[:, None] * C + c[None, :]
+        at = image + p[:, None].to(tl.int64) * C + c[None, :]
         x_hat = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - m[None, :]) * r[None, :]
         v = x_hat * a[None, :] + s[None, :]
         sigmoid = tl.sigmoid(v)
@@ -158,7 +158,7 @@ def _backward(x, grad, dx, mean, rstd, scale, shift, means, own, H, W, C, h, w, 
     b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     p, c = chunk * P + tl.arange(0, P), tl.program_id(1) * N + tl.arange(0, N)
     inside = (p < H * W)[:, None] & (c < C)[None, :]
-    at = b.to(tl.int64) * H * W * C + p[:, None] * C + c[None, :]
+    at = b.to(tl.int64) * H * W * C + p[:, None].to(tl.int64) * C + c[None, :]
     cell = p // W // (H // h) * w + p % W // (W // w)
     of_cell = (own * b * h * w + cell)[:, None] * C + c[None, :]
     of_group = b * (C // group) + c // group
