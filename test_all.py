@@ -224,6 +224,13 @@ def same_batches(a, b):
     return all(torch.equal(p, q) for p, q in pairs)
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+    """pytest's folder, emptied after the test: kept to the end, all checkpoints would come to many gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
 def pixels(x):
     """(3, H, W) in [-1, 1] -> (H, W, 3) in 0..255."""
     return ((x + 1) * 127.5).permute(1, 2, 0).numpy()
@@ -5603,7 +5610,7 @@ def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
     logs = {name: [json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in weights}
     for key, value in weights["whole"].items():
         assert torch.equal(value, weights["parts"][key])
-        assert torch.allclose(value, weights["two"][key], atol=1e-6)
+        assert torch.allclose(value, weights["two"][key], atol=2e-5)
     distances = {name: logs[name][-1]["eval"][0]["fd_f"] for name in weights}
     assert distances["whole"] == distances["parts"] == pytest.approx(distances["two"], rel=1e-3)
     assert Image.open(tmp_path / "whole" / "samples.png").size == (8 * 34 + 2, 2 * 34 + 2)
