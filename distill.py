@@ -24,7 +24,7 @@ from sampler import image_noise
 
 from train import (Run, append_log, autocast, check_shared, clip_gradients, compiles, data_parallel,  # isort: skip
                    draw, evaluation_is_due, evaluation_networks, finish_step, freeze_base, image_arguments,
-                   make_optimizer, make_parser, matching, measure, next_batch, open_board, open_data, open_run,
+                   make_optimizers, make_parser, matching, measure, next_batch, open_board, open_data, open_run,
                    paired_tensors, perceptual_losses, pick_dtype, prefer_speed, restore, run_arguments,
                    set_learning_rate, step_if, stop_flag, summed, training_batches, update_ema, validate,
                    validation_batches)
@@ -145,10 +145,10 @@ def main():
     weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa}
     objective = OneStep(student, lpips, repa).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = make_optimizer(trained, args, device)
+    optimizers = make_optimizers(trained, args, device)
 
     # The run
-    parts = {"model": student, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer}
+    parts = {"model": student, "ema": ema, "repa": None if repa is None else repa.mlp, **optimizers}
     start, skipped = restore(parts, checkpoint)
     del checkpoint
     averaged = paired_tensors(ema, student)
@@ -165,7 +165,7 @@ def main():
             validate(run, ema, val, dtype, [1])
 
         # Draw
-        set_learning_rate(optimizer, step, args)
+        set_learning_rate(optimizers.values(), step, args)
         x, index = next_batch(run, batches)
         x = x.contiguous(memory_format=torch.channels_last)                     # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
@@ -197,9 +197,10 @@ def main():
 
         # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients
         good = norm.isfinite() & shared.isfinite().all()
-        step_if(good, optimizer)
+        step_if(good, optimizers.values())
         update_ema(averaged, args.ema, step - args.ema_start, good)
-        optimizer.zero_grad(set_to_none=True)
+        for p in trained:
+            p.grad = None
 
         # Log and save
         finish_step(run, totals, norm.to(stop.dtype), shared[-1], good, index)

@@ -356,8 +356,9 @@ def trained(request, tmp_path_factory):
 def same_weights(a, b):
     a, b = (torch.load(folder / "latest.pt", weights_only=True) for folder in (a, b))
     same = [torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part]]
-    a, b = a["optimizer"]["state"], b["optimizer"]["state"]
-    same += [torch.equal(s["exp_avg"], b[k]["exp_avg"]) for k, s in a.items()]
+    for part, moment in (("optimizer", "exp_avg"), ("muon", "momentum")):
+        if a[part] or b[part]:
+            same += [torch.equal(s[moment], b[part]["state"][k][moment]) for k, s in a[part]["state"].items()]
     return all(same)
 
 
@@ -3278,7 +3279,8 @@ def test_bad_files_and_folders(tmp_path):
 @slow
 def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path):
     """In float64, so that Adam has no differences of rounding to enlarge where gradients should be 0; with the GAN."""
-    flags = [*SMALL, "--steps", 4, "--save_every", 4, "--w_gan", 0.1, "--gan_start", 2, "--eval_every", 0, "--lr", 3e-4]
+    flags = [*SMALL, "--steps", 4, "--save_every", 4, "--w_gan", 0.1, "--gan_start", 2, "--eval_every", 0, "--lr", 3e-4,
+             "--optimizer", "muon"]
     run(tmp_path / "o", *flags, "--out", tmp_path / "one", env={"FLOAT64": "1"})
     run(tmp_path / "o", *flags, "--out", tmp_path / "two", env={"FLOAT64": "1"}, world=2)
     run(tmp_path / "o", *flags, "--out", tmp_path / "micro", "--micro_batch", 3, env={"FLOAT64": "1"})
@@ -3290,6 +3292,54 @@ def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path):
                 assert (v - other[part][k]).abs().max() <= 1e-9 * (1 + v.abs().max()), (name, k)
         for a, b in zip(step_lines(tmp_path / "one"), step_lines(tmp_path / name), strict=True):
             assert all(b[k] == pytest.approx(a[k], rel=1e-9) for k in a.keys() - {"images_per_s", "peak_mib"})
+
+
+def test_muons_step():
+    """Against the singular value decomposition in float64, and torch's own Muon where there is one."""
+    g = torch.Generator().manual_seed(0)
+    for shape in ((3, 16, 16), (2, 24, 216), (2, 216, 24)):
+        m = torch.randn(shape, generator=g, dtype=torch.float64)
+        u, _, vh = torch.linalg.svd(m, full_matrices=False)
+        inside = u.mT @ train.orthogonal(m) @ vh.mT  # diagonal, about 1: the same directions, of equal length
+        values = inside.diagonal(dim1=1, dim2=2)
+        assert (inside - torch.diag_embed(values)).abs().max() < 1e-12
+        assert values.max() < 1.21 and values.median() > 0.68 and values.min() > 0
+    assert not train.orthogonal(torch.zeros(1, 16, 16)).any()
+    # In float32, with singular values from 1 to 1e-6: the small ones are still small, none has grown beyond.
+    ill = (u * torch.logspace(0, -6, u.shape[2])).matmul(vh).float()
+    values = torch.linalg.svdvals(train.orthogonal(ill))
+    assert values.max() < 1.21 and values[:, 0].min() > 0.68
+
+    lr, decay = 0.1, 0.25
+    weights = [torch.randn(shape, generator=g) for shape in ((16, 32), (32, 16, 3, 3))]
+    ours = [nn.Parameter(w.clone().contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w.clone())
+            for w in weights]
+    muon, moments = train.Muon(ours, lr, decay), [torch.zeros_like(w) for w in weights]
+    theirs = [nn.Parameter(w.flatten(1).clone()) for w in weights]
+    if hasattr(torch.optim, "Muon"):  # torch 2.9
+        peer = torch.optim.Muon(theirs, lr=lr, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        good = torch.tensor(step != 2)
+        before, expected = [p.detach().clone() for p in ours], list(ours)
+        for k, (p, q) in enumerate(zip(ours, theirs)):
+            grad = torch.randn(p.shape, generator=g)
+            p.grad, q.grad = grad if good else grad / 0, grad.flatten(1)
+            if good:
+                moments[k] = 0.95 * moments[k] + 0.05 * grad
+                update = (0.05 * grad + 0.95 * moments[k]).flatten(1)
+                direction = train.orthogonal(update[None])[0].view(p.shape)
+                expected[k] = before[k] * (1 - lr * decay) - lr * 0.2 * max(update.shape) ** 0.5 * direction
+        muon.step(good)
+        for k, p in enumerate(ours):
+            if good:
+                assert relative_error(p.detach(), expected[k]) < 1e-6
+            else:  # a step that is not finite leaves no trace
+                assert torch.equal(p, before[k]) and muon.state[p]["momentum"].isfinite().all()
+        if good and hasattr(torch.optim, "Muon"):
+            peer.step()
+    if hasattr(torch.optim, "Muon"):  # its products are in bf16
+        for w, p, q in zip(weights, ours, theirs):
+            assert relative_error(p.detach().flatten(1) - w.flatten(1), q.detach() - w.flatten(1)) < 0.03
 
 
 def test_what_each_phase_trains(tmp_path, monkeypatch):
@@ -3471,7 +3521,7 @@ def log_of(folder):
 def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, module):
     """kill -9 before the first checkpoint and after one, then a polite signal to one rank and its data loader: weights,
     EMA, optimiser and log are bit-identical in the end."""
-    flags, steps = [*SMALL, "--w_gan", 0.1, "--gan_start", 2], 7
+    flags, steps = [*SMALL, "--optimizer", "muon", "--w_gan", 0.1, "--gan_start", 2], 7
     if module == "distill":
         DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0}).save(
             tmp_path / "teacher.safetensors"
@@ -3891,7 +3941,7 @@ def damaged_states(state):
         first = {**moments[0], **change}
         return {"optimizer": {**state["optimizer"], "state": {**moments, 0: first}}}
 
-    weights = state["optimizer"]["state"][0]
+    weights, muon = state["optimizer"]["state"][0], state["muon"]
     gan = dict(state["gan"])
     name = next(iter(gan))
     return {
@@ -3899,6 +3949,9 @@ def damaged_states(state):
         "moment that is not finite": other_moment(exp_avg=weights["exp_avg"] * math.nan),
         "moment without its square": other_moment(exp_avg_sq=None),
         "negative square": other_moment(exp_avg_sq=weights["exp_avg_sq"] - 1),
+        "muon's moment of another shape": {"muon": muon | {"state": muon["state"] | {0: {"momentum": torch.zeros(7)}}}},
+        "muon without a moment": {"muon": muon | {"state": muon["state"] | {0: {}}}},
+        "muon of another type": {"muon": [muon]},
         "no groups": {"optimizer": {**state["optimizer"], "param_groups": []}},
         "other numbers": {"optimizer": {**state["optimizer"], "param_groups": [{"params": [5]}]}},
         "gan of another shape": {"gan": gan | {name: gan[name][:1]}},
@@ -3915,7 +3968,8 @@ def test_each_part_of_a_checkpoint_is_checked_and_the_one_before_it_tried(tmp_pa
     monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
     monkeypatch.setattr(train, "PatchGAN", lambda: PatchGAN(16))
     out = tmp_path / "r"
-    flags = [*SMALL, "--size", 24, "--w_gan", 0.1, "--eval_every", 0, "--save_every", 1, "--out", out]
+    flags = [*SMALL, "--size", 24, "--w_gan", 0.1, "--optimizer", "muon", "--eval_every", 0, "--save_every", 1,
+             "--out", out]
     run_main(train, monkeypatch, *flags, "--steps", 2)
     state = torch.load(out / "latest.pt", weights_only=True)
     assert train.checkpoint_problem(state) is None

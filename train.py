@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -75,11 +75,11 @@ from losses import (LPIPSLoss, PatchGAN, REPALoss, WeightsUnavailable, eqm_loss,
                     fm_predict_x, hinge_loss, kl_loss, repa_projection)
 
 # Two cores without GPU or network. Measured results stand in the README's quick start.
-TEACHING = {"enc_width": 0.125, "dec": "XS", "depth": 2, "warmup": 50, "decay": 0.5, "lr": 1e-3, "ema": 0.99,
-            "w_lpips": 0.0, "w_repa": 0.0, "compile": False}
+TEACHING = {"enc_width": 0.125, "dec": "XS", "depth": 2, "optimizer": "muon", "lr": 1e-3, "warmup": 50, "decay": 0.5,
+            "ema": 0.99, "w_lpips": 0.0, "w_repa": 0.0, "compile": False}
 PRESETS = {
-    "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 1500, "t_mean": 2.0, "g_power": 2.0,
-                        "eval_every": 500, "eval_images": 256, "save_every": 750},
+    "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 1000, "t_mean": 2.0, "g_power": 2.0,
+                        "eval_every": 250, "eval_images": 256, "save_every": 500},
     "deep": TEACHING | {"enc": "dc_f32c32", "size": 64, "batch_size": 4, "steps": 1200, "t_mean": 4.0, "g_power": 20.0,
                         "eval_every": 300, "eval_images": 64, "save_every": 600},
 }
@@ -109,6 +109,10 @@ FITTED_COEFFICIENTS = 8  # for each latent channel, of a decoder fitted to a giv
 #                          be guessed linearly
 FIT_CELLS, FIT_LEAST, FIT_MOST, FIT_BATCH = 16, 256, 2048, 16  # of that fit: cells for each channel, images
 BETAS = (0.9, 0.99)  # AdamW's memory: about 10 steps of the gradient, 100 of its square
+ADAM_MOMENTS = ["exp_avg", "exp_avg_sq", "step"]  # of a parameter, as torch names them
+MUON_MOMENTUM = 0.95  # Muon's memory: about 20 steps of the gradient
+MUON_RMS = 0.2  # of the entries of its steps, over lr
+MUON_SMALLEST = 16  # rows and columns of the matrices that it trains
 GAN_BETAS = (0.5, 0.9)  # the discriminator's, as VQGAN's: it chases a target that moves
 FLAG_TYPES = (str, int, float)  # of values on a command line
 MOST_SKIPPED = 10  # steps in a row that are not finite: what goes wrong so often will not go away
@@ -258,10 +262,12 @@ def run_arguments(p):
     add = p.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=192, help="images per step over all processes [%(default)s]")
     add("--steps", type=int, default=250_000, help="optimiser steps [%(default)s]")
-    add("--lr", type=float, default=3e-4, help="AdamW's learning rate [%(default)s]")
+    add("--optimizer", type=str, choices=["adamw", "muon"], default="adamw", help="muon: for the weights of "
+        "convolutions and linear layers, AdamW for the others [%(default)s]")
+    add("--lr", type=float, default=3e-4, help="learning rate [%(default)s]")
     add("--warmup", type=int, default=1000, help="steps of linear warm-up [%(default)s]")
     add("--decay", type=float, default=0.0, help="last fraction of the steps, in which lr falls to 0 [%(default)s]")
-    add("--weight_decay", type=float, default=1e-3, help="AdamW's weight decay [%(default)s]")
+    add("--weight_decay", type=float, default=1e-3, help="weight decay [%(default)s]")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: no limit [%(default)s]")
     add("--ema", type=float, default=0.999, help="decay of the weights' average, which is what is saved [%(default)s]")
     add("--ema_start", type=int, default=0, help="until then the average is the weights themselves [%(default)s]")
@@ -393,9 +399,89 @@ def evaluation_networks(args, val, lpips, device, world):
     return distances, {metric: network for metric, network in networks.items() if metric == "rfid"}
 
 
-def make_optimizer(parameters, args, device):
-    return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, betas=BETAS,
-                             fused=device.type != "mps")
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal, for weights that are matrices: all directions of a weight learn equally
+    fast, not only the few that a gradient points to (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    A convolution (out, in, k, k) is a matrix (out, in k k). The entries of a step have the root mean square MUON_RMS,
+    about that of Adam's, so that both share one learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    """
+
+    def __init__(self, parameters, lr, weight_decay):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, good):
+        """One step where `good`, a bool tensor, is true, else none; nothing is read back from the device."""
+        group = self.param_groups[0]
+        by_shape = {}  # matrices of one shape are made orthogonal together
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"]
+            grad = torch.where(good, p.grad, momentum)  # what is not finite would stay in there
+            momentum.lerp_(grad, 1 - MUON_MOMENTUM)
+            update = grad.lerp(momentum, MUON_MOMENTUM).flatten(1)                    # Nesterov's; (rows, columns)
+            by_shape.setdefault(update.shape, []).append((p, update))
+        for shape, members in by_shape.items():
+            with without_tf32():
+                updates = orthogonal(torch.stack([update for _, update in members]))  # (n, rows, columns)
+            size = group["lr"] * MUON_RMS * max(shape) ** 0.5  # entries of an orthogonal one: 1 / sqrt(max(shape))
+            for (p, _), update in zip(members, updates):
+                p.mul_(1 - good * group["lr"] * group["weight_decay"])
+                p.sub_(good * size * update.view(p.shape))
+
+
+def orthogonal(matrices):
+    """(n, rows, columns) -> nearly U V' of each U S V': all singular values go to about 1, between 0.7 and 1.2, by five
+    Newton-Schulz steps X <- P X, P = a + b X X' + c (X X')^2, with Jordan's coefficients. Zero stays zero.
+
+    The steps are taken by X X' alone, a third of the work where a convolution has 9 times as many columns as rows: as
+    all of this commutes, the next X X' is P X X' P.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    gram, product = x @ x.mT, one
+    for _ in range(5):
+        factor = a * one + b * gram + c * gram @ gram                                 # P
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
+    return x.mT if is_tall else x
+
+
+@contextmanager
+def without_tf32():
+    """Products in float32: where rounding makes an eigenvalue of X X' negative, the steps make it grow."""
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, False
+    try:
+        yield
+    finally:
+        products.allow_tf32 = before
+
+
+def is_matrix(p):
+    """Whether a weight is Muon's: of a linear layer or a convolution, and not so narrow as those at the image."""
+    return p.ndim in (2, 4) and min(p.flatten(1).shape) >= MUON_SMALLEST
+
+
+def make_optimizers(parameters, args, device):
+    """{part of a checkpoint: optimiser or None}: AdamW for all weights, or with --optimizer muon for those that are no
+    matrices."""
+    matrices = []
+    if args.optimizer == "muon":
+        matrices = [p for p in parameters if is_matrix(p)]
+        parameters = [p for p in parameters if not is_matrix(p)]
+    adamw = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, betas=BETAS,
+                              fused=device.type != "mps")
+    muon = Muon(matrices, args.lr, args.weight_decay) if matrices else None
+    return {"optimizer": adamw, "muon": muon}
 
 
 def data_parallel(objective, world):
@@ -494,9 +580,10 @@ def clip_gradients(parameters, args):
     return clip_grad_norm_(parameters, args.grad_clip or math.inf)
 
 
-def set_learning_rate(optimizer, step, args):
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * lr_factor(step, args)
+def set_learning_rate(optimizers, step, args):
+    for optimizer in optimizers:
+        if optimizer is not None:
+            optimizer.param_groups[0]["lr"] = args.lr * lr_factor(step, args)
 
 
 def lr_factor(step, args):
@@ -559,13 +646,17 @@ def exact_type(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def step_if(good, optimizer):
-    """optimizer.step(), which changes nothing where `good`, a bool tensor, is false. It stays on the device."""
-    if optimizer.param_groups[0]["fused"]:
-        optimizer.found_inf = (~good).to(torch.float32)
-        optimizer.step()
-    elif good:  # Apple's GPUs, and checkpoints from before all optimisers were fused
-        optimizer.step()
+def step_if(good, optimizers):
+    """A step of each optimiser (None: of none), which changes nothing where `good`, a bool tensor, is false. It stays
+    on the device."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, Muon):
+            optimizer.step(good)
+        elif optimizer is not None and optimizer.param_groups[0]["fused"]:
+            optimizer.found_inf = (~good).to(torch.float32)
+            optimizer.step()
+        elif optimizer is not None and good:  # Apple's GPUs, and checkpoints from before all were fused
+            optimizer.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -877,8 +968,10 @@ def checkpoint_problem(state):
         if state.get(name) is not None and shapes_of(state[name]) != shapes:
             return f"{name} of other shapes than the model asks for"
     trained = [*shapes_of(state["model"]).values(), *shapes_of(state.get("repa") or {}).values()]
-    for name, shapes in (("optimizer", trained), ("gan_optimizer", shapes_of(state.get("gan") or {}).values())):
-        if state.get(name) is not None and not fits_optimizer(state[name], shapes):
+    judged = shapes_of(state.get("gan") or {}).values()
+    for name, shapes, moments in (("optimizer", trained, ADAM_MOMENTS), ("muon", trained, ["momentum"]),
+                                  ("gan_optimizer", judged, ADAM_MOMENTS)):
+        if state.get(name) is not None and not fits_optimizer(state[name], shapes, moments):
             return f"{name} that does not fit the weights"
     return flags_problem(state["args"], state.get("config", {}))
 
@@ -921,35 +1014,37 @@ def expected_shapes(state):
     return expected
 
 
-def fits_optimizer(optimizer, shapes):
-    """Whether AdamW's state fits parameters that are some of those of these shapes, in their order: which of them a
-    phase trains is not told."""
-    groups, moments = optimizer.get("param_groups"), optimizer.get("state")
-    if not isinstance(groups, list) or not isinstance(moments, dict):
+def fits_optimizer(optimizer, shapes, moments):
+    """Whether an optimiser's state fits parameters that are some of those of these shapes, in their order: which of
+    them a phase trains is not told. moments: the names of its tensors for a parameter."""
+    if not isinstance(optimizer, dict):
+        return False
+    groups, state = optimizer.get("param_groups"), optimizer.get("state")
+    if not isinstance(groups, list) or not isinstance(state, dict):
         return False
     if len(groups) != 1 or not isinstance(groups[0], dict) or not isinstance(groups[0].get("params"), list):
         return False
     count = len(groups[0]["params"])
     if groups[0]["params"] != list(range(count)) or count > len(shapes):
         return False
-    if not all(is_count(number) and number < count for number in moments):
+    if not all(is_count(number) and number < count for number in state):
         return False
     remaining = iter(shapes)
-    for number in sorted(moments):
-        mean = moment_of(moments[number], "exp_avg")
-        square = moment_of(moments[number], "exp_avg_sq")
-        step = moment_of(moments[number], "step")
-        if mean is None or square is None or step is None:
+    for number in sorted(state):
+        tensors = [moment_of(state[number], name) for name in moments]
+        if any(tensor is None for tensor in tensors):
             return False
-        if step.numel() != 1 or step < 0 or mean.shape != square.shape or (square < 0).any():
-            return False
-        if mean.shape not in remaining:  # looking for it takes the shapes before it away
+        if moments == ADAM_MOMENTS:
+            mean, square, step = tensors
+            if step.numel() != 1 or step < 0 or mean.shape != square.shape or (square < 0).any():
+                return False
+        if tensors[0].shape not in remaining:  # looking for it takes the shapes before it away
             return False
     return True
 
 
 def moment_of(entry, name):
-    """A tensor in AdamW's state of one parameter; None where there is none that is finite."""
+    """A tensor in an optimiser's state of one parameter; None where there is none that is finite."""
     value = entry.get(name) if isinstance(entry, dict) else None
     is_valid = isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isfinite().all())
     return value if is_valid else None
@@ -1422,18 +1517,16 @@ def main():
         weights["kl"] = 0.0
     objective = Objective(model, lpips, repa, gan, args).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer, gan_optimizer = make_optimizer(trained, args, device), None
-    optimizers = [optimizer]
+    optimizers, gan_optimizer = make_optimizers(trained, args, device), None
     if gan is not None:
         gan_optimizer = torch.optim.AdamW(gan.parameters(), lr=args.lr, weight_decay=0.0, betas=GAN_BETAS,
                                           fused=device.type != "mps")
-        optimizers.append(gan_optimizer)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if compiles(args, device):
         compile_blocks(model)
 
     # The run
-    parts = {"model": model, "ema": ema, "repa": None if repa is None else repa.mlp, "optimizer": optimizer,
+    parts = {"model": model, "ema": ema, "repa": None if repa is None else repa.mlp, **optimizers,
              "gan": gan, "gan_optimizer": gan_optimizer}
     start, skipped = restore(parts, checkpoint)
     del checkpoint
@@ -1458,8 +1551,7 @@ def main():
             break
 
         # Draw
-        for each in optimizers:
-            set_learning_rate(each, step, args)
+        set_learning_rate([*optimizers.values(), gan_optimizer], step, args)
         x, index = next_batch(run, batches)
         x = x.contiguous(memory_format=torch.channels_last)                     # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
@@ -1499,13 +1591,14 @@ def main():
         # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients.
         # Decided on the device, which nobody waits for.
         good = norm.isfinite() & shared.isfinite().all()
-        step_if(good, optimizer)
+        step_if(good, optimizers.values())
         if with_gan:
-            step_if(good, gan_optimizer)
+            step_if(good, [gan_optimizer])
         if norm_trains:
             model.decoder.norm_z.update(args.batch_size * z_shape[1] * z_shape[2], *moments, good)
         update_ema(averaged, args.ema, step - args.ema_start, good)
-        optimizer.zero_grad()
+        for p in trained:
+            p.grad = None
         if with_gan:
             gan_optimizer.zero_grad()
 
