@@ -24,7 +24,7 @@ from sampler import image_noise
 
 from train import (Run, append_log, autocast, check_shared, clip_gradients, compiles, data_parallel,  # isort: skip
                    draw, evaluation_is_due, evaluation_networks, finish_step, freeze_base, image_arguments,
-                   make_optimizers, make_parser, matching, measure, next_batch, open_board, open_data, open_run,
+                   make_optimizers, make_parser, matching, measure, next_batch, open_boards, open_data, open_run,
                    paired_tensors, perceptual_losses, pick_dtype, prefer_speed, restore, run_arguments,
                    set_learning_rate, step_if, stop_flag, summed, training_batches, update_ema, validate,
                    validation_batches)
@@ -154,8 +154,8 @@ def main():
     averaged = paired_tensors(ema, student)
     parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start, device)
-    board = open_board(args, start) if rank == 0 else None
-    run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content(), networks)
+    boards = open_boards(args, start) if rank == 0 else []
+    run = Run(args, rank, world, device, log_path, boards, parts, start, skipped, dataset.content(), networks)
     local = args.batch_size // world                                            # images of this process
     micro = min(args.micro_batch or local, local)                               # images of a forward pass
     z_shape = teacher.latent_shape(args.size, args.size)
@@ -214,7 +214,7 @@ def main():
         before, after = closeness(teacher, ema, loader, args.teacher_steps, options, device, dtype, args.seed)
         result["mse_to_teacher"] = {"teacher_steps": args.teacher_steps, "undistilled": before, "distilled": after}
         write_results(result, args.out)
-        append_log(log_path, board, args.steps, result["pictures"], eval=result["rows"],
+        append_log(log_path, boards, args.steps, result["pictures"], eval=result["rows"],
                    mse_to_teacher=result["mse_to_teacher"])
         print_table(result)
         print(f"mean squared distance of one step to the teacher's {args.teacher_steps} steps, same noise: "

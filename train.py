@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing
 import os
+import secrets
 import signal
 import sys
 import time
@@ -97,7 +98,7 @@ MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "
 FREE_FLAGS = ("preset", "init_from", "enc_ckpt", "lpips_weights", "repa_weights", "workers", "steps", "lr", "warmup",
               "decay", "weight_decay", "grad_clip", "ema", "ema_start", "micro_batch", "checkpointing", "out", "resume",
               "keep", "dtype", "device", "compile", "eval_every", "eval_steps", "eval_images", "save_every",
-              "log_every", "tensorboard", "allow_changes", "eval_metrics", "inception")
+              "log_every", "tensorboard", "wandb", "allow_changes", "eval_metrics", "inception")
 # With --allow_changes. Not those that add or remove networks that train.
 CHANGEABLE_FLAGS = ("data", "size", "aug_scale", "enlarge", "limit", "batch_size", "seed", "w_lpips", "w_kl",
                     "repa_size", "gan_start", "t_mean", "g_power", "teacher_steps", "t_shift", "eta", "mu")
@@ -286,6 +287,7 @@ def run_arguments(p):
     add("--save_every", type=int, default=5000, help="steps between checkpoints [%(default)s]")
     add("--log_every", type=int, default=50, help="steps between lines of log.jsonl [%(default)s]")
     add("--tensorboard", action="store_true", help="the log and the pictures for TensorBoard too, in --out")
+    add("--wandb", action="store_true", help="the same for Weights & Biases (WANDB_MODE=offline: into --out alone)")
     return run
 
 
@@ -671,9 +673,9 @@ class Run:
     done      steps;  skipped  those of them that were not finite
     """
 
-    def __init__(self, args, rank, world, device, log_path, board, parts, done, skipped, content, networks=({}, {})):
+    def __init__(self, args, rank, world, device, log_path, boards, parts, done, skipped, content, networks=({}, {})):
         self.args, self.rank, self.world, self.device = args, rank, world, device
-        self.log_path, self.board, self.parts = log_path, board, parts
+        self.log_path, self.boards, self.parts = log_path, boards, parts
         self.done, self.skipped, self.skipped_in_a_row = done, skipped, 0
         self.content, self.networks = content, networks
         self.originals = {}  # {metric: fid.Statistics} of the validation images, from the first evaluation on
@@ -841,7 +843,7 @@ def log_step(run, report, totals, norm):
     rate = (report.done - run.logged) * run.args.batch_size / seconds
     run.logged, run.logged_at, run.evaluating = report.done, time.time(), 0.0
     run.bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
-    append_log(run.log_path, run.board, report.done, images=report.done * run.args.batch_size, **totals,
+    append_log(run.log_path, run.boards, report.done, images=report.done * run.args.batch_size, **totals,
                lr=report.lr, grad_norm=norm, skipped=run.skipped, images_per_s=rate, peak_mib=peak_memory(run.device))
 
 
@@ -1206,40 +1208,78 @@ def last_evaluation(lines):
     return max(steps, default=None)
 
 
-def open_board(args, start):
-    """TensorBoard's writer into --out with --tensorboard, else None."""
-    if not args.tensorboard:
-        return None
+def open_boards(args, start):
+    """What --tensorboard and --wandb ask for: [show(step, {name: number}, picture (3, h, w) in [0, 1] or None)]."""
+    boards = []
+    if args.tensorboard:
+        boards.append(tensorboard(args, start))
+    if args.wandb:
+        boards.append(weights_and_biases(args))
+    return boards
+
+
+def tensorboard(args, start):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
-    return SummaryWriter(args.out, purge_step=start + 1)
+    writer = SummaryWriter(args.out, purge_step=start + 1)
+
+    def show(step, numbers, picture):
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        if picture is not None:
+            writer.add_image("reconstructions", picture, step)
+        writer.flush()
+    return show
 
 
-def append_log(path, board, step, pictures=(), **values):
-    """A line of log.jsonl, with null for what is not finite, and the same for TensorBoard. OSError from the first."""
+def weights_and_biases(args):
+    """A run named after --out; resumed, it goes on there."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs the wandb package: pip install wandb") from None
+    folder = os.path.abspath(args.out)
+    file = os.path.join(folder, "wandb_id")
+    if not os.path.exists(file):
+        write_whole(file, secrets.token_hex(8))
+    with open(file) as text:
+        number = text.read()
+    try:
+        wandb.init(project="dc-ssdae", name=os.path.basename(folder), id=number, resume="allow", dir=folder,
+                   config=vars(args), settings=wandb.Settings(console="off"))
+    except wandb.errors.Error as error:
+        raise ValueError(f"--wandb: {' '.join(str(error).split())}; WANDB_MODE=offline needs no account") from None
+
+    def show(step, numbers, picture):
+        shown = numbers if picture is None else numbers | {"reconstructions": wandb.Image(picture)}
+        wandb.log(shown, step=step)
+    return show
+
+
+def append_log(path, boards, step, pictures=(), **values):
+    """A line of log.jsonl, with null for what is not finite, and the same for the boards. OSError from the first."""
     with open(path, "a") as file:
         file.write(json.dumps(strict({"step": step, **values}), allow_nan=False) + "\n")
-    if board is None:
-        return
-    with only_warns("TensorBoard's files"):
-        show_on_board(board, step, pictures, values)
+    if boards:
+        with only_warns("the log for its board"):
+            show_on_boards(boards, step, pictures, values)
 
 
-def show_on_board(board, step, pictures, values):
-    """The numbers in `values`, also in its rows "eval", and pictures, rows of (n, 3, s, s), for TensorBoard."""
-    numbers = dict(values)
+def show_on_boards(boards, step, pictures, values):
+    """The numbers in `values`, also in its rows "eval", and pictures, rows of (n, 3, s, s)."""
+    named = dict(values)
     for row in values.get("eval", []):
         for key, value in row.items():
-            numbers[f"{row['name']}/{key}"] = value
-    for name, value in numbers.items():
-        if isinstance(value, float):
-            board.add_scalar(name, value, step)
-    if pictures:  # rows of (n, 3, s, s)
+            named[f"{row['name']}/{key}"] = value
+    numbers = {name: value for name, value in named.items() if isinstance(value, float)}
+    picture = None
+    if pictures:
         rows = [torch.cat([*row], dim=2) for row in pictures]                   # (3, s, n * s) each
-        board.add_image("reconstructions", torch.cat(rows, dim=1) / 2 + 0.5, step)
-    board.flush()
+        picture = torch.cat(rows, dim=1) / 2 + 0.5
+    for show in boards:
+        show(step, numbers, picture)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1421,7 +1461,7 @@ def validate(run, ema, val, dtype, steps):
     result = measure(run, ema, val, dtype, steps)
     if run.rank == 0:
         write_results(result, run.args.out)  # before anything else can fail
-        append_log(run.log_path, run.board, run.done, result["pictures"], eval=result["rows"])
+        append_log(run.log_path, run.boards, run.done, result["pictures"], eval=result["rows"])
         baseline, linear, first, *_ = result["rows"]
         tqdm.write(f"step {run.done}: PSNR {first['psnr']:.2f} dB in {first['name']}, "
                    f"linear code {linear['psnr']:.2f}, baseline {baseline['psnr']:.2f} on {result['images']} images")
@@ -1533,10 +1573,10 @@ def main():
     averaged = paired_tensors(ema, model)
     parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start, device)
-    board = open_board(args, start) if rank == 0 else None
+    boards = open_boards(args, start) if rank == 0 else []
     if rank == 0:
         print_start(args, model, trained, dataset, world, device, dtype)
-    run = Run(args, rank, world, device, log_path, board, parts, start, skipped, dataset.content(), networks)
+    run = Run(args, rank, world, device, log_path, boards, parts, start, skipped, dataset.content(), networks)
     local = args.batch_size // world                                            # images of this process
     micro = min(args.micro_batch or local, local)                               # images of a forward pass
     z_shape = model.latent_shape(args.size, args.size)

@@ -189,7 +189,7 @@ def validate(run, ema, tokenizer, latents, features, reference, dtype):
     run.evaluating += now(run.device) - start
     if run.rank == 0:
         save_grid(Path(args.out, "samples.png"), [*first.split(8)])
-        train.append_log(run.log_path, run.board, run.done, eval=[values])
+        train.append_log(run.log_path, run.boards, run.done, eval=[values])
         run.bar.write(f"step {run.done}: {values}")
 
 
@@ -221,14 +221,14 @@ def main():
     train.check_content(checkpoint, latents, args)
     model = DiT(latents.shape, args.width, args.depth, latents.classes).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = train.make_optimizer(list(model.parameters()), args, device)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    optimizers = train.make_optimizers(list(model.parameters()), args, device)
+    parts = {"model": model, "ema": ema, **optimizers}
     start, skipped = train.restore(parts, checkpoint)
     averaged = train.paired_tensors(ema, model)
     parallel = train.data_parallel(model, world)
     batches = iter(TrainBatches(len(latents.labels), args.batch_size, args.seed, rank, world, start))
-    board = train.open_board(args, start) if rank == 0 else None
-    run = train.Run(args, rank, world, device, log_path, board, parts, start, skipped, latents.content())
+    boards = train.open_boards(args, start) if rank == 0 else []
+    run = train.Run(args, rank, world, device, log_path, boards, parts, start, skipped, latents.content())
     rows = range(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # of this process
     if rank == 0:
         print(f"{train.millions(model.parameters()):.1f} M parameters, {math.prod(latents.shape[1:])} tokens of "
@@ -241,7 +241,7 @@ def main():
             break
 
         # Draw: noise e and t ~ U(0, 1)
-        train.set_learning_rate(optimizer, step, args)
+        train.set_learning_rate(optimizers.values(), step, args)
         keys = next(batches)
         x, labels = latents.batch(keys, args.seed)
         x, labels = x.to(device), labels.to(device)
@@ -258,9 +258,9 @@ def main():
 
         # Step and average, unless something is not finite
         good = norm.isfinite() & mean_loss.isfinite()
-        train.step_if(good, optimizer)
+        train.step_if(good, optimizers.values())
         train.update_ema(averaged, args.ema, step - args.ema_start, good)
-        optimizer.zero_grad()
+        model.zero_grad()
         index = torch.tensor([i for _, i in keys])
         train.finish_step(run, {"loss": mean_loss}, norm.to(stop), stop, good, index)
 
