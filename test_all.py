@@ -82,7 +82,7 @@ from model import (
     spread,
     upsample,
 )
-from tools import bench, check, compare, field, latents, sweep
+from tools import bench, check, compare, field, latents, study, sweep
 from tools import hub as hub_tool
 from train import load_checkpoint, save_checkpoint
 
@@ -5509,6 +5509,56 @@ def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, mon
     assert "float16 ends at 65504" in sentence(latents, monkeypatch, *common, tmp_path / "large")
     assert sorted(os.listdir(tmp_path / "large")) in ([".lock", "manifest.json"], ["manifest.json"])
     assert "--out" in sentence(latents, monkeypatch, "--ckpt", checkpoint)  # nothing to do
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/study.py
+# The numbers of the results page are those of its commands.
+
+def test_study(tmp_path, monkeypatch, capsys):
+    """What is missing is trained, in its order, and evaluated; the table has the evaluations' numbers; nothing is done
+    twice, what was interrupted goes on, and without the runs the CSV still gives the table."""
+    small = " ".join(map(str, SMALL))
+    monkeypatch.setattr(study, "RUNS", {
+        "a": f"train.py {small} --steps 2",
+        "b": "distill.py --ckpt {runs}/a_s{seed}/model.safetensors --steps 1 --size 16 --batch_size 2 --eval_images 2 "
+             "--workers 0",
+        "c": "train.py --data {photos}"})
+    monkeypatch.setattr(study, "TABLES", {
+        "one": ("--limit 3 --device cpu", [("distilled", "b", ""), ("not", "a", "--steps 1 2")]),
+        "two": ("--limit 3", [("photographs", "c", "")])})
+    commands = []
+
+    def execute(words):
+        commands.append(words)
+        command(*words)
+    monkeypatch.setattr(study, "execute", execute)
+    flags = ["one", "--runs", tmp_path / "runs", "--csv", tmp_path / "r.csv"]
+    run_main(study, monkeypatch, *flags, "--seeds", 0, 1)
+    assert [words[0] for words in commands] == 2 * ["train.py", "distill.py", "evaluate.py", "evaluate.py"]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 1 + 2
+    folders = [tmp_path / "runs" / f"a_s{seed}" / "limit_3_device_cpu_steps_1_2" for seed in (0, 1)]
+    rows = [json.loads((folder / "metrics.json").read_text())["rows"] for folder in folders]
+    for line, k in zip(table[3:], (2, 3)):
+        values = torch.tensor([each[k]["psnr"] for each in rows], dtype=torch.float64)
+        gains = torch.tensor([each[k]["psnr"] - each[1]["psnr"] for each in rows], dtype=torch.float64)
+        for numbers, sign in ((values, ""), (gains, "+")):
+            assert f"| {numbers.mean():{sign}.2f} +- {numbers.std() / 2**0.5:.2f} |" in line
+        assert line.endswith("| 2 |")
+
+    (tmp_path / "runs" / "a_s1" / "metrics.json").unlink()
+    monkeypatch.setattr(study, "execute", commands.append)
+    run_main(study, monkeypatch, *flags, "--seeds", 0, 1)
+    assert commands[8] == [*commands[4], "--resume"]
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "runs")
+    run_main(study, monkeypatch, *flags, "--print")
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == table
+    assert "needs --photos" in sentence(study, monkeypatch, "two", *flags[1:])
+    monkeypatch.undo()
+    message = cli("tools.study", "samplers", "--runs", "/dev/null/runs", "--csv", tmp_path / "r.csv", ok=False)
+    assert "train.py --preset tiny" in message and "ended with exit code 1; its message stands above" in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------

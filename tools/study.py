@@ -194,7 +194,7 @@ def lines_of(run, seed, flags, args):
     """The CSV's lines of one evaluation, all text."""
     folder = folder_of(run, seed, args)
     out = evaluation_folder(folder, flags)
-    if not (out / "metrics.json").exists():
+    if not ((folder / "metrics.json").exists() and (out / "metrics.json").exists()):
         return
     training, evaluation = read_run(folder), read_run(out)
     enlarged, linear = (row for row in evaluation["rows"] if row["steps"] == 0)
