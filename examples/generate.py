@@ -42,7 +42,7 @@ def get_args(argv=None):
     add("--width", type=int, default=256, help=f"channels of a token, a multiple of {HEAD_WIDTH} [%(default)s]")
     add("--depth", type=int, default=6, help="transformer blocks [%(default)s]")
     add("--eval_steps", type=int, default=50, help="of the sampler in the latent space [%(default)s]")
-    add("--features", metavar="F", type=str, help="of the Frechet distance: inception, dinov2 or a TorchScript file")
+    add("--features", metavar="F", type=str, help="of the Frechet distance: inception, dinov2 or a file")
     train.run_arguments(p)
     p.set_defaults(out="runs/generator", steps=20_000, batch_size=64, warmup=100, weight_decay=0.0)
     args = p.parse_args(argv)

@@ -19,8 +19,10 @@ from pathlib import Path
 
 import torch
 
-from data import guarded, ready_file, write_whole
+from data import guarded, make_dataset, make_loader, ready_file, save_grid, write_whole
+from evaluate import evaluate
 from losses import mean_and_error
+from model import DCSSDAE
 from tools.compare import read_run
 
 # Runs: {name: command, after "python"}. {data} and {features} are folders and files that the command line names;
@@ -43,6 +45,8 @@ RUNS = {
     "part_published": f"{DEEP} --enc dc_f32c64 {PUBLISHED}",
     "photos_published": f"{DEEP} --enc dc_f32c64 {PHOTOS} {PUBLISHED}",
     "deep_f32c64_fm": f"{DEEP} --enc dc_f32c64 --loss fm",
+    "deep_adamw": f"{DEEP} --enc dc_f32c32 --optimizer adamw",
+    "tiny_adamw": f"{TINY} --optimizer adamw",
     "tiny_eqm": TINY,
     "tiny_fm": f"{TINY} --loss fm",
     "distilled_eqm": f"{DISTILL} --ckpt {{runs}}/tiny_eqm_s{{seed}}/model.safetensors --batch_size 8",
@@ -86,6 +90,11 @@ TABLES = {
         ("as published", "part_published", ""),
         ("f8c4: both", "deep_f8c4", ""),
         ("f8c4: neither", "plain_f8c4", "")]),
+    "optimizers": (BUILT_IN, [
+        ("f32c32: AdamW", "deep_adamw", ""),
+        ("f32c32: Muon", "deep_f32c32", ""),
+        ("tiny: AdamW", "tiny_adamw", ""),
+        ("tiny: Muon", "tiny_eqm", "")]),
     "samplers": (BUILT_IN, [
         ("FM, Euler", "tiny_fm", MANY),
         ("EqM, gradient descent", "tiny_eqm", MANY),
@@ -113,12 +122,13 @@ TABLES = {
 }
 COLUMNS = ("run", "seed", "evaluation", "row", "images", "minutes", "nfe", "psnr", "gain", "ssim", "hf", "cells", "fd",
            "enlarged_psnr", "linear_psnr", "linear_ssim", "linear_fd")
-DIGITS = {"psnr": 2, "gain": 2, "ssim": 3, "hf": 3, "cells": 2, "fd": 0, "nfe": 1}
-DIGITS |= {"enlarged_psnr": 2, "linear_psnr": 2, "linear_ssim": 3, "linear_fd": 0}
+FORMS = {"psnr": ".2f", "gain": "+.2f", "ssim": ".3f", "hf": ".3f", "cells": ".2f", "fd": ".0f", "nfe": ".3g",
+         "enlarged_psnr": ".2f", "linear_psnr": ".2f", "linear_ssim": ".3f", "linear_fd": ".0f"}
 HEADINGS = {"enlarged_psnr": "shrink, enlarge: PSNR, dB", "linear_psnr": "linear code: PSNR, dB", "linear_ssim": "SSIM",
             "linear_fd": "distance", "nfe": "evaluations", "psnr": "PSNR, dB", "gain": "gain, dB", "ssim": "SSIM",
             "hf": "HF ratio", "cells": "cells", "fd": "distance"}
 MOST_SEEDS = 10
+PICTURES = 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,18 +275,34 @@ def table_of(name, known):
 
 
 def mean_of(seeds, column):
-    """Mean of a column over the seeds' lines, +- its standard error where there are several; "-" where one has none."""
+    """Mean of a column over the seeds' lines, +- its standard error where they differ; "-" where one has no value."""
     texts = [line[column] for line in seeds]
     if "" in texts:
         return "-"
-    digits = DIGITS[column]
+    form = FORMS[column]
     values = torch.tensor([float(text) for text in texts], dtype=torch.float64)
     mean, error = mean_and_error(values)
-    sign = "+" if column == "gain" else ""
-    text = f"{mean:{sign}.{digits}f}"
-    if len(values) > 1:
-        text += f" +- {error:.{digits}f}"
-    return text
+    if len(set(texts)) == 1:  # one seed, or what does not depend on it
+        return f"{mean:{form}}"
+    return f"{mean:{form}} +- {error:{form.removeprefix('+')}}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture
+
+def picture_rows(name, seed, args):
+    """Rows of 8 images (8, 3, s, s): the originals of a table, and for each of its models, in the table's order, the
+    linear code and one step."""
+    common, lines = TABLES[name]
+    rows = []
+    for run in dict.fromkeys(run for _, run, _ in lines):
+        model = DCSSDAE.load(folder_of(run, seed, args) / "model.safetensors")
+        data = args.crops if "{crops}" in common else "demo"
+        dataset = make_dataset(data, model.config["notes"]["size"], train=False, limit=PICTURES)
+        result = evaluate(model, make_loader(dataset, PICTURES, train=False), seed=seed, pictures=PICTURES)
+        original, _, *rows_of_model = result["pictures"]
+        rows += [original] * (not rows) + rows_of_model
+    return rows
 
 
 def main():
@@ -287,6 +313,8 @@ def main():
     add("--runs", default="runs/study", metavar="DIR", help="folder of the runs [%(default)s]")
     add("--csv", default="docs/results.csv", metavar="FILE", help="where the numbers go [%(default)s]")
     add("--print", action="store_true", help="the tables from the CSV, without any training")
+    add("--pictures", metavar="DIR", help="folder for TABLE.png, from the first seed: originals, then for each run the "
+        "linear code and one step")
     add("--features", metavar="FILE", help="network of the Frechet distance, see evaluate.py; default: none")
     add("--photos", metavar="DIR", help="folder of photographs with train/ and val/")
     add("--crops", metavar="DIR", help="folder of validation crops")
@@ -306,6 +334,8 @@ def main():
     for name in args.tables:
         print(f"\n{name}\n")
         print("\n".join(table_of(name, known)))
+        if args.pictures:
+            save_grid(Path(args.pictures, f"{name}.png"), picture_rows(name, args.seeds[0], args))
 
 
 if __name__ == "__main__":
