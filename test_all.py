@@ -5561,6 +5561,16 @@ def test_study(tmp_path, monkeypatch, capsys):
     assert "train.py --preset tiny" in message and "ended with exit code 1; its message stands above" in message
 
 
+def test_the_results_page_has_the_numbers_of_its_csv():
+    """Every table of the study stands on the page as `--print` makes it from docs/results.csv, and none is empty."""
+    page, known = Path(HERE, "docs", "results.md").read_text(), study.read_csv(Path(HERE, "docs", "results.csv"))
+    for name in study.TABLES:
+        table = study.table_of(name, known)
+        labels = {line.split("|")[1].strip() for line in table[2:]}
+        assert {label for label, _, _ in study.TABLES[name][1]} == labels - {""}, name
+        assert "\n".join(table) in page, name
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # tools/sweep.py
 # Calibration finds the best steps, on images apart from those that are reported.
@@ -5708,7 +5718,8 @@ def test_help_explains_every_flag(helps):
 
 
 def test_every_tool_explains_itself_as_a_module(helps):
-    assert TOOLS == ["tools.bench", "tools.check", "tools.compare", "tools.field", "tools.latents", "tools.sweep"]
+    names = ["bench", "check", "compare", "field", "hub", "latents", "study", "sweep"]
+    assert TOOLS == [f"tools.{name}" for name in names]
     for tool in TOOLS:
         assert f"-m {tool} " in helps[tool] and f"usage: {tool.split('.')[1]}.py" in helps[tool]
     for title in ("data:", "metrics that need a network:"):

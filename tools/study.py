@@ -27,8 +27,8 @@ from tools.compare import read_run
 
 # Runs: {name: command, after "python"}. {data} and {features} are folders and files that the command line names;
 # {runs} is --runs; {seed} the seed. --seed and --out are added. A run that starts from another one's model names it.
-DEEP = "train.py --preset deep --workers 0 --steps 400 --eval_every 0 --save_every 200"        # 1,600 images of 64 px
-LARGE = "train.py --preset deep --workers 0 --size 128 --batch_size 2 --steps 300 --eval_every 0 --save_every 150"
+DEEP = "train.py --preset deep --workers 0 --steps 300 --eval_every 0 --save_every 150"        # 1,200 images of 64 px
+LARGE = "train.py --preset deep --workers 0 --size 128 --batch_size 2 --steps 200 --eval_every 0 --save_every 100"
 TINY = "train.py --preset tiny --workers 0 --eval_every 0"                                     # 8,000 images of 32 px
 SHORT = "train.py --preset tiny --workers 0 --eval_every 0 --steps 500 --lr 5e-4 --warmup 20"  # on from a tiny model
 DISTILL = "distill.py --workers 0 --steps 100 --lr 5e-4 --warmup 20 --decay 0.5 --ema 0.99 --eval_every 0"
@@ -43,7 +43,6 @@ RUNS = {
     "part_encoder": f"{DEEP} --enc dc_f32c64 --linear encoder",
     "part_decoder": f"{DEEP} --enc dc_f32c64 --linear decoder",
     "part_published": f"{DEEP} --enc dc_f32c64 {PUBLISHED}",
-    "photos_published": f"{DEEP} --enc dc_f32c64 {PHOTOS} {PUBLISHED}",
     "deep_f32c64_fm": f"{DEEP} --enc dc_f32c64 --loss fm",
     "deep_adamw": f"{DEEP} --enc dc_f32c32 --optimizer adamw",
     "tiny_adamw": f"{TINY} --optimizer adamw",
@@ -80,8 +79,7 @@ TABLES = {
         ("f128c512: 512", "large_f128c512", "")]),
     "photographs": ("--data {crops}", [
         ("f8c4", "photos_f8c4", ""),
-        ("f32c64", "photos_f32c64", ""),
-        ("f32c64 as published", "photos_published", "")]),
+        ("f32c64", "photos_f32c64", "")]),
     "parts": (BUILT_IN, [
         ("both", "deep_f32c64", ""),
         ("decoder alone", "part_decoder", ""),
