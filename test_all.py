@@ -5571,6 +5571,22 @@ def test_the_results_page_has_the_numbers_of_its_csv():
         assert "\n".join(table) in page, name
 
 
+def test_the_readme_has_the_numbers_of_the_csv():
+    known = study.read_csv(Path(HERE, "docs", "results.csv"))
+
+    def psnr_of(run, row="1 step", evaluation="--limit 200 --steps 1"):
+        return float(known[run, 0, evaluation, row]["psnr"])
+    many = ("2 steps", "--limit 200 --steps 1 2 4 8 25")
+    eight, distilled = psnr_of("tiny_eqm", "8 steps", "--limit 200 --steps 1 8"), psnr_of("distilled_eqm")
+    assert 0 < eight - distilled < 0.05
+    readme = " ".join(Path(HERE, "README.md").read_text().split())
+    for sentence in (
+        f"f32c64 is {psnr_of('deep_f32c64') - psnr_of('deep_f8c4'):.2f} dB ahead of f8c4",
+        f"after 2 evaluations, {psnr_of('tiny_eqm', *many) - psnr_of('tiny_fm', *many):.2f} dB ahead of FM",
+    ):
+        assert sentence in readme
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # tools/sweep.py
 # Calibration finds the best steps, on images apart from those that are reported.
