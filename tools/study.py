@@ -25,8 +25,8 @@ from losses import mean_and_error
 from model import DCSSDAE
 from tools.compare import read_run
 
-# Runs: {name: command, after "python"}. {data} and {features} are folders and files that the command line names;
-# {runs} is --runs; {seed} the seed. --seed and --out are added. A run that starts from another one's model names it.
+# Runs: {name: command, after "python"}. {photos}, {crops}, {vgg} and {runs} stand for those flags of the command line,
+# {seed} for the seed. --seed and --out are added. A run that starts from another one's model names its file.
 DEEP = "train.py --preset deep --workers 0 --steps 300 --eval_every 0 --save_every 150"        # 1,200 images of 64 px
 LARGE = "train.py --preset deep --workers 0 --size 128 --batch_size 2 --steps 200 --eval_every 0 --save_every 100"
 TINY = "train.py --preset tiny --workers 0 --eval_every 0"                                     # 8,000 images of 32 px
