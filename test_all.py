@@ -3471,7 +3471,7 @@ def test_the_discriminators_gradients_and_when_it_starts(tmp_path, monkeypatch):
     """One step: the discriminator's Adam moment is (1 - beta) times the gradient that autograd gives for the hinge loss
     on the whole batch, whatever the micro-batch; the model's is that of the weighted sum. Before gan_start nothing
     differs from a run without."""
-    common = [*SMALL, "--eval_every", 0, "--grad_clip", 1e9]
+    common = [*SMALL, "--optimizer", "adamw", "--eval_every", 0, "--grad_clip", 1e9]
     run_main(train, monkeypatch, *common, "--w_gan", 0.5, "--micro_batch", 3, "--steps", 1, "--out", tmp_path / "g")
     state = load_checkpoint(tmp_path / "g")
     args = train.get_args([*map(str, common), "--w_gan", "0.5"])
