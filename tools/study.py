@@ -132,6 +132,12 @@ PICTURES = 8
 # ---------------------------------------------------------------------------------------------------------------------
 # Work
 
+def lines_of_table(name):
+    """[(label, run, evaluation flags)] of a table."""
+    common, lines = TABLES[name]
+    return [(label, run, f"{common} {flags or '--steps 1'}") for label, run, flags in lines]
+
+
 def folder_of(run, seed, args):
     return Path(args.runs, f"{run}_s{seed}")
 
@@ -234,9 +240,8 @@ def text_of(value):
 def collect(args):
     """Put what is done into the CSV. -> {key: line}, in the order of TABLES."""
     known, result = read_csv(args.csv), {}
-    for common, lines in TABLES.values():
-        for _, run, flags in lines:
-            flags = f"{common} {flags or '--steps 1'}"
+    for name in TABLES:
+        for _, run, flags in lines_of_table(name):
             for line in known.values():
                 if (line["run"], line["evaluation"]) == (run, flags):
                     result[key_of(line)] = line
@@ -256,11 +261,9 @@ def collect(args):
 
 def table_of(name, known):
     """A table in Markdown, a list of lines, from the CSV's lines {key: line}."""
-    common, lines = TABLES[name]
     result = ["| " + " | ".join(["", *HEADINGS.values(), "seeds"]) + " |",
               "|" + "---|" * (len(HEADINGS) + 2)]
-    for label, run, flags in lines:
-        flags = f"{common} {flags or '--steps 1'}"
+    for label, run, flags in lines_of_table(name):
         rows = {}
         for line in known.values():
             if (line["run"], line["evaluation"]) == (run, flags):
@@ -323,11 +326,10 @@ def main():
     else:
         ready_file(args.csv)
         for name in args.tables:
-            common, lines = TABLES[name]
             for seed in args.seeds:
-                for _, run, flags in lines:
+                for _, run, flags in lines_of_table(name):
                     ensure_run(run, seed, args)
-                    ensure_evaluation(run, seed, f"{common} {flags or '--steps 1'}", args)
+                    ensure_evaluation(run, seed, flags, args)
                     known = collect(args)
     for name in args.tables:
         print(f"\n{name}\n")
