@@ -388,6 +388,15 @@ def windows_for(h, w, window, device):
     return cached_windows(h, w, window, torch.device(device))
 
 
+def gathered(tokens, index):
+    """tokens (B, heads, N, C), index (...) of 0 to N - 1 -> tokens[:, :, index] (B, heads, ..., C), as rows of one table:
+    whole rows are copied, where an index of tensors goes through its values one by one on CPUs."""
+    B, heads, N, C = tokens.shape
+    first = N * torch.arange(B * heads, device=tokens.device)
+    rows = first.view(-1, *[1] * index.ndim) + index                                     # (B heads, ...)
+    return F.embedding(rows, tokens.reshape(-1, C)).unflatten(0, (B, heads))
+
+
 class WindowAttention(nn.Module):
     """Multi-head attention in which a token sees the tokens at most window // 2 rows and columns away, with a learned
     bias per offset."""
@@ -409,12 +418,13 @@ class WindowAttention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, C / heads)
         bias = bias.to(q.dtype)
         if not windows.single:  # a block is a head of its own, so that all images share the biases
-            q, k, v = (t[:, :, i].flatten(1, 2) for t, i in ((q, windows.q), (k, windows.kv), (v, windows.kv)))
-            bias = bias[:, windows.kind]
+            q, k, v = (gathered(t, i).flatten(1, 2) for t, i in ((q, windows.q), (k, windows.kv), (v, windows.kv)))
+            bias = bias.index_select(1, windows.kind)
         bias = bias.flatten(0, 1)[None]                                                  # (1, heads * blocks, ...)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         if not windows.single:
-            out = out.unflatten(1, (self.heads, -1)).flatten(2, 3)[:, :, windows.back]   # (B, heads, N, C / heads)
+            out = out.unflatten(1, (self.heads, -1)).flatten(2, 3)                       # (B, heads, ., C / heads)
+            out = gathered(out, windows.back)                                            # (B, heads, N, C / heads)
         out = out.transpose(1, 2).flatten(2).mT                                          # (B, C, N), channels last
         return linear(out.unflatten(2, x.shape[2:]), self.out)
 
