@@ -1880,7 +1880,7 @@ def test_the_network_adds_what_the_linear_code_leaves_out():
         torch.nn.init.normal_(decoder.conv_out.weight)
         x, z = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 4, 6)
         estimate = x - decoder(x, z)
-        assert (estimate - decoder.base_image(z)).std() > 0.1
+        assert (estimate - decoder.base_image(z)).std() > 0.03
         torch.testing.assert_close(code.encode(estimate), z, rtol=0, atol=1e-4)
 
 
@@ -3337,6 +3337,10 @@ def test_muons_step():
         assert (inside - torch.diag_embed(values)).abs().max() < 1e-12
         assert values.max() < 1.21 and values.median() > 0.68 and values.min() > 0
     assert not train.orthogonal(torch.zeros(1, 16, 16)).any()
+    # Gradients of any size, also where their squares are no more float32: behind layers that start at zero.
+    m = m.float()
+    for size in (1e-38, 1e-30, 1e30):
+        torch.testing.assert_close(train.orthogonal(size * m), train.orthogonal(m), rtol=0, atol=1e-3)
     # In float32, with singular values from 1 to 1e-6: the small ones are still small, none has grown beyond.
     ill = (u * torch.logspace(0, -6, u.shape[2])).matmul(vh).float()
     values = torch.linalg.svdvals(train.orthogonal(ill))

@@ -446,7 +446,9 @@ def orthogonal(matrices):
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax(dim=(1, 2), keepdim=True).clamp(min=tiny)                    # or squares would underflow
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=tiny)
     one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     gram, product = x @ x.mT, one
     for _ in range(5):
