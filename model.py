@@ -485,7 +485,8 @@ class UViT(nn.Module):
                input to its output
     base       (f, count): the estimate of the image starts from a linear one, `count` lapped coefficients
                (encoder.LappedCode) read from the latent by a 1x1 convolution; the network adds to it what these leave
-               out (`addition`), is silent at first, and sees it beside the noisy image; see GROUP_SIZE, INPUT_GAIN
+               out (`addition`), is silent at first, and sees it beside the noisy image, the latent itself not at first;
+               see GROUP_SIZE, INPUT_GAIN
     joint_input  one input convolution on image and latent together, the latent not normalised: SSDD as published
     without    parts to leave out, for ablations: "norm_z", the latent's normalisation; "context", the latent's way to
                the adaptive norms, which keep a learned scale and shift
@@ -566,6 +567,15 @@ class UViT(nn.Module):
             nn.init.zeros_(self.base.bias)
             self.revision = nn.Parameter(torch.zeros(count, 1, 1))
             start_at_zero(self.conv_out)
+            # The base shows in its place all that the latent says. What the latent gives to the input and the norms is
+            # the same over a whole cell and another for every image: at random it hides the base, so it starts at zero.
+            if isinstance(self.norm_z, LatentNorm):
+                nn.init.zeros_(self.norm_z.weight)
+            for m in self.modules():
+                if isinstance(m, AdaGN):
+                    start_at_zero(m.proj)
+                elif isinstance(m, TransformerBlock):
+                    start_at_zero(m.ada)
 
     def forward(self, x, z, t=None):
         """x (B, 3, H, W), z (B, z_dim, H/f, W/f) or its `condition`, t (B,) in [0, 1] with time_cond -> (B, 3, H, W).
