@@ -486,7 +486,7 @@ def write_run(folder, gain, baseline=20.0, rate=None, **more):
     return folder
 
 
-FUZZ_CASES = 150
+FUZZ_CASES = 100
 FUZZ_SECONDS, FUZZ_BYTES = 120, 3 * 2**30  # of a case: how long it may take, how much memory beside what there is
 REFUSALS = (ValueError, TypeError, OSError)  # in Python, each with a message
 ODD_WORDS = ["", "x", "nan", "inf", "-inf", "-1", "0", "-0", "1.5", "1e400", "1e-30", "1e30", "0x10", "１", "٣", "None",
@@ -1882,6 +1882,20 @@ def test_the_network_adds_what_the_linear_code_leaves_out():
         estimate = x - decoder(x, z)
         assert (estimate - decoder.base_image(z)).std() > 0.03
         torch.testing.assert_close(code.encode(estimate), z, rtol=0, atol=1e-4)
+
+
+def test_a_new_decoder_sees_the_latent_in_its_base_alone():
+    """What the latent gives to the input and the norms hides the base until it is learned, and so starts at zero."""
+    torch.manual_seed(0)
+    decoder = UViT("XS", 4, time_cond=False, depth=1, skip=1.0, base=(8, 4))
+    torch.nn.init.normal_(decoder.conv_out.weight)
+    x, z, other = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 4, 6), torch.randn(2, 4, 4, 6)
+    condition, of_other = decoder.condition(z, 32, 48), decoder.condition(other, 32, 48)
+    field = decoder(x, condition)
+    swapped = condition._replace(base=of_other.base, base_map=of_other.base_map)
+    assert torch.equal(decoder(x, swapped), decoder(x, of_other)) and not torch.allclose(decoder(x, swapped), field)
+    field.square().mean().backward()  # but it is learned from the first step on
+    assert decoder.norm_z.weight.grad.all()
 
 
 def test_what_the_linear_flag_builds():
