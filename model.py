@@ -389,8 +389,8 @@ def windows_for(h, w, window, device):
 
 
 def gathered(tokens, index):
-    """tokens (B, heads, N, C), index (...) of 0 to N - 1 -> tokens[:, :, index] (B, heads, ..., C), as rows of one table:
-    whole rows are copied, where an index of tensors goes through its values one by one on CPUs."""
+    """tokens (B, heads, N, C), index (...) of 0 to N - 1 -> tokens[:, :, index] (B, heads, ..., C), as rows of one
+    table: whole rows are copied, where an index of tensors goes through its values one by one on CPUs."""
     B, heads, N, C = tokens.shape
     first = N * torch.arange(B * heads, device=tokens.device)
     rows = first.view(-1, *[1] * index.ndim) + index                                     # (B heads, ...)
