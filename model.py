@@ -393,8 +393,8 @@ def gathered(tokens, index):
     table: whole rows are copied, where an index of tensors goes through its values one by one on CPUs."""
     B, heads, N, C = tokens.shape
     first = N * torch.arange(B * heads, device=tokens.device)
-    rows = first.view(-1, *[1] * index.ndim) + index                                     # (B heads, ...)
-    return F.embedding(rows, tokens.reshape(-1, C)).unflatten(0, (B, heads))
+    rows = first[:, None] + index.flatten()                                              # (B heads, .)
+    return F.embedding(rows, tokens.reshape(-1, C)).view(B, heads, *index.shape, C)
 
 
 class WindowAttention(nn.Module):
@@ -561,21 +561,24 @@ class UViT(nn.Module):
 
         self.base = None
         if base:
-            f, count = base
-            self.code, self.base = LappedCode(f, count), nn.Conv2d(z_dim, count, 1)
-            nn.init.eye_(self.base.weight[:, :, 0, 0])
-            nn.init.zeros_(self.base.bias)
-            self.revision = nn.Parameter(torch.zeros(count, 1, 1))
-            start_at_zero(self.conv_out)
-            # The base shows in its place all that the latent says. What the latent gives to the input and the norms is
-            # the same over a whole cell and another for every image: at random it hides the base, so it starts at zero.
-            if isinstance(self.norm_z, LatentNorm):
-                nn.init.zeros_(self.norm_z.weight)
-            for m in self.modules():
-                if isinstance(m, AdaGN):
-                    start_at_zero(m.proj)
-                elif isinstance(m, TransformerBlock):
-                    start_at_zero(m.ada)
+            self.start_from_base(*base)
+
+    def start_from_base(self, f, count):
+        """Add the linear base, beside which the network is silent at first. See the class on `base`."""
+        self.code, self.base = LappedCode(f, count), nn.Conv2d(self.z_dim, count, 1)
+        nn.init.eye_(self.base.weight[:, :, 0, 0])
+        nn.init.zeros_(self.base.bias)
+        self.revision = nn.Parameter(torch.zeros(count, 1, 1))
+        start_at_zero(self.conv_out)
+        # The base shows in its place all that the latent says. What the latent gives to the input and the norms is the
+        # same over a whole cell and another for every image: at random it hides the base, so it starts at zero.
+        if isinstance(self.norm_z, LatentNorm):
+            nn.init.zeros_(self.norm_z.weight)
+        for m in self.modules():
+            if isinstance(m, AdaGN):
+                start_at_zero(m.proj)
+            elif isinstance(m, TransformerBlock):
+                start_at_zero(m.ada)
 
     def forward(self, x, z, t=None):
         """x (B, 3, H, W), z (B, z_dim, H/f, W/f) or its `condition`, t (B,) in [0, 1] with time_cond -> (B, 3, H, W).
