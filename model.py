@@ -64,12 +64,14 @@ SIZES = {
 # of it is to fall silent. So, beside a linear base, and beside UViT.addition:
 GROUP_SIZE = 8  # channels of a group of the norms; XS as published, 32 groups on 32 channels, takes away each channel's
 #                 mean. No norm before the output (norm_out is scale and shift only), so that contrast stays
-OUTPUT_GAIN = 0.3  # of the network's output: about the deviation of what the code leaves out
+OUTPUT_GAIN = 3.0  # of the network's output, times the base's local contrast: about the deviation of what is left out
+CONTRAST_CELL = 8  # pixels; contrast is that of 16 x 16 pixels around every cell's middle, linear between
+LEAST_CONTRAST = 1 / 255  # half a level of 8 bits
 INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about the image
 T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
 RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
-FORMAT = 4  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution,
-#             3 no UViT.revision beside a linear base, and other norms
+FORMAT = 5  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution,
+#             3 no UViT.revision beside a linear base, and other norms, 4 no contrast in UViT.addition
 ALL_VALUES = 5  # along an axis, of two 3x3 convolutions on a map that is constant over blocks of at least 5 pixels: the
 #                 first two and the last two pixels of a block see its neighbours, those between all see the same
 NO_BIAS = -1e4  # of the offsets that a smaller window in a file does not have: exp of it is 0 in every precision
@@ -78,6 +80,20 @@ MASKED = -1e9  # bias of an offset outside the attention window: exp of it is 0
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "ema", "params")  # around the tensors of torch files
 DEEPEST = 4  # wrappers around each other
 PREFIX = re.compile(r"^((module|_orig_mod|model|first_stage_model|vae)\.)+")  # of names in published files
+
+
+def local_contrast(image):
+    """image (B, 3, H, W), sides multiples of 8 -> the deviation of its values over 16 x 16 pixels around, at least
+    LEAST_CONTRAST: (B, 1, H, W)."""
+    def around(values):
+        return F.avg_pool2d(values, 2 * CONTRAST_CELL, CONTRAST_CELL, CONTRAST_CELL // 2, count_include_pad=False)
+
+    mean_square = around(image.square().mean(1, keepdim=True))                                  # (B, 1, H/8, W/8)
+    square_of_mean = around(image).square().mean(1, keepdim=True)
+    variance = (mean_square - square_of_mean).clamp(min=0)
+    deviation = (variance + LEAST_CONTRAST ** 2).sqrt()
+    return F.interpolate(deviation, scale_factor=CONTRAST_CELL, mode="bilinear")
+
 
 def level_widths(size):
     """Channels of the four levels, highest resolution first."""
@@ -465,6 +481,7 @@ class Condition(NamedTuple):
     bias: torch.Tensor | None   # (blocks, heads, kinds, queries, keys), of all attentions: Windows.bias
     base: torch.Tensor | None   # (B, 3, H, W), the linear estimate of the image
     base_map: torch.Tensor | None  # (B, C/2, H, W), the input convolution's part of it
+    contrast: torch.Tensor | None  # (B, 1, H, W), its local contrast
 
     def rows(self, chosen):
         """The Condition of some samples of the batch: indices or a mask."""
@@ -591,10 +608,11 @@ class UViT(nn.Module):
         h, w = z.shape[-2:]
         dtype = self.conv_out.weight.dtype
         z = z.contiguous(memory_format=torch.channels_last)
-        base = base_map = None
+        base = base_map = contrast = None
         if self.base is not None:
             base = self.base_image(z).contiguous(memory_format=torch.channels_last)
             base_map = F.conv2d(base.to(dtype), self.conv_in_x.weight[:, 3:], padding=1)                # (B, C/2, H, W)
+            contrast = local_contrast(base.detach())                                                    # (B, 1, H, W)
         if H % (8 * h) or W % (8 * w):
             raise ValueError("the decoder needs image sides that are multiples of 8 and of the latent's, by a factor "
                              f"that is a multiple of 8; got {H}x{W} and a {h}x{w} latent")
@@ -621,7 +639,7 @@ class UViT(nn.Module):
         part = self.conv_in_z(enlarged)
         weight = self.conv_in.weight[:, -part.shape[1]:]
         input_map = F.conv2d(part, weight, self.conv_in.bias, padding=1)                                # (B, C, 5h, 5w)
-        return Condition(input_map, adagn, adaln, attention_bias, base, base_map)
+        return Condition(input_map, adagn, adaln, attention_bias, base, base_map, contrast)
 
     def base_image(self, z):
         """z (B, z_dim, h, w) -> linear estimate of the image (B, 3, h f, w f)."""
@@ -663,7 +681,7 @@ class UViT(nn.Module):
             if len(level) == 4:
                 h = upsample(h, level[3])
         out = self.conv_out(self.norm_out(h))                                                           # (B, 3, H, W)
-        return self.field(out, x, condition.base, t), tokens.flatten(2).mT
+        return self.field(out, x, condition, t), tokens.flatten(2).mT
 
     def check_inputs(self, x, z, t):
         """ValueError for arguments of forward that are not floating-point, or of other shapes."""
@@ -706,26 +724,31 @@ class UViT(nn.Module):
                 tokens = u
         return u, tokens
 
-    def field(self, out, x, base, t):
+    def field(self, out, x, condition, t):
         """The field (B, 3, H, W) at x from the network's output."""
-        if base is None:
+        if condition.base is None:
             return out + self.skip * x if self.skip else out.to(x.dtype)
-        field = self.skip * (x - base) + self.addition(out)
+        field = self.skip * (x - condition.base) + self.addition(out, condition.contrast)
         if self.time_cond:  # FM: v = (D - x_t) / t, D the estimate of the image
             field = field / t.clamp(min=T_MIN)[:, None, None, None]
         return field
 
-    def addition(self, out):
-        """What the network adds to the field beside a linear base, from its output (B, 3, H, W).
+    def addition(self, out, contrast):
+        """What the network adds to the field beside a linear base, from its output (B, 3, H, W) and the base's local
+        contrast (B, 1, H, W).
 
         The latent says what the code's coefficients are. From the network comes what the code leaves out, the part of
         its output in the code's null space (the decomposition of DDNM, Wang, Yu, Zhang 2022, arXiv 2212.00490), and of
         the coefficients only the share `revision`. What varies slowly in a new network's output would otherwise be by
         far the largest part of its error: it would learn to be silent first, and that for long.
+
+        What the code leaves out is as large as the contrast of what it keeps, over two orders of magnitude: the scale
+        mixture of natural images (Wainwright, Simoncelli 1999). The network need not learn to be silent in a flat sky.
         """
         with torch.autocast(out.device.type, enabled=False):
+            out = OUTPUT_GAIN * contrast * out                                              # (B, 3, H, W), float32
             coefficients = self.code.encode(out)                                                        # (B, ., h, w)
-            return OUTPUT_GAIN * (out - self.code.decode((1 - self.revision.float()) * coefficients))
+            return out - self.code.decode((1 - self.revision.float()) * coefficients)
 
 
 # What torch.compile gets: each block by itself. Blocks of the same shapes then share their code (25 graphs of about 60

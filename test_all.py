@@ -65,6 +65,7 @@ from losses import EqM, PatchGAN, hinge_loss
 from model import (
     BROKEN_FILE,
     DCSSDAE,
+    LEAST_CONTRAST,
     OUTPUT_GAIN,
     RIDGE,
     SIZES,
@@ -74,6 +75,7 @@ from model import (
     WindowAttention,
     Windows,
     folder_beside,
+    local_contrast,
     local_file,
     our_names,
     pad_to_multiple,
@@ -1867,14 +1869,15 @@ def test_the_linear_decoder_is_fitted_by_least_squares():
 def test_the_network_adds_what_the_linear_code_leaves_out():
     torch.manual_seed(0)
     decoder = UViT("XS", 4, time_cond=False, depth=1, skip=1.0, base=(8, 4))
-    out = torch.randn(2, 3, 32, 48)
+    out, contrast = torch.randn(2, 3, 32, 48), torch.rand(2, 1, 32, 48)
+    scaled = OUTPUT_GAIN * contrast * out
     code = LappedCode(8, 4)
     with torch.no_grad():
-        added = decoder.addition(out)
+        added = decoder.addition(out, contrast)
         torch.testing.assert_close(code.encode(added), torch.zeros(2, 4, 4, 6), rtol=0, atol=1e-5)
-        torch.testing.assert_close(added + OUTPUT_GAIN * code.decode(code.encode(out)), OUTPUT_GAIN * out)
+        torch.testing.assert_close(added + code.decode(code.encode(scaled)), scaled)
         decoder.revision.fill_(1)
-        torch.testing.assert_close(decoder.addition(out), OUTPUT_GAIN * out)
+        torch.testing.assert_close(decoder.addition(out, contrast), scaled)
         # and so the estimate of the image has the latent's coefficients, whatever the weights
         decoder.revision.fill_(0)
         torch.nn.init.normal_(decoder.conv_out.weight)
@@ -1882,6 +1885,38 @@ def test_the_network_adds_what_the_linear_code_leaves_out():
         estimate = x - decoder(x, z)
         assert (estimate - decoder.base_image(z)).std() > 0.03
         torch.testing.assert_close(code.encode(estimate), z, rtol=0, atol=1e-4)
+
+
+def test_local_contrast():
+    """The deviation over 16 x 16 pixels around each cell's middle, linear between, in float64 and plain loops."""
+    halves = torch.zeros(1, 3, 32, 64)
+    halves[..., 32:] = 1
+    contrast = local_contrast(halves)[0, 0]
+    assert contrast.shape == (32, 64)
+    torch.testing.assert_close(contrast[:, :20], torch.full((32, 20), LEAST_CONTRAST))
+    torch.testing.assert_close(contrast[:, 30:34], torch.full((32, 4), 3 ** 0.5 / 4), rtol=1e-3, atol=0)
+
+    image = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    deviations = np.empty((3, 3))
+    for i in range(3):
+        for j in range(3):
+            around = image[0, :, max(0, 8 * i - 4):8 * i + 12, max(0, 8 * j - 4):8 * j + 12].double().numpy()
+            deviations[i, j] = np.sqrt(around.var((1, 2)).mean() + LEAST_CONTRAST ** 2)
+    weights = np.array([1, 30, 1]) / 32  # of the cells, for the mean of the two pixels in the middle
+    middle = local_contrast(image)[0, 0, 11:13, 11:13].mean()
+    np.testing.assert_allclose(middle, weights @ deviations @ weights, rtol=1e-5)
+
+
+def test_what_is_added_is_as_large_as_the_contrast():
+    """An image of a tenth of the contrast gets a tenth of the addition: nothing is added to a flat sky."""
+    torch.manual_seed(0)
+    decoder = UViT("XS", 4, time_cond=False, depth=1, skip=1.0, base=(8, 4))
+    out = torch.randn(2, 3, 32, 48)
+    base = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        added = decoder.addition(out, local_contrast(base)).std()
+        fainter = decoder.addition(out, local_contrast(base / 10 + 0.5)).std()
+    torch.testing.assert_close(fainter, added / 10, rtol=0.01, atol=0)
 
 
 def test_a_new_decoder_sees_the_latent_in_its_base_alone():
@@ -1892,7 +1927,8 @@ def test_a_new_decoder_sees_the_latent_in_its_base_alone():
     x, z, other = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 4, 6), torch.randn(2, 4, 4, 6)
     condition, of_other = decoder.condition(z, 32, 48), decoder.condition(other, 32, 48)
     field = decoder(x, condition)
-    swapped = condition._replace(base=of_other.base, base_map=of_other.base_map)
+    swapped = condition._replace(base=of_other.base, base_map=of_other.base_map,
+                                 contrast=of_other.contrast)
     assert torch.equal(decoder(x, swapped), decoder(x, of_other)) and not torch.allclose(decoder(x, swapped), field)
     field.square().mean().backward()  # but it is learned from the first step on
     assert decoder.norm_z.weight.grad.all()
