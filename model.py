@@ -64,7 +64,8 @@ SIZES = {
 # of it is to fall silent. So, beside a linear base, and beside UViT.addition:
 GROUP_SIZE = 8  # channels of a group of the norms; XS as published, 32 groups on 32 channels, takes away each channel's
 #                 mean. No norm before the output (norm_out is scale and shift only), so that contrast stays
-OUTPUT_GAIN = 3.0  # of the network's output, times the base's local contrast: about the deviation of what is left out
+OUTPUT_GAIN = 3.0  # of the network's output, in units of the base's local contrast: of about this size is what the code
+#                    leaves out (docs/results.md). At 1 the network learns more slowly, 4 is no better than 3
 CONTRAST_CELL = 8  # pixels; contrast is that of 16 x 16 pixels around every cell's middle, linear between
 LEAST_CONTRAST = 1 / 255  # half a level of 8 bits
 INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about the image
