@@ -5,8 +5,8 @@
 
 The frozen teacher decodes z from noise e in N steps to x_T. The student starts from the same e and z and takes one step
 from pure noise to x^ (SSDD, arXiv 2510.04961). Loss: its own matching loss with x_T in the place of the
-data, plus LPIPS(x_T, x^) and REPA. Works for flow matching (t = 1) and equilibrium matching (g = 0). Writes
-model.safetensors, reconstructions.png, metrics.json, log.jsonl.
+data, plus LPIPS(x_T, x^) and, with --w_repa, REPA. Works for flow matching (t = 1) and equilibrium matching (g = 0).
+Writes what train.py writes: model.safetensors, reconstructions.png, metrics.json, log.jsonl and checkpoints.
 """
 import copy
 import hashlib
@@ -114,8 +114,8 @@ def main():
     notes = teacher.config["notes"]
     if args.size is None:
         args.size = notes.get("size") or 128
-    if args.w_lpips is None:  # a teacher that was trained without LPIPS has a student without
-        args.w_lpips = 0.5 if notes.get("w_lpips", 0.5) else 0.0
+    if args.w_lpips is None:
+        args.w_lpips = notes.get("w_lpips", 0.5)  # published files do not say
     check_size(args.size, teacher)
     check_shared(args, world)
     options = {}  # of the teacher's sampler
@@ -132,10 +132,15 @@ def main():
     networks = evaluation_networks(args, val, lpips, device, world)
     teacher.to(device, memory_format=torch.channels_last)
     student = copy.deepcopy(teacher)
-    student.config["notes"] = dict(notes, distilled_from_steps=args.teacher_steps, left_out=left_out)
+    kept = {name: value for name, value in notes.items() if name != "best"}  # a number of the teacher's training
+    student.config["notes"] = kept | {
+        "size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
+        "w_repa": 0.0 if repa is None else args.w_repa, "left_out": left_out,
+        "distilled_from_steps": args.teacher_steps}
     student.decoder.requires_grad_(True)
     freeze_base(student.decoder)
-    student.decoder.train().checkpointing = args.checkpointing
+    student.decoder.train()
+    student.decoder.checkpointing = args.checkpointing
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     if compiles(args, device):
         compile_blocks(teacher)

@@ -61,18 +61,18 @@ SIZES = {
 }
 # A network that adds to a linear base learns from a residual that is small and mostly unpredictable at first. Adam
 # makes full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less
-# of it is to fall silent. So, beside a linear base, and beside UViT.addition:
+# of it is to fall silent. That is what UViT.addition and these constants are for, all beside a linear base:
 GROUP_SIZE = 8  # channels of a group of the norms; XS as published, 32 groups on 32 channels, takes away each channel's
 #                 mean. No norm before the output (norm_out is scale and shift only), so that contrast stays
-OUTPUT_GAIN = 3.0  # of the network's output, in units of the base's local contrast: of about this size is what the code
-#                    leaves out (docs/results.md). At 1 the network learns more slowly, 4 is no better than 3
+OUTPUT_GAIN = 3.0  # of the network's output, in units of the base's local contrast. What the code leaves out is about
+#                    one unit (docs/results.md); at a gain of 1 the network learns more slowly, 4 is no better than 3
 CONTRAST_CELL = 8  # pixels; contrast is that of 16 x 16 pixels around every cell's middle, linear between
 LEAST_CONTRAST = 1 / 255  # half a level of 8 bits
 INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about the image
 T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
 RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
-FORMAT = 5  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution,
-#             3 no UViT.revision beside a linear base, and other norms, 4 no contrast in UViT.addition
+FORMAT = 5  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution
+LINEAR_FORMAT = 5  # of decoders with a linear base; 3 had no UViT.revision and other norms, 4 no contrast in `addition`
 ALL_VALUES = 5  # along an axis, of two 3x3 convolutions on a map that is constant over blocks of at least 5 pixels: the
 #                 first two and the last two pixels of a block see its neighbours, those between all see the same
 NO_BIAS = -1e4  # of the offsets that a smaller window in a file does not have: exp of it is 0 in every precision
@@ -81,19 +81,6 @@ MASKED = -1e9  # bias of an offset outside the attention window: exp of it is 0
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "ema", "params")  # around the tensors of torch files
 DEEPEST = 4  # wrappers around each other
 PREFIX = re.compile(r"^((module|_orig_mod|model|first_stage_model|vae)\.)+")  # of names in published files
-
-
-def local_contrast(image):
-    """image (B, 3, H, W), sides multiples of 8 -> the deviation of its values over 16 x 16 pixels around, at least
-    LEAST_CONTRAST: (B, 1, H, W)."""
-    def around(values):
-        return F.avg_pool2d(values, 2 * CONTRAST_CELL, CONTRAST_CELL, CONTRAST_CELL // 2, count_include_pad=False)
-
-    mean_square = around(image.square().mean(1, keepdim=True))                                  # (B, 1, H/8, W/8)
-    square_of_mean = around(image).square().mean(1, keepdim=True)
-    variance = (mean_square - square_of_mean).clamp(min=0)
-    deviation = (variance + LEAST_CONTRAST ** 2).sqrt()
-    return F.interpolate(deviation, scale_factor=CONTRAST_CELL, mode="bilinear")
 
 
 def level_widths(size):
@@ -405,7 +392,7 @@ def windows_for(h, w, window, device):
     return cached_windows(h, w, window, torch.device(device))
 
 
-def gathered(tokens, index):
+def picked_rows(tokens, index):
     """tokens (B, heads, N, C), index (...) of 0 to N - 1 -> tokens[:, :, index] (B, heads, ..., C), as rows of one
     table: whole rows are copied, where an index of tensors goes through its values one by one on CPUs."""
     B, heads, N, C = tokens.shape
@@ -435,13 +422,13 @@ class WindowAttention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, C / heads)
         bias = bias.to(q.dtype)
         if not windows.single:  # a block is a head of its own, so that all images share the biases
-            q, k, v = (gathered(t, i).flatten(1, 2) for t, i in ((q, windows.q), (k, windows.kv), (v, windows.kv)))
+            q, k, v = (picked_rows(t, i).flatten(1, 2) for t, i in ((q, windows.q), (k, windows.kv), (v, windows.kv)))
             bias = bias.index_select(1, windows.kind)
         bias = bias.flatten(0, 1)[None]                                                  # (1, heads * blocks, ...)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         if not windows.single:
             out = out.unflatten(1, (self.heads, -1)).flatten(2, 3)                       # (B, heads, ., C / heads)
-            out = gathered(out, windows.back)                                            # (B, heads, N, C / heads)
+            out = picked_rows(out, windows.back)                                         # (B, heads, N, C / heads)
         out = out.transpose(1, 2).flatten(2).mT                                          # (B, C, N), channels last
         return linear(out.unflatten(2, x.shape[2:]), self.out)
 
@@ -474,6 +461,23 @@ def time_embedding(t, dim):
 # ---------------------------------------------------------------------------------------------------------------------
 # The decoder
 
+def local_contrast(image):
+    """image (B, 3, H, W), sides multiples of 8 -> (B, 1, H, W): the standard deviation of the pixels around, never less
+    than LEAST_CONTRAST.
+
+    Of the 16 x 16 pixels around the middle of every cell of 8 x 8 (at the border of those that there are), the root
+    mean square over the colours; between the middles linear.
+    """
+    def around(values):
+        return F.avg_pool2d(values, 2 * CONTRAST_CELL, CONTRAST_CELL, CONTRAST_CELL // 2, count_include_pad=False)
+
+    mean_square = around(image.square().mean(1, keepdim=True))                                  # (B, 1, H/8, W/8)
+    square_of_mean = around(image).square().mean(1, keepdim=True)
+    variance = (mean_square - square_of_mean).clamp(min=0)
+    deviation = (variance + LEAST_CONTRAST ** 2).sqrt()
+    return F.interpolate(deviation, scale_factor=CONTRAST_CELL, mode="bilinear")
+
+
 class Condition(NamedTuple):
     """What the decoder makes of a latent z (B, z_dim, h, w) alone: computed once, used by every sampling step."""
     input_map: torch.Tensor     # (B, C, 5h, 5w), the input convolutions' part of the latent: see spread
@@ -482,12 +486,16 @@ class Condition(NamedTuple):
     bias: torch.Tensor | None   # (blocks, heads, kinds, queries, keys), of all attentions: Windows.bias
     base: torch.Tensor | None   # (B, 3, H, W), the linear estimate of the image
     base_map: torch.Tensor | None  # (B, C/2, H, W), the input convolution's part of it
-    contrast: torch.Tensor | None  # (B, 1, H, W), its local contrast
+    contrast: torch.Tensor | None  # (B, 1, H, W), the base's local_contrast
 
     def rows(self, chosen):
         """The Condition of some samples of the batch: indices or a mask."""
-        of_images = self._replace(bias=None)  # the biases are the same for all
-        return Condition(*(None if field is None else field[chosen] for field in of_images))._replace(bias=self.bias)
+        fields = {}
+        for name, value in self._asdict().items():
+            if value is not None and name != "bias":  # which is the same for all
+                value = value[chosen]
+            fields[name] = value
+        return Condition(**fields)
 
 
 class UViT(nn.Module):
@@ -609,14 +617,18 @@ class UViT(nn.Module):
         h, w = z.shape[-2:]
         dtype = self.conv_out.weight.dtype
         z = z.contiguous(memory_format=torch.channels_last)
-        base = base_map = contrast = None
-        if self.base is not None:
-            base = self.base_image(z).contiguous(memory_format=torch.channels_last)
-            base_map = F.conv2d(base.to(dtype), self.conv_in_x.weight[:, 3:], padding=1)                # (B, C/2, H, W)
-            contrast = local_contrast(base.detach())                                                    # (B, 1, H, W)
         if H % (8 * h) or W % (8 * w):
             raise ValueError("the decoder needs image sides that are multiples of 8 and of the latent's, by a factor "
                              f"that is a multiple of 8; got {H}x{W} and a {h}x{w} latent")
+        base = base_map = contrast = None
+        if self.base is not None:
+            f = self.code.f
+            if (H, W) != (f * h, f * w):
+                raise ValueError(f"the linear image of a {h}x{w} latent is {f * h}x{f * w}, got {H}x{W}")
+            base = self.base_image(z).contiguous(memory_format=torch.channels_last)
+            base_map = F.conv2d(base.to(dtype), self.conv_in_x.weight[:, 3:], padding=1)                # (B, C/2, H, W)
+            # A scale, not a signal: the latent takes no gradient through it.
+            contrast = local_contrast(base.detach())                                                    # (B, 1, H, W)
         normalised = self.norm_z(z.to(dtype))
         if self.context is None:
             context = normalised.new_zeros(len(z), self.channels, h, w)
@@ -728,7 +740,9 @@ class UViT(nn.Module):
     def field(self, out, x, condition, t):
         """The field (B, 3, H, W) at x from the network's output."""
         if condition.base is None:
-            return out + self.skip * x if self.skip else out.to(x.dtype)
+            if self.skip == 0:
+                return out.to(x.dtype)
+            return out + self.skip * x
         field = self.skip * (x - condition.base) + self.addition(out, condition.contrast)
         if self.time_cond:  # FM: v = (D - x_t) / t, D the estimate of the image
             field = field / t.clamp(min=T_MIN)[:, None, None, None]
@@ -743,11 +757,11 @@ class UViT(nn.Module):
         the coefficients only the share `revision`. What varies slowly in a new network's output would otherwise be by
         far the largest part of its error: it would learn to be silent first, and that for long.
 
-        What the code leaves out is as large as the contrast of what it keeps, over two orders of magnitude: the scale
-        mixture of natural images (Wainwright, Simoncelli 1999). The network need not learn to be silent in a flat sky.
+        What the code leaves out is in proportion to the contrast of what it keeps (docs/results.md): natural images are
+        scale mixtures (Wainwright, Simoncelli 1999). So the network need not learn to be silent in a flat sky.
         """
         with torch.autocast(out.device.type, enabled=False):
-            out = OUTPUT_GAIN * contrast * out                                              # (B, 3, H, W), float32
+            out = OUTPUT_GAIN * contrast * out                                       # (B, 3, H, W), at least float32
             coefficients = self.code.encode(out)                                                        # (B, ., h, w)
             return out - self.code.decode((1 - self.revision.float()) * coefficients)
 
@@ -852,8 +866,9 @@ class DCSSDAE(nn.Module):
                              f"{tuple(noise.shape)}")
         if noise is None:
             noise = torch.randn(shape, generator=generator, device=generator.device if generator else z.device)
-        # at least float32, whatever z is: the sum of steps
-        noise = noise.to(z.device, torch.promote_types(noise.dtype, torch.float32), memory_format=torch.channels_last)
+        # at least float32, whatever z is, and the weights' type: the sum of steps
+        exact = torch.promote_types(self.decoder.conv_out.weight.dtype, torch.float32)
+        noise = noise.to(z.device, torch.promote_types(noise.dtype, exact), memory_format=torch.channels_last)
         condition = self.decoder.condition(z, *noise.shape[-2:])
         allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "mu", "tol"}
         if set(options) - allowed:
@@ -1014,7 +1029,7 @@ class DCSSDAE(nn.Module):
                 config = cls(**config).config
         except ValueError as error:
             raise ValueError(f"{path} describes no model that can be built: {error}") from None
-        config, state = fitted(config, state, path, "all", saved)
+        config, state = fitted(config, state, path, "all", meta)
         model = cls(**config)
         model.load_state_dict(state)
         return model.to(device).eval()
@@ -1030,7 +1045,7 @@ class DCSSDAE(nn.Module):
         if part not in ("all", "encoder", "decoder"):
             raise ValueError(f"unknown part '{part}': expected all, encoder or decoder")
         state, meta = read_weights(path)
-        config, state = fitted(self.config, state, path, part, saved_config(meta, path))
+        config, state = fitted(self.config, state, path, part, meta)
         model = self
         if config != self.config:
             model = DCSSDAE(**config).to(next(self.parameters())).train(self.training)
@@ -1097,7 +1112,7 @@ CONFIG = {  # argument of DCSSDAE: (test, what is expected)
     "latents": (is_moments, "None or mean and std, lists of finite numbers, std positive"),
     "notes": (lambda value: isinstance(value, dict), "a dict"),
     "linear_encoder": (lambda value: isinstance(value, bool), "true or false"),
-    "linear_decoder": (lambda value: isinstance(value, bool) or IS_COUNT(value), "a whole number from 0 to 1000000"),
+    "linear_decoder": (lambda value: value is False or IS_COUNT(value), "a whole number from 0 to 1000000"),
 }
 
 
@@ -1165,10 +1180,10 @@ def config_for(config, state, part, saved):
     return config
 
 
-def fitted(config, state, path, part, saved):
+def fitted(config, state, path, part, meta):
     """What loading `part` of the tensors `state` takes: (configuration, state dict), compared by names and shapes with
-    a model that has no memory yet. ValueError where they do not fit or are not finite."""
-    state = dict(state)
+    a model that has no memory yet. meta: of the file. ValueError where they do not fit or are not finite."""
+    state, saved = dict(state), saved_config(meta, path)
     unfolded = {key: value for key, value in state.items() if not key.startswith("encoder.fold_")}
     if infer_config(unfolded).get("enc") == config["enc"]:  # FLUX.2's latents as its encoder gives them, before folding
         state = unfolded
@@ -1177,8 +1192,9 @@ def fitted(config, state, path, part, saved):
         if key.endswith("bias_table") and len(table) < config["window"]:
             pad = (config["window"] - len(table)) // 2
             state[key] = F.pad(table, (0, 0, pad, pad, pad, pad), value=NO_BIAS)
-    if config["linear_decoder"] and part != "encoder" and "decoder.revision" not in state:
-        raise ValueError(f"{path} holds a linear decoder of file format 3, whose norms are others: train it again")
+    if config["linear_decoder"] and part != "encoder" and int(meta["format"]) < LINEAR_FORMAT:
+        raise ValueError(f"{path} holds a linear decoder of file format {meta['format']}, whose network adds to the "
+                         "linear image in another way: train it again")
     with torch.device("meta"):
         own = DCSSDAE(**config).state_dict()
     return config, checked(own, state, path, part)

@@ -10,8 +10,8 @@
 Common arguments: field(x, z[, t]) -> same shape as x; x (B, 3, H, W) starting noise; z the latent (B, c, h, w), row by
 row with x, or what the decoder made of it (model.Condition), of which .rows chooses some samples. Each returns
 (x, nfe): the images, not clamped, and the number of network evaluations of every sample, an integer tensor (B,).
-Nothing here turns gradients off: a one-step decode can be differentiated. Wrap the call in torch.no_grad() where that
-is not wanted.
+Nothing here turns gradients off: a one-step decode can be differentiated (the latent's gradient leaves out the local
+contrast that UViT.addition multiplies with). Wrap the call in torch.no_grad() where that is not wanted.
 """
 import hashlib
 import itertools
@@ -72,7 +72,9 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=N
         y = x + mu * (x - previous)
         f = field(y, z)
         nfe[alive] += 1
-        previous, x = x, y - (last_eta if k == steps - 1 else eta) * f
+        step = last_eta if k == steps - 1 else eta
+        previous = x
+        x = y - step * f
         if tol == 0:
             continue
         rms = f.flatten(1).float().square().mean(dim=1).sqrt()  # (alive,)
@@ -102,7 +104,8 @@ def default_eta(eqm, steps):
     """Step size of EqM sampling with steps of one size. One step: 1 / (lam c(0)), the estimate from pure noise.
 
     Several: with c = linear, a step of size eta removes the fraction eta lam of the noise that is left; 1 % is left
-    after all. The others fall to zero faster, so that steps larger than 1 - a swing: the least noise after all.
+    after all. "trunc" and "piecewise" fall to zero with the slope 1 / (1 - a), so that a step above 1 - a overshoots
+    near the data; the step is searched that leaves the least noise on a perfect field.
     """
     if steps == 1:
         return 1.0 / eqm.at_noise

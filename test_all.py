@@ -1934,6 +1934,20 @@ def test_a_new_decoder_sees_the_latent_in_its_base_alone():
     assert decoder.norm_z.weight.grad.all()
 
 
+@pytest.mark.parametrize("loss", ["fm", "eqm"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_decoding_in_float64_is_that_in_float32_but_for_rounding(loss, steps):
+    torch.manual_seed(0)
+    model = DCSSDAE("dc_f8c4", "XS", loss, 0.0625, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4)
+    randomise(model, scale=0.5).eval()
+    z, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        single = model.decode(z, steps, noise)
+        double = model.double().decode(z.double(), steps, noise)
+    assert single.dtype is torch.float32 and double.dtype is torch.float64
+    assert relative_error(single, double) < 1e-4
+
+
 def test_what_the_linear_flag_builds():
     def config(*flags):
         args = train.get_args(["--enc", "dc_f32c32", "--enc_width", "0.125", "--dec", "XS", "--depth", "1", *flags])
@@ -1963,12 +1977,17 @@ def test_linear_models_are_saved_and_their_encoders_taken_over(tmp_path):
         noise = torch.randn(1, 3, 32, 32)
         assert torch.equal(again.decode(z, 2, noise), model.decode(z, 2, noise))
     assert other.config["linear_encoder"] and not other.config["linear_decoder"]
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "decoder.revision"}
-    save_file(state, tmp_path / "old.safetensors", {"format": "3", "config": json.dumps(model.config)})
-    with pytest.raises(ValueError, match="format 3"):
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(state, tmp_path / "old.safetensors", {"format": "4", "config": json.dumps(model.config)})
+    with pytest.raises(ValueError, match="format 4"):
         DCSSDAE.load(tmp_path / "old.safetensors")
+    other.load_published(tmp_path / "old.safetensors", part="encoder")  # which is as it was
     with pytest.raises(ValueError, match="input skip"):
         DCSSDAE("dc_f8c4", "XS", linear_decoder=4)
+    with pytest.raises(ValueError, match="whole number"):
+        DCSSDAE("dc_f8c4", "XS", input_skip=True, linear_decoder=True)
+    with pytest.raises(ValueError, match="linear image of a 2x2 latent is 16x16"):
+        model.decoder(torch.randn(1, 3, 32, 32), torch.randn(1, 4, 2, 2), torch.rand(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3805,6 +3824,22 @@ def test_resuming_with_other_flags_lists_them(tmp_path, capsys):
         train.open_run(other, 0, 1)
 
 
+def test_a_run_of_an_earlier_network_is_not_resumed(tmp_path):
+    args = train.get_args(["--out", str(tmp_path), "--steps", "9", "--resume"])
+    for config, is_refused in (({"linear_decoder": 32}, True), ({"linear_decoder": 0}, False)):
+        state = small_state(4) | {"args": vars(args), "config": config}
+        for more in ({}, {"format": 4}, {"format": model_module.FORMAT}):
+            save_checkpoint(tmp_path, state | more)
+            is_old = more != {"format": model_module.FORMAT}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train, "checkpoint_problem", lambda state: None)  # its model is another
+                if is_refused and is_old:
+                    with pytest.raises(ValueError, match="of an earlier version"):
+                        train.open_run(args, 0, 1)
+                else:
+                    assert train.open_run(args, 0, 1)[0]["step"] == 4
+
+
 @pytest.mark.parametrize("module", [train, distill])
 def test_a_run_that_loses_its_data_saves_first(tmp_path, monkeypatch, module):
     draw, flags = module.next_batch, [*SMALL, "--save_every", 100, "--eval_every", 0]
@@ -4171,11 +4206,14 @@ def test_distill_then_evaluate(trained, tmp_path):
     launch = cli if trained.name == "fm" else command  # each program once in a process of its own
     output = launch("distill.py", "--ckpt", trained / "model.safetensors", "--steps", 3, "--batch_size", 4,
                     "--teacher_steps", 3, "--eval_images", 4, "--log_every", 1, "--out", tmp_path / "d",
-                    "--device", "cpu", "--workers", 0)
+                    "--device", "cpu", "--workers", 0, "--size", 40)
     assert "mean squared distance of one step to the teacher's 3 steps" in output
     teacher, student = (DCSSDAE.load(folder / "model.safetensors") for folder in (trained, tmp_path / "d"))
     assert all(torch.equal(a, b) for a, b in zip(*(m.encoder.state_dict().values() for m in (teacher, student))))
     assert torch.equal(teacher.decoder.norm_z.running_var, student.decoder.norm_z.running_var)  # latents stay valid
+    notes = student.config["notes"]
+    assert notes["size"] == 40 and notes["distilled_from_steps"] == 3 and "best" not in notes
+    assert notes["w_lpips"] == 0 and teacher.config["notes"]["size"] == 32
     assert not torch.equal(teacher.decoder.conv_out.weight, student.decoder.conv_out.weight)
     assert [line["step"] for line in step_lines(tmp_path / "d")] == [1, 2, 3]
     assert "mse_to_teacher" in lines_of(tmp_path / "d" / "log.jsonl")[-1]

@@ -62,6 +62,8 @@ from evaluate import REFERENCES, evaluate, print_table, write_results
 from fid import SMALLEST, first_reason, wanted_networks
 from model import (
     DCSSDAE,
+    FORMAT,
+    LINEAR_FORMAT,
     SIZES,
     AdaGN,
     check_config,
@@ -545,11 +547,11 @@ def kill_workers():
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces that distill.py shares: a step
 
-def draw(seed, step, rows, x_shape, z_shape, device, t_mean=None):
+def draw(seed, step, rows, x_shape, z_shape, device, t_mean=None, g_power=1.0):
     """What is random in a step, per sample from (seed, step, row): noise e (B, *x_shape), posterior noise
     (B, *z_shape), level s (B,).
 
-    t_mean  None: s ~ U(0, 1), EqM's g. A number: s = sigmoid(n), n ~ N(t_mean, 1), FM's t (SSDD).
+    t_mean   a number: s = sigmoid(n), n ~ N(t_mean, 1), FM's t (SSDD). None: s = u^g_power, u ~ U(0, 1), EqM's g
     """
     e, eps, s = [], [], []
     for row in rows:
@@ -561,21 +563,24 @@ def draw(seed, step, rows, x_shape, z_shape, device, t_mean=None):
             s.append(n.sigmoid())
         eps.append(torch.randn(z_shape, generator=gen, device=device))
         e.append(torch.randn(x_shape, generator=gen, device=device))
-    return torch.stack(e), torch.stack(eps), torch.stack(s)
+    s = torch.stack(s)
+    if t_mean is None:
+        s = s ** g_power
+    return torch.stack(e), torch.stack(eps), s
 
 
-def matching(field, eqm, x, e, z, s):
+def matching(network, eqm, x, e, z, s):
     """The decoder's own loss at noise level s (B,), FM's t or EqM's g, of images x and noise e (B, 3, H, W):
     ({name: scalar}, one-step estimate (B, 3, H, W), the decoder's tokens).
 
-    field  UViT.forward_with_tokens;  eqm  the EqM objective, None for FM
+    network  UViT.forward_with_tokens;  eqm  the EqM objective, None for FM
     """
     if eqm is None:
         x_t = fm_mix(x, e, s)
-        v, tokens = field(x_t, z, s)
+        v, tokens = network(x_t, z, s)
         return {"fm": fm_loss(v, x, e)}, fm_predict_x(x_t, v.float(), s), tokens
     x_g = eqm.mix(x, e, s)
-    f, tokens = field(x_g, z)
+    f, tokens = network(x_g, z)
     return {"eqm": eqm_loss(f, x, e, s, eqm)}, eqm.predict_x(x_g, f.float(), s), tokens
 
 
@@ -800,19 +805,19 @@ def count_skipped(run, report, totals, norm):
 def save_run(run):
     """A checkpoint and the model, by rank 0. ValueError, on all ranks, where their weights are not finite."""
     for name, part in run.parts.items():
-        if isinstance(part, nn.Module) and not is_finite(part):
+        if isinstance(part, nn.Module) and not has_finite_weights(part):
             raise ValueError(f"after step {run.done} the weights of the part '{name}' are not finite: they are not "
                              "saved, the last checkpoint is kept; continue with --resume and a lower --lr")
     run.save_is_due, run.saved = False, run.done
     if run.rank == 0:
-        state = {"step": run.done, "skipped": run.skipped, "args": vars(run.args), "content": run.content,
-                 "config": getattr(run.parts["ema"], "config", {})}
+        state = {"step": run.done, "format": FORMAT, "skipped": run.skipped, "args": vars(run.args),
+                 "content": run.content, "config": getattr(run.parts["ema"], "config", {})}
         for name, part in run.parts.items():
             state[name] = None if part is None else part.state_dict()
         save_checkpoint(run.args.out, state, run.args.keep, run.parts["ema"])
 
 
-def is_finite(module):
+def has_finite_weights(module):
     """Whether all weights and statistics are."""
     checks = [value.isfinite().all() for value in module.state_dict().values()]
     return bool(torch.stack(checks).all())
@@ -833,10 +838,10 @@ def next_batch(run, batches):
     read_reports(run)
     if run.done > run.saved and run.skipped_in_a_row == 0:
         save_run(run)
-    for message in gathered(problem and str(problem), run.world):
-        if message:
-            raise problem or OSError(message)
-    return None
+    messages = gathered(None if problem is None else str(problem), run.world)
+    if problem is not None:
+        raise problem
+    raise OSError(next(message for message in messages if message is not None))
 
 
 def log_step(run, report, totals, norm):
@@ -953,6 +958,8 @@ def checkpoint_problem(state):
     with the checkpoint's own configuration, and where it has none, being of an earlier version, with its model."""
     if not isinstance(state, dict) or not is_count(state.get("step")):
         return "no step"
+    if not is_count(state.get("format", 0)):
+        return "no number of its format"
     if not is_count(state.get("skipped", 0)):
         return "no number of skipped steps"
     if not isinstance(state.get("content", ""), str):
@@ -1184,6 +1191,9 @@ def find_run(args, log, rank):
             raise ValueError(f"{best} is of a run that has no checkpoint: move it, or choose another --out")
         return None, []
     checkpoint = load_checkpoint(args.out, rank)
+    if checkpoint.get("format", 0) < LINEAR_FORMAT and checkpoint.get("config", {}).get("linear_decoder"):
+        raise ValueError(f"the run in {args.out} is of an earlier version, whose network adds to the linear image in "
+                         "another way: start anew with another --out")
     then = checkpoint["args"]
     if "content" in checkpoint:  # which says more than the path: check_content
         then = then | {"data": args.data}
@@ -1382,7 +1392,7 @@ def fit_images(dataset, model, size):
 class Objective(nn.Module):
     """All that has trained parameters, and the loss terms: one module, so that one DDP wrap covers it."""
 
-    def __init__(self, model, lpips, repa, gan, args):
+    def __init__(self, model, lpips, repa, gan):
         super().__init__()
         self.model, self.repa = model, repa
         # In lists: LPIPS is neither trained, synchronised nor saved, and the discriminator has its own of each.
@@ -1477,7 +1487,7 @@ def keep_best(run, ema, result):
     which step it is of: its note "best"."""
     path = os.path.join(run.args.out, "best.safetensors")
     row = min(result["rows"][len(REFERENCES):], key=lambda row: row["steps"])
-    if not row["psnr"] > best_psnr(path) or not is_finite(ema):  # nor where it is NaN
+    if not row["psnr"] > best_psnr(path) or not has_finite_weights(ema):  # nor where it is NaN
         return
     notes = ema.config["notes"]
     ema.config["notes"] = notes | {"best": {"step": run.done, "psnr": row["psnr"], "decoding_steps": row["steps"],
@@ -1557,7 +1567,7 @@ def main():
         model.config["latents"] = None  # --init_from's statistics are of other latents
     else:
         weights["kl"] = 0.0
-    objective = Objective(model, lpips, repa, gan, args).to(device)
+    objective = Objective(model, lpips, repa, gan).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizers, gan_optimizer = make_optimizers(trained, args, device), None
     if gan is not None:
@@ -1603,10 +1613,8 @@ def main():
         totals, moments = {}, 0
         for i in range(0, local, micro):
             xb = x[i:i + micro]
-            e, eps, s = draw(args.seed, step, rows[i:i + micro], xb.shape[1:], z_shape, device, t_mean)
+            e, eps, s = draw(args.seed, step, rows[i:i + micro], xb.shape[1:], z_shape, device, t_mean, args.g_power)
             e = e.contiguous(memory_format=torch.channels_last)
-            if args.loss == "eqm":
-                s = s ** args.g_power
             share = len(xb) / local
             is_last = i + micro >= local
             with nullcontext() if is_last or world == 1 else parallel.no_sync():
