@@ -761,9 +761,13 @@ class UViT(nn.Module):
         scale mixtures (Wainwright, Simoncelli 1999). So the network need not learn to be silent in a flat sky.
         """
         with torch.autocast(out.device.type, enabled=False):
-            out = OUTPUT_GAIN * contrast * out                                       # (B, 3, H, W), at least float32
-            coefficients = self.code.encode(out)                                                        # (B, ., h, w)
-            return out - self.code.decode((1 - self.revision.float()) * coefficients)
+            scaled = OUTPUT_GAIN * contrast * out                                    # (B, 3, H, W), at least float32
+            if self.training:
+                # Contrast is in the error, and would be in the gradient a second time: the network would learn from
+                # the strongest edges alone. So the gradient passes unscaled, as of a loss over contrast.
+                scaled = out + (scaled - out).detach()
+            coefficients = self.code.encode(scaled)                                                     # (B, ., h, w)
+            return scaled - self.code.decode((1 - self.revision.float()) * coefficients)
 
 
 # What torch.compile gets: each block by itself. Blocks of the same shapes then share their code (25 graphs of about 60
