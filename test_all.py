@@ -1919,6 +1919,21 @@ def test_what_is_added_is_as_large_as_the_contrast():
     torch.testing.assert_close(fainter, added / 10, rtol=0.01, atol=0)
 
 
+def test_training_passes_the_additions_gradient_unscaled_by_contrast():
+    decoder = UViT("XS", 4, time_cond=False, depth=1, skip=1.0, base=(8, 4))
+    out, upstream = torch.randn(2, 3, 32, 48, requires_grad=True), torch.randn(2, 3, 32, 48)
+    contrast = torch.rand(2, 1, 32, 48)
+    values, gradients = {}, {}
+    for mode in (True, False):
+        decoder.train(mode)
+        values[mode] = decoder.addition(out, contrast)
+        gradients[mode], = torch.autograd.grad((values[mode] * upstream).sum(), out)
+    torch.testing.assert_close(values[True], values[False])
+    unscaled, = torch.autograd.grad((decoder.addition(out, 1 / OUTPUT_GAIN) * upstream).sum(), out)
+    torch.testing.assert_close(gradients[True], unscaled)
+    torch.testing.assert_close(gradients[False], OUTPUT_GAIN * contrast * unscaled)  # of a decoder in use the exact one
+
+
 def test_a_new_decoder_sees_the_latent_in_its_base_alone():
     """What the latent gives to the input and the norms hides the base until it is learned, and so starts at zero."""
     torch.manual_seed(0)
