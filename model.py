@@ -144,7 +144,7 @@ class NormSiLU(torch.autograd.Function):
             y, mean, rstd = torch.native_group_norm(y, scale.flatten(), shift.flatten(), B, C, H * W, groups, eps)
         else:
             y, mean, rstd = torch.native_group_norm(y, None, None, B, C, H * W, groups, eps)
-            v = blocks(y, scale)
+            v = in_blocks(y, scale)
             y = unblock(torch.addcmul(per_block(shift), v, per_block(scale), out=v), y.shape)
         ctx.groups = groups
         ctx.save_for_backward(x, scale, shift, mean, rstd)
@@ -170,9 +170,9 @@ class NormSiLU(torch.autograd.Function):
 
         mean, rstd = per_channel(mean), per_channel(rstd)
         # x^ = (x - mean) rstd, y = scale x^ + shift = a x + (shift - mean a) with a = rstd scale
-        v, a = blocks(x, scale), rstd * scale
+        v, a = in_blocks(x, scale), rstd * scale
         y = torch.addcmul(per_block(shift - mean * a), v, per_block(a))
-        g = torch.ops.aten.silu_backward(blocks(grad, scale), y)
+        g = torch.ops.aten.silu_backward(in_blocks(grad, scale), y)
         # dshift = sum g, dscale = sum g x^, over every block of pixels
         dshift = block_sums(g)                                                                  # (B, C, h, w)
         dscale = (block_sums(g * v) - mean * dshift) * rstd
@@ -199,11 +199,11 @@ def norm_silu(x, scale, shift, groups=32, eps=1e-5):
 
 def plain_norm_silu(x, scale, shift, groups, eps):
     y = plain_norm(x, groups, eps)
-    y = torch.addcmul(per_block(shift.to(y.dtype)), blocks(y, scale), per_block(scale.to(y.dtype)))
+    y = torch.addcmul(per_block(shift.to(y.dtype)), in_blocks(y, scale), per_block(scale.to(y.dtype)))
     return F.silu(unblock(y, x.shape)).to(x.dtype)
 
 
-def blocks(x, scale):
+def in_blocks(x, scale):
     """(B, C, H, W) -> (B, h, H/h, w, W/w, C), a view of channels_last maps, for scale (., C, h, w)."""
     (B, C, H, W), (h, w) = x.shape, scale.shape[-2:]
     return x.permute(0, 2, 3, 1).reshape(B, h, H // h, w, W // w, C)
@@ -235,7 +235,7 @@ def spread(values, H, W):
 
 def modulate(x, scale, shift):
     """x * (1 + scale) + shift, with scale and shift constant over blocks of x, as in NormSiLU."""
-    return unblock(torch.addcmul(per_block(shift), blocks(x, scale), per_block(1 + scale)), x.shape)
+    return unblock(torch.addcmul(per_block(shift), in_blocks(x, scale), per_block(1 + scale)), x.shape)
 
 
 def linear(x, layer):
@@ -244,7 +244,7 @@ def linear(x, layer):
     return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
 
 
-def groups(channels, group_size):
+def group_count(channels, group_size):
     """Number of groups of a group norm: 32 as published (group_size None), else of group_size channels each."""
     return channels // group_size if group_size else 32
 
@@ -290,9 +290,9 @@ class AdaGN(nn.Module):
 class ResBlock(nn.Module):
     def __init__(self, cin, cout, group_size, ctx, temb=None):
         super().__init__()
-        self.norm1 = AdaGN(cin, groups(cin, group_size), ctx)
+        self.norm1 = AdaGN(cin, group_count(cin, group_size), ctx)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2 = GroupNorm(cout, groups(cout, group_size))
+        self.norm2 = GroupNorm(cout, group_count(cout, group_size))
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.time = nn.Linear(temb, 2 * cout) if temb else None
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
@@ -529,7 +529,8 @@ class UViT(nn.Module):
             raise ValueError("a decoder with joint_input has no linear base")
         if window < 1 or window % 2 == 0:
             raise ValueError(f"the attention window must be odd and positive, got {window}")
-        blocks = SIZES[size][2]
+        if depth is None:
+            depth = SIZES[size][2]
         widths = level_widths(size)
         c, top = widths[0], widths[-1]
         temb = 4 * c if time_cond else None
@@ -561,10 +562,9 @@ class UViT(nn.Module):
             self.down.append(level)
 
         heads = min(16, max(4, top // 64))
-        self.mid_norm = nn.GroupNorm(groups(top, group_size), top, eps=1e-6)
+        self.mid_norm = nn.GroupNorm(group_count(top, group_size), top, eps=1e-6)
         self.mid_in, self.mid_out = nn.Linear(top, top), nn.Linear(top, top)
-        self.blocks = nn.ModuleList(TransformerBlock(top, c, heads, window)
-                                    for _ in range(blocks if depth is None else depth))
+        self.blocks = nn.ModuleList(TransformerBlock(top, c, heads, window) for _ in range(depth))
 
         # Up: three residual blocks a level, each with one skip connection, then nearest x2 and a convolution.
         self.up, cin = nn.ModuleList(), top
