@@ -64,8 +64,8 @@ SIZES = {
 # of it is to fall silent. That is what UViT.addition and these constants are for, all beside a linear base:
 GROUP_SIZE = 8  # channels of a group of the norms; XS as published, 32 groups on 32 channels, takes away each channel's
 #                 mean. No norm before the output (norm_out is scale and shift only), so that contrast stays
-OUTPUT_GAIN = 3.0  # of the network's output, in units of the base's local contrast. What the code leaves out is about
-#                    one unit (docs/results.md); at a gain of 1 the network learns more slowly, 4 is no better than 3
+OUTPUT_GAIN = 3.0  # of the network's output, in units of the base's local contrast; what the code leaves out is about
+#                    one unit (docs/results.md)
 CONTRAST_CELL = 8  # pixels; contrast is that of 16 x 16 pixels around every cell's middle, linear between
 LEAST_CONTRAST = 1 / 255  # half a level of 8 bits
 INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about the image

@@ -3463,6 +3463,7 @@ def test_muons_step():
 
 
 def test_what_each_phase_trains(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
     latent = ("encoder.stages.3.", "encoder.down.3.", "encoder.mid.", "encoder.norm_out.", "encoder.quant.",
               "encoder.conv_out.", "decoder.conv_in_z.", "decoder.norm_z.", "decoder.context.", "decoder.blocks.0.ada.")
     head = ("decoder.up.3.", "decoder.norm_out.", "decoder.conv_out.")
@@ -4249,9 +4250,10 @@ def test_distillation_writes_its_metrics_before_it_compares(tmp_path, checkpoint
 
 
 @slow
-def test_distillation_brings_one_step_to_the_teacher(tmp_path):
+def test_distillation_brings_one_step_to_the_teacher(tmp_path, monkeypatch):
     """A student that starts from random weights learns the teacher's several steps: enough steps that
     it must get closer."""
+    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
     for loss in ("fm", "eqm"):
         torch.manual_seed(0)
         model = randomise(DCSSDAE("dc_f8c4", "XS", loss, enc_width=0.0625, depth=1, input_skip=True,
