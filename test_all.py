@@ -5346,6 +5346,7 @@ def test_check_command(monkeypatch, capsys):
 @slow
 def test_bench_command(monkeypatch, capsys):
     """Every task in float32; the training step in bfloat16 too, which is slow on processors that do not have it."""
+    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
     quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
     text = command("tools.bench", "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
     text += command("tools.bench", "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--enc_width", 0.125, "--dtype",
