@@ -37,6 +37,26 @@ def span(pixels):
 # Kernels. A cell is a block of H/h x W/w pixels that share scale and shift.
 
 @triton.jit
+def _place(own, H, W, C, h, w, group, P: tl.constexpr, N: tl.constexpr):
+    """A program's tile of a map, P pixels by N channels of an image: where its values lie, those of its cells and of
+    its groups, and which of them are there."""
+    chunks = tl.cdiv(H * W, P)
+    b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    p, c = chunk * P + tl.arange(0, P), tl.program_id(1) * N + tl.arange(0, N)
+    at = b.to(tl.int64) * H * W * C + p[:, None].to(tl.int64) * C + c[None, :]
+    cell = p // W // (H // h) * w + p % W // (W // w)
+    of_cell = (own * b * h * w + cell)[:, None] * C + c[None, :]
+    of_group = b * (C // group) + c // group
+    return at, of_cell, of_group, (p < H * W)[:, None] & (c < C)[None, :], c < C
+
+
+@triton.jit
+def _silu_gradient(v, grad):
+    sigmoid = tl.sigmoid(v)
+    return grad * sigmoid * (1 + v * (1 - sigmoid))
+
+
+@triton.jit
 def _moments(x, sums, H_W, C, group, spans, SPAN: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
     """Sums of (x - k) and (x - k)^2 over a span of pixels, for each channel: sums (2, B, spans, C). k is the image's
     first value in the channel's group: without it a mean far from 0 would cancel."""
@@ -81,16 +101,9 @@ def _statistics(x, sums, mean, rstd, H_W, C, group, spans, eps, SPANS: tl.conste
 @triton.jit
 def _forward(x, y, mean, rstd, scale, shift, own, H, W, C, h, w, group, P: tl.constexpr, N: tl.constexpr):
     """y = silu((x - mean) rstd scale + shift). own: 1 if every image has its own scale and shift, else 0."""
-    chunks = tl.cdiv(H * W, P)
-    b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    p, c = chunk * P + tl.arange(0, P), tl.program_id(1) * N + tl.arange(0, N)
-    inside = (p < H * W)[:, None] & (c < C)[None, :]
-    at = b.to(tl.int64) * H * W * C + p[:, None].to(tl.int64) * C + c[None, :]
-    cell = p // W // (H // h) * w + p % W // (W // w)
-    of_cell = (own * b * h * w + cell)[:, None] * C + c[None, :]
-    of_group = b * (C // group) + c // group
+    at, of_cell, of_group, inside, is_channel = _place(own, H, W, C, h, w, group, P, N)
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    m, r = tl.load(mean + of_group, mask=c < C, other=0.0), tl.load(rstd + of_group, mask=c < C, other=0.0)
+    m, r = tl.load(mean + of_group, mask=is_channel, other=0.0), tl.load(rstd + of_group, mask=is_channel, other=0.0)
     a = tl.load(scale + of_cell, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(shift + of_cell, mask=inside, other=0.0).to(tl.float32)
     v = (v - m[None, :]) * r[None, :] * a + s
@@ -120,8 +133,7 @@ def _sums(x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, sp
         at = image + p[:, None].to(tl.int64) * C + c[None, :]
         x_hat = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - m[None, :]) * r[None, :]
         v = x_hat * a[None, :] + s[None, :]
-        sigmoid = tl.sigmoid(v)
-        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * sigmoid * (1 + v * (1 - sigmoid))
+        g = _silu_gradient(v, tl.load(grad + at, mask=inside, other=0.0).to(tl.float32))
         total += g
         products += g * x_hat
     out = sums + tl.program_id(0).to(tl.int64) * C + c
@@ -154,23 +166,15 @@ def _means(sums, scale, means, own, H_W, C, cells, group, spans, ROWS: tl.conste
 def _backward(x, grad, dx, mean, rstd, scale, shift, means, own, H, W, C, h, w, group, B_G,
               P: tl.constexpr, N: tl.constexpr):
     """dx = rstd (scale g - mean(scale g) - x^ mean(scale g x^)), the means over a group: means (2, B, groups)."""
-    chunks = tl.cdiv(H * W, P)
-    b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    p, c = chunk * P + tl.arange(0, P), tl.program_id(1) * N + tl.arange(0, N)
-    inside = (p < H * W)[:, None] & (c < C)[None, :]
-    at = b.to(tl.int64) * H * W * C + p[:, None].to(tl.int64) * C + c[None, :]
-    cell = p // W // (H // h) * w + p % W // (W // w)
-    of_cell = (own * b * h * w + cell)[:, None] * C + c[None, :]
-    of_group = b * (C // group) + c // group
-    m, r = tl.load(mean + of_group, mask=c < C, other=0.0), tl.load(rstd + of_group, mask=c < C, other=0.0)
-    m_g, m_gx = (tl.load(means + of_group, mask=c < C, other=0.0),
-                 tl.load(means + B_G + of_group, mask=c < C, other=0.0))
+    at, of_cell, of_group, inside, is_channel = _place(own, H, W, C, h, w, group, P, N)
+    m, r = tl.load(mean + of_group, mask=is_channel, other=0.0), tl.load(rstd + of_group, mask=is_channel, other=0.0)
+    m_g, m_gx = (tl.load(means + of_group, mask=is_channel, other=0.0),
+                 tl.load(means + B_G + of_group, mask=is_channel, other=0.0))
     a = tl.load(scale + of_cell, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(shift + of_cell, mask=inside, other=0.0).to(tl.float32)
     x_hat = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - m[None, :]) * r[None, :]
     v = x_hat * a + s
-    sigmoid = tl.sigmoid(v)
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * sigmoid * (1 + v * (1 - sigmoid))
+    g = _silu_gradient(v, tl.load(grad + at, mask=inside, other=0.0).to(tl.float32))
     d = r[None, :] * (a * g - m_g[None, :] - x_hat * m_gx[None, :])
     tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
 

@@ -33,6 +33,7 @@ from data import (
     now,
     setup,
 )
+from encoder import parse_name
 from losses import EqM, LPIPSLoss, eqm_loss, fm_loss, fm_mix, fm_predict_x, kl_loss
 from model import DCSSDAE, SIZES, compile_blocks
 
@@ -183,6 +184,13 @@ def place(t, dtype, device):
     return t.to(device, dtype, memory_format=torch.channels_last)
 
 
+def our_model(enc, dec, loss, width):
+    """As train.py makes it: the network adds to a linear image."""
+    _, _, z_dim = parse_name(enc)
+    return DCSSDAE(enc, dec, loss, width, input_skip=True, linear_encoder=not enc.startswith("dcae_"),
+                   linear_decoder=z_dim)
+
+
 def random_latent(args, channels, side, dtype, device):
     return place(torch.randn(args.batch_size, channels, side, side), dtype, device)
 
@@ -211,7 +219,7 @@ def bench_decode(args, others, size, dtype, device):
         tasks[name] = decoding(random_latent(args, channels, size // factor, dtype, device))
     noise = place(torch.randn(args.batch_size, 3, size, size), dtype, device)
     for dec in args.dec:
-        model = place(DCSSDAE(args.enc, dec, args.loss, NARROW), dtype, device).eval()
+        model = place(our_model(args.enc, dec, args.loss, NARROW), dtype, device).eval()
         z = random_latent(args, model.encoder.z_dim, size // model.downscale, dtype, device)
         networks[f"U-ViT {dec} {args.enc}"] = model
         tasks[f"U-ViT {dec} {args.enc}"] = decoding(z, noise)
@@ -252,7 +260,8 @@ def bench_train(args, lpips, size, dtype, device):
         name = f"U-ViT {dec} {loss}"
         if perceptual:
             name += " + LPIPS"
-        networks[name] = DCSSDAE(args.enc, dec, loss, args.enc_width).to(device, memory_format=torch.channels_last)
+        network = our_model(args.enc, dec, loss, args.enc_width)
+        networks[name] = network.to(device, memory_format=torch.channels_last)
         networks[name].decoder.checkpointing = args.checkpointing
         tasks[name] = functools.partial(training_step, lpips=perceptual, batch=args.batch_size, size=size, dtype=dtype,
                                         device=device)

@@ -25,8 +25,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import guarded, now, setup
-from model import DCSSDAE, compile_blocks
-from tools.bench import training_step
+from model import compile_blocks
+from tools.bench import our_model, training_step
 
 TASKS = ("values", "traffic", "ranks", "speed")
 # Largest errors relative to float64 of outputs and of gradients: some times what rounding alone was seen to cost.
@@ -80,7 +80,7 @@ def small_model(enc, loss):
     """An autoencoder with random values everywhere, zeros of the start too, so that every layer counts."""
     torch.manual_seed(0)
     with torch.device("cpu"):
-        network = DCSSDAE(enc, "XS", loss, enc_width=0.125, depth=2, input_skip=True)
+        network = our_model(enc, "XS", loss, 0.125)
     for p in network.parameters():
         if p.ndim > 1:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
@@ -178,7 +178,7 @@ def check_speed(device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     problems = []
     for name in ("eager", "compiled"):
-        network = DCSSDAE("dc_f8c4", "S" if device.type == "cuda" else "XS", "eqm", 0.125)
+        network = our_model("dc_f8c4", "S" if device.type == "cuda" else "XS", "eqm", 0.125)
         network.to(device, memory_format=torch.channels_last)
         if name == "compiled":
             compile_blocks(network)
