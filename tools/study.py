@@ -29,10 +29,12 @@ from tools.compare import read_run
 # {seed} for the seed. --seed and --out are added. A run that starts from another one's model names its file.
 DEEP = "train.py --preset deep --workers 0 --steps 300 --eval_every 0 --save_every 150"        # 1,200 images of 64 px
 LARGE = "train.py --preset deep --workers 0 --size 128 --batch_size 2 --steps 200 --eval_every 0 --save_every 100"
+WHOLE = "train.py --preset deep --workers 0 --eval_every 0"                                    # 4,800 images of 64 px
 TINY = "train.py --preset tiny --workers 0 --eval_every 0"                                     # 8,000 images of 32 px
 SHORT = "train.py --preset tiny --workers 0 --eval_every 0 --steps 500 --lr 5e-4 --warmup 20"  # on from a tiny model
 DISTILL = "distill.py --workers 0 --steps 100 --lr 5e-4 --warmup 20 --decay 0.5 --ema 0.99 --eval_every 0"
 PHOTOS = "--data {photos} --aug_scale 4 --eval_images 7"
+MORE_PHOTOS = f"{DEEP} --lr 5e-4 --warmup 20 {PHOTOS} --init_from {{runs}}/photos_f32c64_s{{seed}}/model.safetensors"
 PUBLISHED = "--linear off --no-input_skip --c trunc --g_power 1"                               # as the reference trains
 RUNS = {
     **{f"deep_{enc}": f"{DEEP} --enc dc_{enc}"
@@ -44,6 +46,12 @@ RUNS = {
     "part_decoder": f"{DEEP} --enc dc_f32c64 --linear decoder",
     "part_published": f"{DEEP} --enc dc_f32c64 {PUBLISHED}",
     "deep_f32c64_fm": f"{DEEP} --enc dc_f32c64 --loss fm",
+    "deep_f32c32_fm": f"{DEEP} --enc dc_f32c32 --loss fm",
+    "whole_eqm": WHOLE,
+    "whole_fm": f"{WHOLE} --loss fm",
+    "without_context": f"{DEEP} --enc dc_f32c64 --without context",
+    "without_norm": f"{DEEP} --enc dc_f32c64 --without norm_z",
+    "without_both": f"{DEEP} --enc dc_f32c64 --without context norm_z",
     "deep_adamw": f"{DEEP} --enc dc_f32c32 --optimizer adamw",
     "tiny_adamw": f"{TINY} --optimizer adamw",
     "tiny_eqm": TINY,
@@ -56,6 +64,8 @@ RUNS = {
                   "--lpips_weights {vgg}",
     "more_lpips_distilled": f"{DISTILL} --ckpt {{runs}}/more_lpips_s{{seed}}/model.safetensors --batch_size 8 "
                             "--w_lpips 0.5 --lpips_weights {vgg}",
+    "photos_plain": MORE_PHOTOS,
+    "photos_lpips": f"{MORE_PHOTOS} --w_lpips 0.5 --lpips_weights {{vgg}}",
     "phase2": "train.py --preset deep --workers 0 --phase 2 --init_from {runs}/deep_f32c64_s{seed}/model.safetensors "
               "--size 128 --batch_size 2 --steps 150 --lr 5e-4 --warmup 20 --eval_every 0",
 }
@@ -72,6 +82,11 @@ TABLES = {
         ("f32c32: 128", "deep_f32c32", ""),
         ("f64c128: 128", "deep_f64c128", ""),
         ("f64c256: 256", "deep_f64c256", "")]),
+    "preset": (BUILT_IN, [
+        ("EqM, 300 steps", "deep_f32c32", "--steps 1 4"),
+        ("FM, 300 steps", "deep_f32c32_fm", "--steps 1 4"),
+        ("EqM, the preset's 1,200", "whole_eqm", "--steps 1 4"),
+        ("FM, 1,200", "whole_fm", "--steps 1 4")]),
     "large": (BUILT_IN, [
         ("f8c4: 1024 numbers", "large_f8c4", ""),
         ("f32c64: 1024", "large_f32c64", ""),
@@ -88,6 +103,11 @@ TABLES = {
         ("as published", "part_published", ""),
         ("f8c4: both", "deep_f8c4", ""),
         ("f8c4: neither", "plain_f8c4", "")]),
+    "reading": (BUILT_IN, [
+        ("as it is", "deep_f32c64", ""),
+        ("not by the adaptive norms", "without_context", ""),
+        ("not normalised", "without_norm", ""),
+        ("neither", "without_both", "")]),
     "optimizers": (BUILT_IN, [
         ("f32c32: AdamW", "deep_adamw", ""),
         ("f32c32: Muon", "deep_f32c32", ""),
@@ -113,6 +133,9 @@ TABLES = {
         ("without", "more_plain", "--steps 1 4"),
         ("with", "more_lpips", "--steps 1 4"),
         ("with, distilled", "more_lpips_distilled", "")]),
+    "perceptual_photographs": ("--data {crops}", [
+        ("without", "photos_plain", "--steps 1 4"),
+        ("with", "photos_lpips", "--steps 1 4")]),
     "high_resolution": (f"{BUILT_IN} --size 128", [
         ("trained at 64 px", "deep_f32c64", ""),
         ("the same after phase 2", "phase2", ""),
