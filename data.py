@@ -55,8 +55,9 @@ def import_torchvision():
     Call before lpips or timm: they import torchvision themselves."""
     try:
         import torchvision
-    except RuntimeError as error:
-        if "operator torchvision::nms does not exist" not in str(error):
+    except (RuntimeError, AttributeError) as error:
+        first, again = "operator torchvision::nms does not exist", "partially initialized module 'torchvision'"
+        if first not in str(error) and again not in str(error):
             raise
         for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
             del sys.modules[name]                            # half imported
@@ -985,7 +986,8 @@ def check_compiler(device):
     try:
         torch.compile(lambda x: 2 * x)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001             # dynamo's and inductor's own types, triton's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        lines = [line for line in str(error).strip().splitlines() if not line.endswith("raised:")]  # a mere heading
+        reason = lines[0][:200] if lines else type(error).__name__
         raise ValueError(f"--compile does not work here ({reason}): install a C++ compiler such as g++ (CXX names "
                          "another), or leave --compile out") from None
 

@@ -2321,11 +2321,12 @@ def test_latent_work_is_done_once_per_decode_and_in_float32_sums():
         x, nfe = model.sample(z, steps=5, noise=noise, method="nesterov", mu=0.3, eta=0.3, tol=1e-6)
         assert len(calls) == 1 and nfe.tolist() == [5] * 3
         # samples that stop leave the prepared condition too: each ends as it does alone
-        f = model.decoder(noise, z).flatten(1).square().mean(1).sqrt()
-        together = model.sample(z, steps=4, noise=noise, eta=0.1, tol=float(f.median()))
+        rms = model.decoder(noise, z).flatten(1).square().mean(1).sqrt().sort().values
+        tol = float(rms[:2].mean())
+        together = model.sample(z, steps=4, noise=noise, eta=0.1, tol=tol)
         assert len(set(together[1].tolist())) > 1
         for i in range(3):
-            alone = model.sample(z[i:i + 1], steps=4, noise=noise[i:i + 1], eta=0.1, tol=float(f.median()))
+            alone = model.sample(z[i:i + 1], steps=4, noise=noise[i:i + 1], eta=0.1, tol=tol)
             assert alone[1] == together[1][i] and relative_error(alone[0], together[0][i:i + 1]) < 1e-5
         half = model.bfloat16().sample(z, steps=5, noise=noise, method="nesterov", mu=0.3, eta=0.3, tol=1e-6)[0]
     assert half.dtype == torch.float32 and relative_error(half, x) < 0.05
@@ -4482,8 +4483,7 @@ def test_dinov2_features_are_those_of_the_original_code(tmp_path, monkeypatch, o
     data.import_torchvision()
     timm = pytest.importorskip("timm")
     monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
-    with torch.device("meta"):
-        state = timm.create_model("vit_large_patch14_dinov2.lvd142m", num_classes=0).state_dict()
+    state = fid.empty_network(timm, "vit_large_patch14_dinov2.lvd142m", num_classes=0).state_dict()
     g = torch.Generator().manual_seed(0)
     p = {k: torch.randn(v.shape, generator=g) * 0.03 + (".gamma" in k or "norm" in k and "weight" in k)
          for k, v in state.items()}
