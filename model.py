@@ -376,7 +376,7 @@ class Windows:
         t = F.pad(tables.flip(-3, -2).movedim(-1, -3), (kx, kx, ky, ky), value=MASKED)        # by key - query
         t = t.unfold(-2, ky, 1).unfold(-2, kx, 1)                                             # (row, column, ky, kx)
         t = t[..., iy[:, None, :, None], ix[None, :, None, :], :, :]                          # (uy, ux, by, bx, ky, kx)
-        t = t.clone(memory_format=torch.contiguous_format)  # which it is not, whatever torch 2.6's compiler takes it for
+        t = t.clone(memory_format=torch.contiguous_format)  # which it is not, as torch 2.6's compiler believes
         return t.flatten(-2).flatten(-3, -2).flatten(-4, -3)
 
 

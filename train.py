@@ -688,8 +688,8 @@ class Run:
         self.originals = {}  # {metric: fid.Statistics} of the validation images, from the first evaluation on
         self.reports = collections.deque()  # of steps whose numbers nobody has read yet: see finish_step
         self.save_is_due, self.saved = False, done  # saved: steps done at the last save
-        self.logged, self.logged_at = done, time.time()  # steps and time at the last line of the log,
-        self.evaluating = 0.0  # and the seconds of evaluations since then
+        self.started, self.evaluating = time.time(), 0.0  # seconds of all evaluations
+        self.logged, self.logged_at = done, 0.0  # steps, and seconds of training, at the last line of the log
         self.stop = StopSignal()
         self.bar = tqdm(total=args.steps, initial=done, disable=rank != 0, unit="step", dynamic_ncols=True)
 
@@ -730,6 +730,7 @@ class Report(NamedTuple):
     arrived: object             # event of the GPU after which they are there, or None
     lr: float
     index: torch.Tensor         # (b,), which images
+    seconds: float              # of training until then, without evaluations
 
 
 def finish_step(run, totals, norm, stop, good, index):
@@ -748,7 +749,8 @@ def finish_step(run, totals, norm, stop, good, index):
         arrived = torch.cuda.Event()
         arrived.record()
     lr = run.parts["optimizer"].param_groups[0]["lr"]
-    run.reports.append(Report(run.done, list(totals), values, arrived, lr, index))
+    seconds = time.time() - run.started - run.evaluating
+    run.reports.append(Report(run.done, list(totals), values, arrived, lr, index, seconds))
     is_last = run.done == args.steps
     if is_last or run.done % args.save_every == 0:
         run.save_is_due = True
@@ -846,9 +848,8 @@ def next_batch(run, batches):
 
 def log_step(run, report, totals, norm):
     """A line of the log: the step's loss terms, and the speed since the last line, without evaluations."""
-    seconds = time.time() - run.logged_at - run.evaluating
-    rate = (report.done - run.logged) * run.args.batch_size / seconds
-    run.logged, run.logged_at, run.evaluating = report.done, time.time(), 0.0
+    rate = (report.done - run.logged) * run.args.batch_size / (report.seconds - run.logged_at)
+    run.logged, run.logged_at = report.done, report.seconds
     run.bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.0f} images/s")
     append_log(run.log_path, run.boards, report.done, images=report.done * run.args.batch_size, **totals,
                lr=report.lr, grad_norm=norm, skipped=run.skipped, images_per_s=rate, peak_mib=peak_memory(run.device))
