@@ -13,8 +13,7 @@ All on images clamped to [-1, 1] and rounded to 8 bit, against the identically p
   DreamSim  Fu et al. 2023 (arXiv 2306.09344), the package's ensemble
   rFID      see fid.py, also for FD-DINOv2 and features of your own, which are not rFID; biased below 10,000 images
   NFE, ms   network evaluations an image; milliseconds an image of decoding, the first batch (warm-up) left out
-  cells     step between pixels across the borders of the encoder's cells over that elsewhere, relative to the
-            originals: 1 where no cells show
+  cells     step across the borders of the encoder's cells over that elsewhere, over the originals'; 1: none show
 +- is the standard error of the mean over images. Two rows are no networks at all: shrinking by the model's factor with
 antialiasing and enlarging bilinearly; and the linear code with as many numbers an image as the latent.
 A metric whose network cannot be had is "-", with the reason below.
@@ -73,8 +72,7 @@ def evaluate(model, loader, device="cpu", steps=(1,), distances=None, features=N
     ValueError where no image can be read, or one comes twice.
     """
     device = torch.device(device)
-    distances = distances or {}
-    features = features or {}
+    distances, features = distances or {}, features or {}
     runs = steps if isinstance(steps, dict) else {row_name(n): (n, {}) for n in steps}
     rows_of_table = [*REFERENCES, *runs]
     of_rows = {(row, net): Statistics(features[net].dim, device) for row in rows_of_table for net in features}
@@ -139,8 +137,7 @@ def row_name(steps):
 
 
 def reconstruct(model, image, noise, runs, dtype):
-    """One batch, once for every row of the table: {row: images (b, 3, s, s)}, {row: evaluations (b,)}, {row: seconds}.
-    """
+    """A batch for every row of the table: {row: images (b, 3, s, s)}, {row: evaluations (b,)}, {row: seconds}."""
     device, nfe, seconds = image.device, {}, {}
     outputs = {"baseline": shrink_enlarge(image, model.downscale), "linear": None}
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -154,8 +151,7 @@ def reconstruct(model, image, noise, runs, dtype):
 
 
 def image_metrics(x, outputs, distances, f):
-    """{(row, metric): one value an image (b,)} of reconstructions, with cells of f x f pixels, beside the originals x.
-    """
+    """{(row, metric): one value an image (b,)} of reconstructions of x, with cells of f x f pixels."""
     values = {("original", "hf"): hf_energy(x)}
     for name, y in {"original": x, **outputs}.items():
         values[name, "across"], values[name, "elsewhere"] = cell_steps(y, f)
