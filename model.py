@@ -257,10 +257,12 @@ class GroupNorm(nn.Module):
         self.groups, self.eps = groups, eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x, scale=0.0, shift=0.0):
-        """scale, shift: (B, C) of the time's modulation, * (1 + scale) + shift."""
-        scale, shift = self.weight * (1 + scale), self.bias * (1 + scale) + shift
-        scale, shift = scale.reshape(-1, x.shape[1], 1, 1), shift.reshape(-1, x.shape[1], 1, 1)
+    def forward(self, x, scale=None, shift=None):
+        """scale, shift: (B, C) of the time's modulation, * (1 + scale) + shift; None without a time."""
+        weight, bias = self.weight, self.bias
+        if scale is not None:
+            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+        scale, shift = weight.reshape(-1, x.shape[1], 1, 1), bias.reshape(-1, x.shape[1], 1, 1)
         if self.groups == 0:
             return F.silu(torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype)))
         return norm_silu(x, scale, shift, self.groups, self.eps)
@@ -298,7 +300,7 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x, mod, temb=None):
-        scale = shift = 0.0
+        scale = shift = None
         if self.time is not None:
             scale, shift = self.time(F.silu(temb)).chunk(2, dim=1)  # (B, cout) each
         h = self.conv1(self.norm1(x, mod))
@@ -419,11 +421,14 @@ class WindowAttention(nn.Module):
         q = linear(x, self.q).flatten(2).mT                                              # (B, N, C)
         kv_weight = torch.cat([self.k.weight, self.v.weight])[:, :, None, None]
         kv = F.conv2d(x, kv_weight).flatten(2).mT                                        # (B, N, 2 C)
-        k, v = kv.chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, C / heads)
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)                            # (B, heads, N, C / heads)
+        kv = kv.unflatten(-1, (2 * self.heads, -1)).transpose(1, 2)                      # (B, 2 heads, N, C / heads)
         bias = bias.to(q.dtype)
+        if not windows.single:
+            q, kv = picked_rows(q, windows.q), picked_rows(kv, windows.kv)               # (B, ., blocks, ., C / heads)
+        k, v = kv.chunk(2, dim=1)
         if not windows.single:  # a block is a head of its own, so that all images share the biases
-            q, k, v = (picked_rows(t, i).flatten(1, 2) for t, i in ((q, windows.q), (k, windows.kv), (v, windows.kv)))
+            q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
             bias = bias.index_select(1, windows.kind)
         bias = bias.flatten(0, 1)[None]                                                  # (1, heads * blocks, ...)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
