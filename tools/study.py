@@ -34,7 +34,6 @@ TINY = "train.py --preset tiny --workers 0 --eval_every 0"                      
 SHORT = "train.py --preset tiny --workers 0 --eval_every 0 --steps 500 --lr 5e-4 --warmup 20"  # on from a tiny model
 DISTILL = "distill.py --workers 0 --steps 100 --lr 5e-4 --warmup 20 --decay 0.5 --ema 0.99 --eval_every 0"
 PHOTOS = "--data {photos} --aug_scale 4 --eval_images 7"
-MORE_PHOTOS = f"{DEEP} --lr 5e-4 --warmup 20 {PHOTOS} --init_from {{runs}}/photos_f32c64_s{{seed}}/model.safetensors"
 PUBLISHED = "--linear off --no-input_skip --c trunc --g_power 1"                               # as the reference trains
 RUNS = {
     **{f"deep_{enc}": f"{DEEP} --enc dc_{enc}"
@@ -64,8 +63,6 @@ RUNS = {
                   "--lpips_weights {vgg}",
     "more_lpips_distilled": f"{DISTILL} --ckpt {{runs}}/more_lpips_s{{seed}}/model.safetensors --batch_size 8 "
                             "--w_lpips 0.5 --lpips_weights {vgg}",
-    "photos_plain": MORE_PHOTOS,
-    "photos_lpips": f"{MORE_PHOTOS} --w_lpips 0.5 --lpips_weights {{vgg}}",
     "phase2": "train.py --preset deep --workers 0 --phase 2 --init_from {runs}/deep_f32c64_s{seed}/model.safetensors "
               "--size 128 --batch_size 2 --steps 150 --lr 5e-4 --warmup 20 --eval_every 0",
 }
@@ -133,9 +130,6 @@ TABLES = {
         ("without", "more_plain", "--steps 1 4"),
         ("with", "more_lpips", "--steps 1 4"),
         ("with, distilled", "more_lpips_distilled", "")]),
-    "perceptual_photographs": ("--data {crops}", [
-        ("without", "photos_plain", "--steps 1 4"),
-        ("with", "photos_lpips", "--steps 1 4")]),
     "high_resolution": (f"{BUILT_IN} --size 128", [
         ("trained at 64 px", "deep_f32c64", ""),
         ("the same after phase 2", "phase2", ""),
