@@ -29,7 +29,6 @@ from tools.compare import read_run
 # {seed} for the seed. --seed and --out are added. A run that starts from another one's model names its file.
 DEEP = "train.py --preset deep --workers 0 --steps 300 --eval_every 0 --save_every 150"        # 1,200 images of 64 px
 LARGE = "train.py --preset deep --workers 0 --size 128 --batch_size 2 --steps 200 --eval_every 0 --save_every 100"
-WHOLE = "train.py --preset deep --workers 0 --eval_every 0"                                    # 4,800 images of 64 px
 TINY = "train.py --preset tiny --workers 0 --eval_every 0"                                     # 8,000 images of 32 px
 SHORT = "train.py --preset tiny --workers 0 --eval_every 0 --steps 500 --lr 5e-4 --warmup 20"  # on from a tiny model
 DISTILL = "distill.py --workers 0 --steps 100 --lr 5e-4 --warmup 20 --decay 0.5 --ema 0.99 --eval_every 0"
@@ -46,11 +45,6 @@ RUNS = {
     "part_published": f"{DEEP} --enc dc_f32c64 {PUBLISHED}",
     "deep_f32c64_fm": f"{DEEP} --enc dc_f32c64 --loss fm",
     "deep_f32c32_fm": f"{DEEP} --enc dc_f32c32 --loss fm",
-    "whole_eqm": WHOLE,
-    "whole_fm": f"{WHOLE} --loss fm",
-    "without_context": f"{DEEP} --enc dc_f32c64 --without context",
-    "without_norm": f"{DEEP} --enc dc_f32c64 --without norm_z",
-    "without_both": f"{DEEP} --enc dc_f32c64 --without context norm_z",
     "deep_adamw": f"{DEEP} --enc dc_f32c32 --optimizer adamw",
     "tiny_adamw": f"{TINY} --optimizer adamw",
     "tiny_eqm": TINY,
@@ -79,11 +73,11 @@ TABLES = {
         ("f32c32: 128", "deep_f32c32", ""),
         ("f64c128: 128", "deep_f64c128", ""),
         ("f64c256: 256", "deep_f64c256", "")]),
-    "preset": (BUILT_IN, [
-        ("EqM, 300 steps", "deep_f32c32", "--steps 1 4"),
-        ("FM, 300 steps", "deep_f32c32_fm", "--steps 1 4"),
-        ("EqM, the preset's 1,200", "whole_eqm", "--steps 1 4"),
-        ("FM, 1,200", "whole_fm", "--steps 1 4")]),
+    "losses": (BUILT_IN, [
+        ("f32c32: EqM", "deep_f32c32", ""),
+        ("f32c32: FM", "deep_f32c32_fm", ""),
+        ("f32c64: EqM", "deep_f32c64", ""),
+        ("f32c64: FM", "deep_f32c64_fm", "")]),
     "large": (BUILT_IN, [
         ("f8c4: 1024 numbers", "large_f8c4", ""),
         ("f32c64: 1024", "large_f32c64", ""),
@@ -100,11 +94,6 @@ TABLES = {
         ("as published", "part_published", ""),
         ("f8c4: both", "deep_f8c4", ""),
         ("f8c4: neither", "plain_f8c4", "")]),
-    "reading": (BUILT_IN, [
-        ("as it is", "deep_f32c64", ""),
-        ("not by the adaptive norms", "without_context", ""),
-        ("not normalised", "without_norm", ""),
-        ("neither", "without_both", "")]),
     "optimizers": (BUILT_IN, [
         ("f32c32: AdamW", "deep_adamw", ""),
         ("f32c32: Muon", "deep_f32c32", ""),
