@@ -392,6 +392,8 @@ def child(module, argv, env, output, sabotage):
     """A command in a child process. sabotage: {step: name of a signal, "nan" or "lost"} for this rank, when that step
     draws its noise, or its images."""
     os.environ.update(env, CUDA_VISIBLE_DEVICES="")
+    if "SMALLEST" in env:
+        SIZES["XS"] = SMALLEST_SIZE
     if "FLOAT64" in env:  # rounding out of the way
         torch.set_default_dtype(torch.float64)
         torch.Tensor.float = torch.Tensor.double
@@ -438,6 +440,7 @@ def run(folder, *argv, module="train", world=1, sabotage=None, env=None, ok=(0,)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder.mkdir(exist_ok=True)
+    smallest = {"SMALLEST": "1"} if SIZES["XS"] == SMALLEST_SIZE else {}  # a test's patch holds in its children, too
     processes = []
     for rank in range(world):
         names = {
@@ -453,7 +456,7 @@ def run(folder, *argv, module="train", world=1, sabotage=None, env=None, ok=(0,)
                 args=(
                     module,
                     argv,
-                    {**(names if world > 1 else {}), **(env or {})},
+                    {**(names if world > 1 else {}), **smallest, **(env or {})},
                     str(folder / f"output{rank}"),
                     (sabotage or {}).get(rank, {}),
                 ),
@@ -3158,7 +3161,8 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
 
 
 @slow
-def test_processes_and_micro_batches_do_not_change_the_run(tmp_path):
+def test_processes_and_micro_batches_do_not_change_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
     common = [*TINY, "--steps", 4, "--loss", "fm"]
     command("train.py", *common, "--out", tmp_path / "one")
     run(tmp_path / "o", *common, "--out", tmp_path / "two", world=2)
@@ -3394,8 +3398,9 @@ def test_bad_files_and_folders(tmp_path):
 
 
 @slow
-def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path):
+def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path, monkeypatch):
     """In float64, so that Adam has no differences of rounding to enlarge where gradients should be 0; with the GAN."""
+    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
     flags = [*SMALL, "--steps", 4, "--save_every", 4, "--w_gan", 0.1, "--gan_start", 2, "--eval_every", 0, "--lr", 3e-4,
              "--optimizer", "muon"]
     run(tmp_path / "o", *flags, "--out", tmp_path / "one", env={"FLOAT64": "1"})
@@ -3658,9 +3663,10 @@ def log_of(folder):
 
 @slow
 @pytest.mark.parametrize("world,workers,module", [(1, 2, "train"), (2, 0, "train"), (1, 0, "distill")])
-def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, module):
+def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, module, monkeypatch):
     """kill -9 before the first checkpoint and after one, then a polite signal to one rank and its data loader: weights,
     EMA, optimiser and log are bit-identical in the end."""
+    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
     flags, steps = [*SMALL, "--optimizer", "muon", "--w_gan", 0.1, "--gan_start", 2], 7
     if module == "distill":
         DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0}).save(
