@@ -215,7 +215,7 @@ def per_block(scale):
 
 
 def unblock(x, shape):
-    """The inverse of `blocks`."""
+    """The inverse of `in_blocks`."""
     B, C, H, W = shape
     return x.reshape(B, H, W, C).permute(0, 3, 1, 2)
 
@@ -378,7 +378,7 @@ class Windows:
         t = F.pad(tables.flip(-3, -2).movedim(-1, -3), (kx, kx, ky, ky), value=MASKED)        # by key - query
         t = t.unfold(-2, ky, 1).unfold(-2, kx, 1)                                             # (row, column, ky, kx)
         t = t[..., iy[:, None, :, None], ix[None, :, None, :], :, :]                          # (uy, ux, by, bx, ky, kx)
-        t = t.clone(memory_format=torch.contiguous_format)  # which it is not, as torch 2.6's compiler believes
+        t = t.clone(memory_format=torch.contiguous_format)  # torch 2.6's compiler believes that it is already
         return t.flatten(-2).flatten(-3, -2).flatten(-4, -3)
 
 
