@@ -5503,24 +5503,6 @@ def test_latent_statistics_are_stored_in_the_model(tmp_path):
     assert torch.allclose(loaded.denormalize(normal), z, rtol=1e-4, atol=1e-4)
 
 
-READER = '''
-class Latents(torch.utils.data.Dataset):
-    def __init__(self, folder):
-        with open(f"{folder}/manifest.json") as file:
-            self.manifest = json.load(file)
-        self.z = [np.load(f"{folder}/{s['latents']}", mmap_mode="r") for s in self.manifest["shards"]]
-        self.labels = np.concatenate([np.load(f"{folder}/{s['labels']}") for s in self.manifest["shards"]])
-        self.ends = np.cumsum([s["count"] for s in self.manifest["shards"]])
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):                                # -> latent (c, h, w), with --flip (2, c, h, w); label
-        k = np.searchsorted(self.ends, i, side="right")
-        return torch.from_numpy(self.z[k][i - self.ends[k]].astype(np.float32)), int(self.labels[i])
-'''
-
-
 def files_of(folder):
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
@@ -5574,13 +5556,11 @@ def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
         run_main(latents, monkeypatch, *common, tmp_path / "three")
         assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
 
-    namespace = {"np": np, "torch": torch, "json": json}
-    exec(READER, namespace)  # noqa: S102
-    stored = namespace["Latents"](tmp_path / "one")
-    assert isinstance(stored.z[0], np.memmap) and stored.z[0].dtype == np.float16
+    stored = latents.Latents(tmp_path / "one")
+    assert isinstance(stored.shards[0], np.memmap) and stored.shards[0].dtype == np.float16
     dataset = data.make_dataset(str(tmp_path / "images"), 32, train=False, split="train")
     items = [item for item in (dataset[i] for i in range(len(dataset))) if item]
-    assert len(stored) == len(items) == len(dataset) - 2 == 7 and len(stored.z) == 4
+    assert len(stored) == len(items) == len(dataset) - 2 == 7 and len(stored.shards) == 4
     assert stored.labels.tolist() == [dataset.labels[i] for _, i in items] and set(stored.labels.tolist()) == {0, 1}
     with torch.no_grad():
         want = DCSSDAE.load(checkpoint).encode(torch.stack([x for x, _ in items])).mode()
@@ -5887,9 +5867,9 @@ def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
     folder_of(tmp_path / "images" / "val", 2)
     run_main(latents, monkeypatch, "--ckpt", checkpoint, "--data", tmp_path / "images", "--shard", 4, "--flip",
              "--workers", 0, "--device", "cpu", "--out", tmp_path / "latents")
-    stored = generate.Latents(tmp_path / "latents")
+    stored = latents.Latents(tmp_path / "latents")
     both = torch.cat([torch.from_numpy(np.array(shard)) for shard in stored.shards]).float()  # (15, 2, c, h, w)
-    drawn, labels = stored.batch([(epoch, i) for epoch in range(20) for i in range(15)], seed=0)
+    drawn, labels = generate.batch_of(stored, [(epoch, i) for epoch in range(20) for i in range(15)], seed=0)
     drawn = (drawn * stored.std + stored.mean).view(20, 15, *stored.shape)
     for i in range(15):
         is_first = (drawn[:, i] - both[i, 0]).abs().amax(dim=(1, 2, 3)) < 1e-3
@@ -5915,8 +5895,20 @@ def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
     assert distances["whole"] == distances["parts"] == pytest.approx(distances["two"], rel=1e-3)
     assert Image.open(tmp_path / "whole" / "samples.png").size == (8 * 34 + 2, 2 * 34 + 2)
 
+    code = Path(HERE, "docs", "training.md").read_text().split("## Reading latents")[1]
+    code = code.split("```python\n")[1].split("```")[0]
+    for then, now in (('"latents"', f'"{tmp_path}/latents"'), ("runs/deep_eqm/model.safetensors", str(checkpoint)),
+                      ("runs/generator", f"{tmp_path}/whole"), ("None, 50", "torch.arange(16) % 2, 2")):
+        assert code.count(then) == 1
+        code = code.replace(then, now)
+    namespace = {}
+    exec(code, namespace)  # noqa: S102
+    for key, value in namespace["generator"].state_dict().items():
+        assert torch.equal(value, weights["whole"][key])
+    assert namespace["images"].shape == (16, 3, 32, 32) and namespace["images"].std(dim=0).min() > 0
+
     keys = next(iter(data.TrainBatches(15, 4, 0, 0, 1, 0)))
-    x, _ = stored.batch(keys, 0)
+    x, _ = generate.batch_of(stored, keys, 0)
     e, _, _ = train.draw(0, 0, range(4), stored.shape, (), "cpu")
     assert logs["whole"][0]["loss"] == pytest.approx((x - e).square().mean().item(), rel=1e-5)  # the network says 0
 

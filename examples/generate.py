@@ -12,13 +12,12 @@ between generated images and as many of those that the latents were made of.
 import copy
 import itertools
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train
@@ -27,7 +26,8 @@ from encoder import start_at_zero
 from fid import Statistics, distance_or_none, load_features, metric_of
 from losses import fm_loss, fm_mix, to8bit
 from model import DCSSDAE, time_embedding
-from sampler import euler, image_noise
+from sampler import euler, image_noise, seeded_generator
+from tools.latents import Latents
 
 TIME_FEATURES = 256                                          # cosines and sines of the time, as in DiT
 HEAD_WIDTH = 64                                              # channels of an attention head
@@ -50,43 +50,6 @@ def get_args(argv=None):
     if args.width < HEAD_WIDTH or args.width % HEAD_WIDTH:
         raise ValueError(f"--width {args.width} is not a multiple of {HEAD_WIDTH}, the width of an attention head")
     return args
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents
-
-class Latents:
-    """Shards of tools.latents, mapped into memory. shape (c, h, w); labels (n,) int64, -1: no class. ValueError."""
-
-    def __init__(self, folder):
-        folder = Path(folder)
-        try:
-            self.manifest = json.loads((folder / "manifest.json").read_text())
-            shards = self.manifest["shards"]
-            self.shards = [np.load(folder / shard["latents"], mmap_mode="r") for shard in shards]
-            self.labels = np.concatenate([np.load(folder / shard["labels"]) for shard in shards])
-            self.mean, self.std = (torch.tensor(self.manifest[key])[:, None, None] for key in ("mean", "std"))
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{folder} holds no finished latents ({type(error).__name__}: {error}): run tools.latents "
-                             "on it, once more if it was stopped") from None
-        self.classes = len(self.manifest["classes"])
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.shape = self.shards[0].shape[-3:]               # with --flip the shards are (n, 2, c, h, w)
-
-    def content(self):
-        """-> str that says which latents these are, wherever they lie."""
-        return f"{len(self.labels)} latents of {self.manifest['data']}, model {self.manifest['model_sha256'][:16]}"
-
-    def batch(self, keys, seed):
-        """[(epoch, i)] -> normalised latents (b, c, h, w) float32, labels (b,)."""
-        rows = []
-        for epoch, i in keys:
-            k = np.searchsorted(self.ends, i, side="right")
-            z = self.shards[k][i - self.ends[k]]             # counted from the shard's end
-            if z.ndim == 4:
-                z = z[np.random.default_rng([seed, epoch, i]).integers(2)]
-            rows.append(torch.from_numpy(z.astype(np.float32)))
-        return (torch.stack(rows) - self.mean) / self.std, torch.from_numpy(self.labels[[i for _, i in keys]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,9 +108,15 @@ class DiT(nn.Module):
         return self.out(modulated(tokens, shift, scale)).mT.unflatten(2, x.shape[2:])
 
     def save(self, path):
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         with whole(path) as temporary:
-            save_file(state, temporary, metadata={"config": json.dumps(self.arguments)})
+            save_file(self.state_dict(), temporary, metadata={"config": json.dumps(self.arguments)})
+
+    @classmethod
+    def load(cls, path):
+        with safe_open(path, framework="pt") as file:
+            model = cls(**json.loads(file.metadata()["config"]))
+        model.load_state_dict(load_file(path))
+        return model.requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,6 +165,17 @@ def validate(run, ema, tokenizer, latents, features, reference, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+def batch_of(latents, keys, seed):
+    """[(epoch, i)] -> normalised latents (b, c, h, w), of an image or by chance its mirror image; labels (b,)."""
+    rows = []
+    for epoch, i in keys:
+        z, _ = latents[i]
+        if z.ndim == 4:
+            z = z[torch.randint(2, (), generator=seeded_generator("cpu", seed, epoch, i))]
+        rows.append(z)
+    return (torch.stack(rows) - latents.mean) / latents.std, torch.from_numpy(latents.labels[[i for _, i in keys]])
+
+
 def main():
     args = get_args()
     rank, world, device = setup(args.device)
@@ -231,7 +211,7 @@ def main():
     run = train.Run(args, rank, world, device, log_path, boards, parts, start, skipped, latents.content())
     rows = range(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # of this process
     if rank == 0:
-        print(f"{train.millions(model.parameters()):.1f} M parameters, {math.prod(latents.shape[1:])} tokens of "
+        print(f"{train.millions(model.parameters()):.1f} M parameters, {latents.shape[1] * latents.shape[2]} tokens of "
               f"{latents.shape[0]} channels, {latents.content()} -> {args.out}", flush=True)
 
     for step in range(start, args.steps + 1):
@@ -243,8 +223,7 @@ def main():
         # Draw: noise e and t ~ U(0, 1)
         train.set_learning_rate(optimizers.values(), step, args)
         keys = next(batches)
-        x, labels = latents.batch(keys, args.seed)
-        x, labels = x.to(device), labels.to(device)
+        x, labels = (value.to(device) for value in batch_of(latents, keys, args.seed))
         e, _, t = train.draw(args.seed, step, rows, latents.shape, (), device)
 
         # Forward and backward

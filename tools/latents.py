@@ -8,7 +8,8 @@ labels_K.npy   (n,) int64, -1: no class; images that cannot be decoded are left 
 manifest.json  what is encoded, with the classes' names in the order of their labels; when all is done also shards, mean
                and standard deviation
 Shard K holds the images K * --shard ... of the data set; process K % world writes it. Files appear whole; a shard that
-is there is kept: run the same command again to go on. The files do not depend on the number of processes.
+is there is kept: run the same command again to go on. The files do not depend on the number of processes. `Latents`
+reads them.
 """
 import argparse
 import hashlib
@@ -39,6 +40,45 @@ from model import local_file, read_weights
 from sampler import image_noise
 
 LARGEST_HALF = 65504                                         # where float16 ends
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+class Latents(torch.utils.data.Dataset):
+    """The finished shards of a folder, mapped into memory: [i] -> latent (c, h, w) float32, with --flip (2, c, h, w);
+    label, -1: no class. ValueError.
+
+    shape      (c, h, w);  mean, std  of the channels, (c, 1, 1)
+    classes    number of classes;  labels  (n,) int64
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        try:
+            self.manifest = json.loads((folder / "manifest.json").read_text())
+            shards = self.manifest["shards"]
+            self.shards = [np.load(folder / shard["latents"], mmap_mode="r") for shard in shards]
+            self.labels = np.concatenate([np.load(folder / shard["labels"]) for shard in shards])
+            self.mean, self.std = (torch.tensor(self.manifest[key])[:, None, None] for key in ("mean", "std"))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{folder} holds no finished latents ({type(error).__name__}: {error}): run tools.latents "
+                             "on it, once more if it was stopped") from None
+        self.classes = len(self.manifest["classes"])
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.shape = self.shards[0].shape[-3:]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        k = np.searchsorted(self.ends, i, side="right")
+        z = self.shards[k][i - self.ends[k]]                 # counted from the shard's end
+        return torch.from_numpy(z.astype(np.float32)), int(self.labels[i])
+
+    def content(self):
+        """-> str that says which latents these are, wherever they lie."""
+        return f"{len(self)} latents of {self.manifest['data']}, model {self.manifest['model_sha256'][:16]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

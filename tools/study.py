@@ -33,6 +33,7 @@ TINY = "train.py --preset tiny --workers 0 --eval_every 0"                      
 SHORT = "train.py --preset tiny --workers 0 --eval_every 0 --steps 500 --lr 5e-4 --warmup 20"  # on from a tiny model
 DISTILL = "distill.py --workers 0 --steps 100 --lr 5e-4 --warmup 20 --decay 0.5 --ema 0.99 --eval_every 0"
 PHOTOS = "--data {photos} --aug_scale 4 --eval_images 7"
+ON = f"{DEEP} --lr 5e-4 --warmup 20 --init_from examples/f32c32.safetensors {PHOTOS}"           # on from that model
 PUBLISHED = "--linear off --no-input_skip --c trunc --g_power 1"                               # as the reference trains
 RUNS = {
     **{f"deep_{enc}": f"{DEEP} --enc dc_{enc}"
@@ -46,6 +47,7 @@ RUNS = {
     "deep_f32c64_fm": f"{DEEP} --enc dc_f32c64 --loss fm",
     "deep_f32c32_fm": f"{DEEP} --enc dc_f32c32 --loss fm",
     "deep_adamw": f"{DEEP} --enc dc_f32c32 --optimizer adamw",
+    **{f"without_{way}": f"{DEEP} --enc dc_f32c64 --without {way}" for way in ("context", "norm_z")},
     "tiny_adamw": f"{TINY} --optimizer adamw",
     "tiny_eqm": TINY,
     "tiny_fm": f"{TINY} --loss fm",
@@ -57,6 +59,8 @@ RUNS = {
                   "--lpips_weights {vgg}",
     "more_lpips_distilled": f"{DISTILL} --ckpt {{runs}}/more_lpips_s{{seed}}/model.safetensors --batch_size 8 "
                             "--w_lpips 0.5 --lpips_weights {vgg}",
+    **{f"crops_{name}": f"{ON} {flags}" for name, flags in (
+        ("plain", ""), ("lpips", "--w_lpips 0.5 --lpips_weights {vgg}"))},
     "phase2": "train.py --preset deep --workers 0 --phase 2 --init_from {runs}/deep_f32c64_s{seed}/model.safetensors "
               "--size 128 --batch_size 2 --steps 150 --lr 5e-4 --warmup 20 --eval_every 0",
 }
@@ -94,6 +98,10 @@ TABLES = {
         ("as published", "part_published", ""),
         ("f8c4: both", "deep_f8c4", ""),
         ("f8c4: neither", "plain_f8c4", "")]),
+    "ways": (BUILT_IN, [
+        ("all ways", "deep_f32c64", ""),
+        ("none to the norms", "without_context", ""),
+        ("latent not normalised", "without_norm_z", "")]),
     "optimizers": (BUILT_IN, [
         ("f32c32: AdamW", "deep_adamw", ""),
         ("f32c32: Muon", "deep_f32c32", ""),
@@ -119,6 +127,9 @@ TABLES = {
         ("without", "more_plain", "--steps 1 4"),
         ("with", "more_lpips", "--steps 1 4"),
         ("with, distilled", "more_lpips_distilled", "")]),
+    "perceptual_photographs": ("--data {crops}", [
+        ("without", "crops_plain", "--steps 1 4"),
+        ("with", "crops_lpips", "--steps 1 4")]),
     "high_resolution": (f"{BUILT_IN} --size 128", [
         ("trained at 64 px", "deep_f32c64", ""),
         ("the same after phase 2", "phase2", ""),
