@@ -598,7 +598,7 @@ class UViT(nn.Module):
     def start_from_base(self, f, count):
         """Add the linear base, beside which the network is silent at first. See the class on `base`."""
         self.code, self.base = LappedCode(f, count), nn.Conv2d(self.z_dim, count, 1)
-        nn.init.eye_(self.base.weight[:, :, 0, 0])
+        nn.init.dirac_(self.base.weight)
         nn.init.zeros_(self.base.bias)
         self.revision = nn.Parameter(torch.zeros(count, 1, 1))
         start_at_zero(self.conv_out)

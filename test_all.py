@@ -92,6 +92,7 @@ from train import load_checkpoint, save_checkpoint
 # Helpers and fixtures that several sections share
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+torch.set_num_threads(1)  # a second one wins nothing on small tensors, and beside other work it waits for a core
 
 
 def relative_error(a, b):
@@ -194,9 +195,15 @@ def small_state(step, **more):
             "optimizer": {"state": {}, "param_groups": [{"params": [0]}]}, **more}
 
 
-SMALLEST_SIZE = 32, (1, 1, 1, 1), 1  # of a decoder, in the place of XS where any will do
+SMALLEST_SIZE = 32, (1, 1, 1, 1), 1  # of a decoder
 TINY = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--workers", 0, "--batch_size", 4,
         "--eval_images", 4, "--log_every", 1, "--enc_width", 0.0625, "--depth", 1]
+
+
+@pytest.fixture
+def smallest(monkeypatch):
+    """Decoder XS is the smallest possible, also in `run`'s processes: for tests where any will do."""
+    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
 
 
 def photo(w, h, seed=0):
@@ -433,9 +440,8 @@ def child(module, argv, env, output, sabotage):
         train.kill_workers()  # forked children skip atexit
 
 
-def run(folder, *argv, module="train", world=1, sabotage=None, env=None, ok=(0,)):
-    """Run a command on `world` processes; (exit codes, which must be in ok, output of rank 0). sabotage: {rank: {step:
-    what}}."""
+def launch(folder, *argv, module="train", world=1, sabotage=None, env=None):
+    """Start a command on `world` processes, for `wait`. sabotage: {rank: {step: what}}."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -463,6 +469,11 @@ def run(folder, *argv, module="train", world=1, sabotage=None, env=None, ok=(0,)
             )
         )
         processes[-1].start()
+    return processes
+
+
+def wait(processes, folder, ok=(0,)):
+    """The end of what `launch` has started there: (exit codes, which must be in ok, output of rank 0)."""
     deadline = time.time() + 100
     while any(p.is_alive() for p in processes):
         multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
@@ -472,6 +483,10 @@ def run(folder, *argv, module="train", world=1, sabotage=None, env=None, ok=(0,)
     codes, output = [p.exitcode for p in processes], (folder / "output0").read_text()
     assert all(code in ok for code in codes), (codes, output)
     return codes, output
+
+
+def run(folder, *argv, ok=(0,), **options):
+    return wait(launch(folder, *argv, **options), folder, ok)
 
 
 KILLED = (0, 1, -signal.SIGKILL)
@@ -1093,7 +1108,7 @@ def test_a_file_that_was_deleted(tmp_path, monkeypatch, capfd):
     assert train[1][0].shape == (3, 16, 16) and train.skipped.tolist() == [0, 1, 0, 0, 0]
 
 
-def test_training_ends_with_the_error_of_the_system(tmp_path):
+def test_training_ends_with_the_error_of_the_system(tmp_path, smallest):
     """The folder vanishes in the fourth epoch, for good, under two workers."""
     folder_of(tmp_path / "images", 4)
     (tmp_path / "run.py").write_text(f"""
@@ -2356,10 +2371,20 @@ def test_compiles_without_graph_breaks_and_checkpointing_changes_nothing():
 
     plain = gradients(unet)
     largest = max(gradient.norm() for gradient in plain)
-    for other in (gradients(torch.compile(unet, fullgraph=True, backend="aot_eager")),
+    for other in (gradients(torch.compile(unet, fullgraph=True, backend="eager")),
                   gradients(lambda *a: setattr(unet, "checkpointing", True) or unet(*a))):
         # Biases that a norm takes away have no gradient but rounding.
         assert all((a - b).norm() <= 1e-5 * (b.norm() + 0.01 * largest) for a, b in zip(other, plain, strict=True))
+
+    block, h, modulation = unet.down[0][0], torch.randn(2, 32, 8, 8), torch.randn(2, 64, 2, 2)
+    temb = torch.randn(2, 128)
+    found = []
+    for run in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):  # the compiler's own gradients
+        block.zero_grad()
+        run(h, modulation, temb).square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in block.parameters() if p.grad is not None]))
+    assert relative_error(*found) < 1e-5
+
     saved = []
     for unet.checkpointing in (False, True):
         sizes = []
@@ -3161,8 +3186,7 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
 
 
 @slow
-def test_processes_and_micro_batches_do_not_change_the_run(tmp_path, monkeypatch):
-    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
+def test_processes_and_micro_batches_do_not_change_the_run(tmp_path, smallest):
     common = [*TINY, "--steps", 4, "--loss", "fm"]
     command("train.py", *common, "--out", tmp_path / "one")
     run(tmp_path / "o", *common, "--out", tmp_path / "two", world=2)
@@ -3197,7 +3221,7 @@ def test_the_plain_command_runs_offline_under_torchrun(tmp_path, offline):
     assert "vgg16-397923af.pth" in output and "--w_lpips 0" in output
 
 
-def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file):
+def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file, smallest):
     common = [*TINY, "--w_lpips", 0.5, "--lpips_weights", vgg_file, "--w_repa", 0.25,
               "--repa_weights", dino_file, "--decay", 0]
     command("train.py", *common, "--steps", 2, "--out", tmp_path / "whole")
@@ -3213,7 +3237,7 @@ def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file):
 MEASURED = [*TINY, "--eval_images", 2, "--eval_steps", 1, "--eval_every", 1]
 
 
-def test_evaluations_measure_lpips_and_rfid_as_evaluate_does(tmp_path, vgg_file, inception_file, monkeypatch):
+def test_evaluations_measure_lpips_and_rfid_as_evaluate_does(tmp_path, vgg_file, inception_file, monkeypatch, smallest):
     forward = fid.InceptionFeatures.forward
     monkeypatch.setattr(fid.InceptionFeatures, "dim", 64)  # of 2048, whose eigenvalues take seconds
     monkeypatch.setattr(fid.InceptionFeatures, "forward", lambda self, x: forward(self, x)[:, :64])
@@ -3231,7 +3255,7 @@ def test_evaluations_measure_lpips_and_rfid_as_evaluate_does(tmp_path, vgg_file,
         assert a["lpips_vgg"] > 0 and a["rfid"] > 0
 
 
-def test_eval_metrics_change_no_step_and_read_the_originals_once(tmp_path, vgg_file, monkeypatch):
+def test_eval_metrics_change_no_step_and_read_the_originals_once(tmp_path, vgg_file, monkeypatch, smallest):
     """Also given on --resume alone; and in two processes the same numbers."""
     seen = []
     forward = TinyInception.forward
@@ -3355,7 +3379,7 @@ def test_ablations_from_the_command_line(tmp_path):
     (["--window", 8], "must be odd"),
     (["--lr", 1e30, "--grad_clip", 1e30, "--warmup", 0, "--steps", 40], "not finite"),
 ])
-def test_bad_input_to_train(tmp_path, flags, words):
+def test_bad_input_to_train(tmp_path, flags, words, smallest):
     output = command("train.py", *TINY, "--out", tmp_path / "run", *flags, ok=False)
     assert words in output.strip().splitlines()[-1]
 
@@ -3398,14 +3422,16 @@ def test_bad_files_and_folders(tmp_path):
 
 
 @slow
-def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path, monkeypatch):
+def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path, smallest):
     """In float64, so that Adam has no differences of rounding to enlarge where gradients should be 0; with the GAN."""
-    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
     flags = [*SMALL, "--steps", 4, "--save_every", 4, "--w_gan", 0.1, "--gan_start", 2, "--eval_every", 0, "--lr", 3e-4,
              "--optimizer", "muon"]
-    run(tmp_path / "o", *flags, "--out", tmp_path / "one", env={"FLOAT64": "1"})
-    run(tmp_path / "o", *flags, "--out", tmp_path / "two", env={"FLOAT64": "1"}, world=2)
-    run(tmp_path / "o", *flags, "--out", tmp_path / "micro", "--micro_batch", 3, env={"FLOAT64": "1"})
+    started = {}
+    for name, more, world in (("one", [], 1), ("two", [], 2), ("micro", ["--micro_batch", 3], 1)):
+        started[name] = launch(tmp_path / f"{name}_output", *flags, *more, "--out", tmp_path / name, world=world,
+                               env={"FLOAT64": "1"})
+    for name, processes in started.items():
+        wait(processes, tmp_path / f"{name}_output")
     one = load_checkpoint(tmp_path / "one")
     for name in ("two", "micro"):
         other = load_checkpoint(tmp_path / name)
@@ -3468,8 +3494,7 @@ def test_muons_step():
             assert relative_error(p.detach().flatten(1) - w.flatten(1), q.detach() - w.flatten(1)) < 0.03
 
 
-def test_what_each_phase_trains(tmp_path, monkeypatch):
-    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
+def test_what_each_phase_trains(tmp_path, monkeypatch, smallest):
     latent = ("encoder.stages.3.", "encoder.down.3.", "encoder.mid.", "encoder.norm_out.", "encoder.quant.",
               "encoder.conv_out.", "decoder.conv_in_z.", "decoder.norm_z.", "decoder.context.", "decoder.blocks.0.ada.")
     head = ("decoder.up.3.", "decoder.norm_out.", "decoder.conv_out.")
@@ -3500,7 +3525,7 @@ def test_what_each_phase_trains(tmp_path, monkeypatch):
             assert (latents is None) == (phase < 3)  # statistics of latents that have changed are dropped
 
 
-def test_the_linear_base_stays_as_it_is(tmp_path, monkeypatch):
+def test_the_linear_base_stays_as_it_is(tmp_path, monkeypatch, smallest):
     """In training, and of a student of distillation."""
     out = tmp_path / "r"
     run_main(train, monkeypatch, *SMALL, "--enc", "dc_f32c32", "--size", 32, "--steps", 2, "--warmup", 0,
@@ -3551,7 +3576,7 @@ def test_phase_defaults_and_refusals(tmp_path):
         train.get_args(["--init_from", str(tmp_path / "none")])
 
 
-def test_ema_starts_late(tmp_path, monkeypatch):
+def test_ema_starts_late(tmp_path, monkeypatch, smallest):
     command = [*SMALL, "--ema_start", 3, "--ema", 0.9, "--out", tmp_path / "r"]
     run_main(train, monkeypatch, *command, "--steps", 3)
     state = load_checkpoint(tmp_path / "r")
@@ -3562,7 +3587,7 @@ def test_ema_starts_late(tmp_path, monkeypatch):
         assert torch.allclose(new["ema"][name], 0.1 * state["model"][name] + 0.9 * new["model"][name], rtol=1e-5)
 
 
-def test_the_discriminators_gradients_and_when_it_starts(tmp_path, monkeypatch):
+def test_the_discriminators_gradients_and_when_it_starts(tmp_path, monkeypatch, smallest):
     """One step: the discriminator's Adam moment is (1 - beta) times the gradient that autograd gives for the hinge loss
     on the whole batch, whatever the micro-batch; the model's is that of the weighted sum. Before gan_start nothing
     differs from a run without."""
@@ -3604,7 +3629,7 @@ def test_the_discriminators_gradients_and_when_it_starts(tmp_path, monkeypatch):
     )
 
 
-def test_tensorboard_shows_the_log(tmp_path, monkeypatch):
+def test_tensorboard_shows_the_log(tmp_path, monkeypatch, smallest):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     command = [*SMALL, "--tensorboard", "--out", tmp_path / "r"]
     run_main(train, monkeypatch, *command, "--steps", 2)
@@ -3663,10 +3688,9 @@ def log_of(folder):
 
 @slow
 @pytest.mark.parametrize("world,workers,module", [(1, 2, "train"), (2, 0, "train"), (1, 0, "distill")])
-def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, module, monkeypatch):
+def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, module, smallest):
     """kill -9 before the first checkpoint and after one, then a polite signal to one rank and its data loader: weights,
     EMA, optimiser and log are bit-identical in the end."""
-    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
     flags, steps = [*SMALL, "--optimizer", "muon", "--w_gan", 0.1, "--gan_start", 2], 7
     if module == "distill":
         DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0}).save(
@@ -3695,7 +3719,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, modu
     def parts(*more, **kw):
         return run(tmp_path / "o", *flags, "--out", tmp_path / "parts", *more, world=world, module=module, **kw)
 
-    run(tmp_path / "o", *flags, "--out", tmp_path / "whole", world=world, module=module)
+    whole = launch(tmp_path / "w", *flags, "--out", tmp_path / "whole", world=world, module=module)
     restarted = {"TORCHELASTIC_RESTART_COUNT": "1"}  # what torchrun sets: it goes on by itself
     parts(sabotage={world - 1: {1: "SIGKILL"}}, ok=KILLED)
     assert not (tmp_path / "parts" / "latest.pt").exists()
@@ -3707,6 +3731,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, modu
     )
     assert "stopped after step 6 and saved" in output and load_checkpoint(tmp_path / "parts")["step"] == 6
     parts("--resume")
+    wait(whole, tmp_path / "w")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
     a, b = (load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
@@ -3717,7 +3742,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, modu
     assert f"has done its {steps} steps" in output
 
 
-def test_a_run_that_dies_in_its_last_evaluation_catches_up(tmp_path, monkeypatch):
+def test_a_run_that_dies_in_its_last_evaluation_catches_up(tmp_path, monkeypatch, smallest):
     command = [*SMALL, "--steps", 3, "--out", tmp_path / "r"]
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train, "evaluate", lambda *a, **kw: 1 / 0)
@@ -3728,16 +3753,18 @@ def test_a_run_that_dies_in_its_last_evaluation_catches_up(tmp_path, monkeypatch
 
 
 @slow
-def test_torchrun_restarts_go_on_by_themselves(tmp_path):
+def test_torchrun_restarts_go_on_by_themselves(tmp_path, smallest):
     """The first attempt dies by kill -9 after a checkpoint, on the other rank; the command is not changed."""
     (tmp_path / "run.py").write_text(
-        "import os, signal, sys\nsys.path.insert(0, os.environ['HERE'])\nimport train\ndraw = train.draw\n\n\n"
+        "import os, signal, sys\nsys.path.insert(0, os.environ['HERE'])\nimport train\ndraw = train.draw\n"
+        f"train.SIZES['XS'] = {SMALLEST_SIZE}\n\n\n"
         "def dying(seed, step, *rest):\n"
         "    if step == 3 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return draw(seed, step, *rest)\n\n\ntrain.draw = dying\ntrain.guarded(train.main)\n"
     )
     command = [*map(str, SMALL), "--steps", "5", "--out", str(tmp_path / "r")]
+    whole = launch(tmp_path / "o", *SMALL, "--steps", 5, "--out", tmp_path / "whole", world=2)
     done = subprocess.run(
         [
             sys.executable,
@@ -3756,11 +3783,11 @@ def test_torchrun_restarts_go_on_by_themselves(tmp_path):
         env=dict(os.environ, HERE=HERE, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    run(tmp_path / "o", *SMALL, "--steps", 5, "--out", tmp_path / "whole", world=2)
+    wait(whole, tmp_path / "o")
     assert same_weights(tmp_path / "whole", tmp_path / "r") and log_of(tmp_path / "whole") == log_of(tmp_path / "r")
 
 
-def test_a_bad_step_of_one_rank_is_skipped_on_all(tmp_path):
+def test_a_bad_step_of_one_rank_is_skipped_on_all(tmp_path, smallest):
     flags = [*SMALL, "--steps", 4, "--w_gan", 0.1]
     _, output = run(tmp_path / "o", *flags, "--out", tmp_path / "a", world=2, sabotage={1: {1: "nan"}})
     assert output.count("step 1 skipped") == 1
@@ -3782,7 +3809,7 @@ def test_a_bad_step_of_one_rank_is_skipped_on_all(tmp_path):
     assert f"images {', '.join(map(str, images))}:" in last
 
 
-def test_an_infinite_loss_with_finite_gradients_skips_the_step(tmp_path, monkeypatch):
+def test_an_infinite_loss_with_finite_gradients_skips_the_step(tmp_path, monkeypatch, smallest):
     """KL may overflow where the encoder is frozen: no gradient shows it. Nothing is saved before a good step."""
     values, saves = iter([math.inf, math.inf, 0.0]), []
     monkeypatch.setattr(train, "kl_loss", lambda posterior: torch.tensor(next(values)))
@@ -3796,7 +3823,7 @@ def test_an_infinite_loss_with_finite_gradients_skips_the_step(tmp_path, monkeyp
     assert state["optimizer"]["state"][0]["step"] == 1 and state["skipped"] == 2 and saves == [3]
 
 
-def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch):
+def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch, smallest):
     """Skipped steps, weights that are not finite, weights that are finite and ruined."""
     good = tmp_path / "r"
     command = [*SMALL, "--warmup", 0, "--eval_every", 1, "--save_every", 1, "--out", good, "--resume"]
@@ -3906,7 +3933,7 @@ def test_a_killed_reader_of_images_is_one_sentence(monkeypatch, error):
             data.guarded(fail)
 
 
-def test_data_that_one_process_loses_ends_all(tmp_path):
+def test_data_that_one_process_loses_ends_all(tmp_path, smallest):
     """Both save what they have done, and say it once."""
     codes, output = run(tmp_path / "o", *SMALL, "--save_every", 100, "--eval_every", 0, "--steps", 5, "--out",
                         tmp_path / "r", world=2, ok=(1,), sabotage={1: {2: "lost"}})
@@ -3961,7 +3988,7 @@ def test_two_runs_into_one_folder(tmp_path):
     assert train.open_run(args, 0, 1)[0] is None  # the same process, again
 
 
-def test_resuming_depends_on_content_not_on_paths(tmp_path, monkeypatch):
+def test_resuming_depends_on_content_not_on_paths(tmp_path, monkeypatch, smallest):
     """The same images elsewhere, and no --init_from file any more; other images only with a flag that says so."""
     for name, n in (("here", 6), ("there", 6), ("other", 7)):
         folder_of(tmp_path / name, n)
@@ -3982,8 +4009,7 @@ def test_resuming_depends_on_content_not_on_paths(tmp_path, monkeypatch):
     assert train.first_model(args, checkpoint).config == checkpoint["config"]  # nor any --enc_ckpt file
 
 
-def test_distillation_resumes_with_the_same_teacher_wherever_it_lies(tmp_path, monkeypatch):
-    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
+def test_distillation_resumes_with_the_same_teacher_wherever_it_lies(tmp_path, monkeypatch, smallest):
     here, there, other = (tmp_path / name / "t.safetensors" for name in ("here", "there", "other"))
     for path in (here, there, other):
         path.parent.mkdir()
@@ -4126,8 +4152,7 @@ def damaged_states(state):
     }
 
 
-def test_each_part_of_a_checkpoint_is_checked_and_the_one_before_it_tried(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
+def test_each_part_of_a_checkpoint_is_checked_and_the_one_before_it_tried(tmp_path, monkeypatch, capsys, smallest):
     monkeypatch.setattr(train, "PatchGAN", lambda: PatchGAN(16))
     out = tmp_path / "r"
     flags = [*SMALL, "--size", 24, "--w_gan", 0.1, "--optimizer", "muon", "--eval_every", 0, "--save_every", 1,
@@ -4257,10 +4282,9 @@ def test_distillation_writes_its_metrics_before_it_compares(tmp_path, checkpoint
 
 
 @slow
-def test_distillation_brings_one_step_to_the_teacher(tmp_path, monkeypatch):
+def test_distillation_brings_one_step_to_the_teacher(tmp_path, smallest):
     """A student that starts from random weights learns the teacher's several steps: enough steps that
     it must get closer."""
-    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
     for loss in ("fm", "eqm"):
         torch.manual_seed(0)
         model = randomise(DCSSDAE("dc_f8c4", "XS", loss, enc_width=0.0625, depth=1, input_skip=True,
@@ -5350,17 +5374,16 @@ def test_check_command(monkeypatch, capsys):
 # Every task runs and prints its line.
 
 @slow
-def test_bench_command(monkeypatch, capsys):
-    """Every task in float32; the training step in bfloat16 too, which is slow on processors that do not have it."""
-    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
+def test_bench_command(monkeypatch, capsys, smallest):
+    """Every task: in float32, the training step in bfloat16."""
     quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
     text = command("tools.bench", "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
     text += command("tools.bench", "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--enc_width", 0.125, "--dtype",
-                    "float32", "bf16", "--checkpointing")
+                    "bf16", "--checkpointing")
     monkeypatch.setattr(bench, "JPEG_COUNT", 4)
     text += command("tools.bench", "input", *quick)
     rows = [line for line in text.splitlines() if line.startswith(("U-ViT XS", "vq_f8c4"))]
-    assert len(rows) == 2 + 4 + 4 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
+    assert len(rows) == 2 + 4 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
     assert len(re.findall(r"^input, JPEG .* x$", text, re.MULTILINE)) == 2
     if importlib.util.find_spec("diffusers"):
         assert len(re.findall(r"^(KL-VAE|DC-AE f32c32) .* x KL-VAE$", text, re.MULTILINE)) == 4
@@ -5612,7 +5635,7 @@ def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, mon
 # tools/study.py
 # The numbers of the results page are those of its commands.
 
-def test_study(tmp_path, monkeypatch, capsys):
+def test_study(tmp_path, monkeypatch, capsys, smallest):
     """What is missing is trained, in its order, and evaluated; the table has the evaluations' numbers; nothing is done
     twice, what was interrupted goes on, and without the runs the CSV still gives the table."""
     small = " ".join(map(str, SMALL))
@@ -5737,7 +5760,7 @@ def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
 
     monkeypatch.setattr(data.ImageDataset, "subset", recorded)
     pytest.importorskip("matplotlib")
-    common = ["--ckpt", checkpoint, "--steps", 2, 1, "--calibrate", 2, "--limit", 3, "--batch_size", 1, "--workers", 0,
+    common = ["--ckpt", checkpoint, "--steps", 2, 1, "--calibrate", 2, "--limit", 3, "--batch_size", 2, "--workers", 0,
               "--size", 16, "--device", "cpu", "--features", "--lpips_net", "vgg"]
     run_main(sweep, monkeypatch, *common, "--plot", "--out", tmp_path / "1")
     text = capsys.readouterr().out
