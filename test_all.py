@@ -37,6 +37,7 @@ import traceback
 import types
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,11 @@ def cli(*args, ok=True, nproc=None, cwd=HERE, env=None, timeout=300):
         assert done.returncode == 1 and "Traceback" not in output, output
         assert done.stderr.strip().splitlines()[-1].startswith("error: "), output
     return output
+
+
+# aside(function, arguments ...) calls it beside what follows; its .result() waits for the end. For what waits for other
+# processes: one of two cores would be idle.
+aside = ThreadPoolExecutor().submit
 
 
 def command(program, *args, ok=True):
@@ -440,8 +446,9 @@ def child(module, argv, env, output, sabotage):
         train.kill_workers()  # forked children skip atexit
 
 
-def launch(folder, *argv, module="train", world=1, sabotage=None, env=None):
-    """Start a command on `world` processes, for `wait`. sabotage: {rank: {step: what}}."""
+def run(folder, *argv, module="train", world=1, sabotage=None, env=None, ok=(0,)):
+    """Run a command on `world` processes; (exit codes, which must be in ok, output of rank 0). sabotage: {rank: {step:
+    what}}."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -469,11 +476,6 @@ def launch(folder, *argv, module="train", world=1, sabotage=None, env=None):
             )
         )
         processes[-1].start()
-    return processes
-
-
-def wait(processes, folder, ok=(0,)):
-    """The end of what `launch` has started there: (exit codes, which must be in ok, output of rank 0)."""
     deadline = time.time() + 100
     while any(p.is_alive() for p in processes):
         multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
@@ -483,10 +485,6 @@ def wait(processes, folder, ok=(0,)):
     codes, output = [p.exitcode for p in processes], (folder / "output0").read_text()
     assert all(code in ok for code in codes), (codes, output)
     return codes, output
-
-
-def run(folder, *argv, ok=(0,), **options):
-    return wait(launch(folder, *argv, **options), folder, ok)
 
 
 KILLED = (0, 1, -signal.SIGKILL)
@@ -3188,9 +3186,10 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
 @slow
 def test_processes_and_micro_batches_do_not_change_the_run(tmp_path, smallest):
     common = [*TINY, "--steps", 4, "--loss", "fm"]
+    in_two = aside(run, tmp_path / "o", *common, "--out", tmp_path / "two", world=2)
     command("train.py", *common, "--out", tmp_path / "one")
-    run(tmp_path / "o", *common, "--out", tmp_path / "two", world=2)
     command("train.py", *common, "--out", tmp_path / "micro", "--micro_batch", 3)
+    in_two.result()
     one, two, micro = (step_lines(tmp_path / name) for name in ("one", "two", "micro"))
     for other in (two, micro):
         for a, b in zip(one, other, strict=True):
@@ -3206,12 +3205,9 @@ def test_processes_and_micro_batches_do_not_change_the_run(tmp_path, smallest):
 def test_the_plain_command_runs_offline_under_torchrun(tmp_path, offline):
     """No --data, no networks: the built-in images, the missing terms named and recorded.
     (Full width is the README's command.)"""
-    output = cli("train.py", "--enc", "dc_f32c32", "--loss", "eqm", "--steps", 1, "--batch_size", 2, "--size", 32,
-                 "--enc_width", 0.125, "--dec", "XS", "--eval_images", 2, "--out", tmp_path / "run", "--device", "cpu",
-                 nproc=2)
-    assert "training WITHOUT LPIPS" in output and "training WITHOUT REPA" in output
-    notes = DCSSDAE.load(tmp_path / "run" / "model.safetensors").config["notes"]
-    assert set(notes["left_out"]) == {"lpips", "repa"} and notes["w_lpips"] == 0
+    plain = aside(cli, "train.py", "--enc", "dc_f32c32", "--loss", "eqm", "--steps", 1, "--batch_size", 2, "--size", 32,
+                  "--enc_width", 0.125, "--dec", "XS", "--eval_images", 2, "--out", tmp_path / "run", "--device", "cpu",
+                  nproc=2)
     images = tmp_path / "images"
     images.mkdir()
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(images / "a.png")
@@ -3219,6 +3215,10 @@ def test_the_plain_command_runs_offline_under_torchrun(tmp_path, offline):
                      "--out", tmp_path / "real", "--device", "cpu", ok=False)
     # on real data an objective never changes silently
     assert "vgg16-397923af.pth" in output and "--w_lpips 0" in output
+    output = plain.result()
+    assert "training WITHOUT LPIPS" in output and "training WITHOUT REPA" in output
+    notes = DCSSDAE.load(tmp_path / "run" / "model.safetensors").config["notes"]
+    assert set(notes["left_out"]) == {"lpips", "repa"} and notes["w_lpips"] == 0
 
 
 def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file, smallest):
@@ -3262,6 +3262,8 @@ def test_eval_metrics_change_no_step_and_read_the_originals_once(tmp_path, vgg_f
     monkeypatch.setattr(TinyInception, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1])
     monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
     metrics = ["--lpips_weights", vgg_file, "--eval_metrics", "lpips", "rfid"]
+    in_two = aside(run, tmp_path / "o", *MEASURED, *metrics, "--eval_every", 0, "--steps", 3, "--out", tmp_path / "two",
+                   world=2, env={"TINY_INCEPTION": "1"})
     command("train.py", *MEASURED, "--eval_every", 0, "--steps", 3, "--out", tmp_path / "plain")
     command("train.py", *MEASURED, "--steps", 1, "--out", tmp_path / "r")
     assert not seen
@@ -3270,8 +3272,7 @@ def test_eval_metrics_change_no_step_and_read_the_originals_once(tmp_path, vgg_f
     assert seen == [2] * (4 + 3)  # baseline, linear code, one step; and in the first of two evaluations the originals
     rows = [line["eval"][2] for line in lines_of(tmp_path / "r" / "log.jsonl") if "eval" in line]
     assert "rfid" not in rows[0] and all(row["rfid"] > 0 and row["lpips_vgg"] > 0 for row in rows[1:])
-    run(tmp_path / "o", *MEASURED, *metrics, "--eval_every", 0, "--steps", 3, "--out", tmp_path / "two", world=2,
-        env={"TINY_INCEPTION": "1"})
+    in_two.result()
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["rows"] for name in ("r", "two"))
     for a, b in zip(one, two, strict=True):
         assert all(a[key] == pytest.approx(b[key], rel=1e-2) for key in ("psnr", "lpips_vgg", "rfid"))
@@ -3426,12 +3427,12 @@ def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path, smallest):
     """In float64, so that Adam has no differences of rounding to enlarge where gradients should be 0; with the GAN."""
     flags = [*SMALL, "--steps", 4, "--save_every", 4, "--w_gan", 0.1, "--gan_start", 2, "--eval_every", 0, "--lr", 3e-4,
              "--optimizer", "muon"]
-    started = {}
+    runs = []
     for name, more, world in (("one", [], 1), ("two", [], 2), ("micro", ["--micro_batch", 3], 1)):
-        started[name] = launch(tmp_path / f"{name}_output", *flags, *more, "--out", tmp_path / name, world=world,
-                               env={"FLOAT64": "1"})
-    for name, processes in started.items():
-        wait(processes, tmp_path / f"{name}_output")
+        runs.append(aside(run, tmp_path / f"{name}_output", *flags, *more, "--out", tmp_path / name, world=world,
+                          env={"FLOAT64": "1"}))
+    for each in runs:
+        each.result()
     one = load_checkpoint(tmp_path / "one")
     for name in ("two", "micro"):
         other = load_checkpoint(tmp_path / name)
@@ -3719,7 +3720,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, modu
     def parts(*more, **kw):
         return run(tmp_path / "o", *flags, "--out", tmp_path / "parts", *more, world=world, module=module, **kw)
 
-    whole = launch(tmp_path / "w", *flags, "--out", tmp_path / "whole", world=world, module=module)
+    whole = aside(run, tmp_path / "w", *flags, "--out", tmp_path / "whole", world=world, module=module)
     restarted = {"TORCHELASTIC_RESTART_COUNT": "1"}  # what torchrun sets: it goes on by itself
     parts(sabotage={world - 1: {1: "SIGKILL"}}, ok=KILLED)
     assert not (tmp_path / "parts" / "latest.pt").exists()
@@ -3731,7 +3732,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, modu
     )
     assert "stopped after step 6 and saved" in output and load_checkpoint(tmp_path / "parts")["step"] == 6
     parts("--resume")
-    wait(whole, tmp_path / "w")
+    whole.result()
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
     a, b = (load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
@@ -3764,7 +3765,7 @@ def test_torchrun_restarts_go_on_by_themselves(tmp_path, smallest):
         "    return draw(seed, step, *rest)\n\n\ntrain.draw = dying\ntrain.guarded(train.main)\n"
     )
     command = [*map(str, SMALL), "--steps", "5", "--out", str(tmp_path / "r")]
-    whole = launch(tmp_path / "o", *SMALL, "--steps", 5, "--out", tmp_path / "whole", world=2)
+    whole = aside(run, tmp_path / "o", *SMALL, "--steps", 5, "--out", tmp_path / "whole", world=2)
     done = subprocess.run(
         [
             sys.executable,
@@ -3783,7 +3784,7 @@ def test_torchrun_restarts_go_on_by_themselves(tmp_path, smallest):
         env=dict(os.environ, HERE=HERE, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    wait(whole, tmp_path / "o")
+    whole.result()
     assert same_weights(tmp_path / "whole", tmp_path / "r") and log_of(tmp_path / "whole") == log_of(tmp_path / "r")
 
 
@@ -4860,12 +4861,16 @@ def test_two_processes_equal_one(tmp_path, checkpoint):
     for i in range(8):
         Image.fromarray(data.demo_image(32, 0, "val", i)).save(tmp_path / "images" / f"{i}.png")
     (tmp_path / "images" / "0.png").write_bytes((tmp_path / "images" / "0.png").read_bytes()[:200])
-    reports = []
+    runs, reports = [], []
     for n in (1, 2):
         # batches of 1: other batch sizes round convolutions differently, and a level may flip
-        run(tmp_path / "o", "--ckpt", checkpoint, "--data", tmp_path / "images", "--steps", 1, 3, "--batch_size", 1,
-            "--workers", 0, "--device", "cpu", "--cache", tmp_path / f"cache{n}", "--out", tmp_path / str(n),
-            module="evaluate", world=n, env={**offline_environment(tmp_path), "TINY_INCEPTION": "1"})
+        runs.append(aside(
+            run, tmp_path / f"o{n}", "--ckpt", checkpoint, "--data", tmp_path / "images", "--steps", 1, 3,
+            "--batch_size", 1, "--workers", 0, "--device", "cpu", "--cache", tmp_path / f"cache{n}", "--out",
+            tmp_path / str(n), module="evaluate", world=n,
+            env={**offline_environment(tmp_path), "TINY_INCEPTION": "1"}))
+    for n, each in zip((1, 2), runs, strict=True):
+        each.result()
         reports.append(json.loads((tmp_path / str(n) / "metrics.json").read_text()))
     one, two = reports
     assert one["images"] == two["images"] == 7 and one["skipped"] == two["skipped"] == 1
@@ -5163,8 +5168,12 @@ def test_the_gpus_norm_equals_the_plain_form():
     """On a GPU, or in Triton's interpreter, which is chosen before anything imports Triton."""
     pytest.importorskip("triton")
     env = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
-    code = "import test_all; test_all.check_gpu_norm(); test_all.check_blocks_with_gpu_norm()"
-    subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, check=True, timeout=300)
+    checks = []
+    for name in ("check_gpu_norm", "check_blocks_with_gpu_norm"):
+        command = [sys.executable, "-c", f"import test_all; test_all.{name}()"]
+        checks.append(aside(subprocess.run, command, cwd=HERE, env=env, check=True, timeout=300))
+    for each in checks:
+        each.result()
 
 
 def check_gpu_norm():
@@ -5539,9 +5548,10 @@ def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
         broken.write_bytes(b"broken")
     common = ["--ckpt", checkpoint, "--data", tmp_path / "images", "--shard", 2, "--batch_size", 2, "--workers", 0,
               "--device", "cpu", "--out"]
+    two = aside(run, tmp_path / "o", *common, tmp_path / "two", module="tools.latents", world=2)
     run_main(latents, monkeypatch, *common, tmp_path / "one")
     assert "mean" in capsys.readouterr().out
-    run(tmp_path / "o", *common, tmp_path / "two", module="tools.latents", world=2)
+    two.result()
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
     write, calls = latents.write_whole, []
@@ -5648,6 +5658,7 @@ def test_study(tmp_path, monkeypatch, capsys, smallest):
         "one": ("--limit 3 --device cpu", [("distilled", "b", ""), ("not", "a", "--steps 1 2")]),
         "two": ("--limit 3", [("photographs", "c", "")])})
     commands = []
+    failing = aside(cli, "tools.study", "samplers", "--runs", "/dev/null/runs", "--csv", tmp_path / "f.csv", ok=False)
 
     def execute(words):
         commands.append(words)
@@ -5676,8 +5687,7 @@ def test_study(tmp_path, monkeypatch, capsys, smallest):
     run_main(study, monkeypatch, *flags, "--print")
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == table
     assert "needs --photos" in sentence(study, monkeypatch, "two", *flags[1:])
-    monkeypatch.undo()
-    message = cli("tools.study", "samplers", "--runs", "/dev/null/runs", "--csv", tmp_path / "r.csv", ok=False)
+    message = failing.result()
     assert "train.py --preset tiny" in message and "ended with exit code 1; its message stands above" in message
 
 
@@ -5762,13 +5772,15 @@ def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     common = ["--ckpt", checkpoint, "--steps", 2, 1, "--calibrate", 2, "--limit", 3, "--batch_size", 2, "--workers", 0,
               "--size", 16, "--device", "cpu", "--features", "--lpips_net", "vgg"]
+    refused = aside(cli, "tools.sweep", *common, "--calibrate", 0, ok=False)
+    two = aside(run, tmp_path / "o", *common, "--out", tmp_path / "2", module="tools.sweep", world=2)
     run_main(sweep, monkeypatch, *common, "--plot", "--out", tmp_path / "1")
     text = capsys.readouterr().out
     assert len(seen) == 2 and len(seen[0]) == 2 and len(seen[1]) == 3 and not seen[0] & seen[1]
     assert "adaptive " in text and "tol 0.02" in text and "on 2 other images" in text
     assert text.endswith(f"wrote sweep.csv and sweep.png to {tmp_path / '1'}\n")
     assert Image.open(tmp_path / "1" / "sweep.png").width > 600
-    run(tmp_path / "o", *common, "--out", tmp_path / "2", module="tools.sweep", world=2)
+    two.result()
     tables = []
     for n in "12":
         with open(tmp_path / n / "sweep.csv", newline="") as file:
@@ -5789,7 +5801,7 @@ def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
     assert "unrecognized arguments: --eta" in capsys.readouterr().err
     folder_of(tmp_path / "one", 1)
     assert "at least 2 images" in sentence(sweep, monkeypatch, *common, "--data", tmp_path / "one")
-    assert "--calibrate 0 is out of range" in cli("tools.sweep", *common, "--calibrate", 0, ok=False)
+    assert "--calibrate 0 is out of range" in refused.result()
     monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
     assert "matplotlib" in sentence(sweep, monkeypatch, *common, "--plot")
 
@@ -5904,10 +5916,11 @@ def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
     common = ["--latents", tmp_path / "latents", "--ckpt", checkpoint, "--width", 64, "--depth", 1, "--batch_size", 4,
               "--warmup", 1, "--log_every", 1, "--eval_images", 9, "--eval_steps", 2, "--features", tmp_path / "f.ts",
               "--device", "cpu", "--out"]
+    two = aside(cli, "examples.generate", *common, tmp_path / "two", "--steps", 4, nproc=2)
     run_main(generate, monkeypatch, *common, tmp_path / "whole", "--steps", 4)
     run_main(generate, monkeypatch, *common, tmp_path / "parts", "--steps", 2)
     run_main(generate, monkeypatch, *common, tmp_path / "parts", "--steps", 4, "--resume")
-    cli("examples.generate", *common, tmp_path / "two", "--steps", 4, nproc=2)
+    two.result()
     weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts", "two")}
     logs = {name: [json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in weights}
     for key, value in weights["whole"].items():
