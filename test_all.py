@@ -5932,7 +5932,7 @@ def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
     assert Image.open(tmp_path / "whole" / "samples.png").size == (8 * 34 + 2, 2 * 34 + 2)
 
     code = Path(HERE, "docs", "training.md").read_text().split("## Reading latents")[1]
-    code = code.split("```python\n")[1].split("```")[0]
+    code = code.split("```py\n")[1].split("```")[0]
     for then, now in (('"latents"', f'"{tmp_path}/latents"'), ("runs/deep_eqm/model.safetensors", str(checkpoint)),
                       ("runs/generator", f"{tmp_path}/whole"), ("None, 50", "torch.arange(16) % 2, 2")):
         assert code.count(then) == 1
@@ -5968,8 +5968,9 @@ def printed_by(notebook):
 
 
 @slow
-def test_the_notebook_runs_without_a_network(tmp_path, offline):
+def test_the_notebook_runs_without_a_network(tmp_path, offline, monkeypatch):
     """In a copy, from the root; it was stored from a run in examples/. Numbers are those of the stored run."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
