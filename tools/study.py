@@ -38,7 +38,7 @@ PUBLISHED = "--linear off --no-input_skip --c trunc --g_power 1"                
 RUNS = {
     **{f"deep_{enc}": f"{DEEP} --enc dc_{enc}"
        for enc in ("f8c4", "f8c16", "f16c16", "f32c32", "f32c64", "f64c128", "f64c256")},
-    **{f"large_{enc}": f"{LARGE} --enc dc_{enc}" for enc in ("f8c4", "f32c64", "f128c512", "f128c1024")},
+    **{f"large_{enc}": f"{LARGE} --enc dc_{enc}" for enc in ("f8c4", "f32c32", "f32c64", "f128c512", "f128c1024")},
     **{f"photos_{enc}": f"{DEEP} --enc dc_{enc} {PHOTOS}" for enc in ("f8c4", "f32c64")},
     **{f"plain_{enc}": f"{DEEP} --enc dc_{enc} --linear off" for enc in ("f8c4", "f32c64")},
     "part_encoder": f"{DEEP} --enc dc_f32c64 --linear encoder",
@@ -86,6 +86,7 @@ TABLES = {
         ("f8c4: 1024 numbers", "large_f8c4", ""),
         ("f32c64: 1024", "large_f32c64", ""),
         ("f128c1024: 1024", "large_f128c1024", ""),
+        ("f32c32: 512", "large_f32c32", ""),
         ("f128c512: 512", "large_f128c512", "")]),
     "photographs": ("--data {crops}", [
         ("f8c4", "photos_f8c4", ""),
