@@ -1,8 +1,8 @@
 """Tests of everything users rely on: the mathematics, equivalences, parity with independent implementations, every
 command line.
 
-    python -m pytest test_all.py                  # no network, no GPU; 10 to 20 minutes on two cores
-    python -m pytest test_all.py -k "not slow"    # without those that take more than ten seconds
+    python -m pytest test_all.py                  # no network, no GPU; 8 to 12 minutes
+    python -m pytest test_all.py -k slow & python -m pytest test_all.py -k "not slow" && wait $!    # on two cores
 
 Tests that compare with another library are skipped where it is not installed. Networks whose weights would have to be
 downloaded (VGG-16, DINOv2, Inception) stand here with random weights, given as files.
@@ -179,7 +179,7 @@ def command(program, *args, ok=True):
 
 
 def slow(test):
-    """Marks what takes more than ten seconds: pytest -k "not slow" leaves it out."""
+    """Marks the longest tests, half of the whole time: pytest -k slow and -k "not slow" can run side by side."""
     test.slow = True
     return test
 
@@ -3491,6 +3491,7 @@ def test_muons_step():
             assert relative_error(p.detach().flatten(1) - w.flatten(1), q.detach() - w.flatten(1)) < 0.03
 
 
+@slow
 def test_what_each_phase_trains(tmp_path, monkeypatch, smallest):
     latent = ("encoder.stages.3.", "encoder.down.3.", "encoder.mid.", "encoder.norm_out.", "encoder.quant.",
               "encoder.conv_out.", "decoder.conv_in_z.", "decoder.norm_z.", "decoder.context.", "decoder.blocks.0.ada.")
@@ -3647,6 +3648,7 @@ def test_tensorboard_shows_the_log(tmp_path, monkeypatch, smallest):
         run_main(train, monkeypatch, *SMALL, "--tensorboard", "--out", tmp_path / "q")
 
 
+@slow
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
     """Into --out, without an account: the numbers, the pictures; a resumed run is the same one."""
     pytest.importorskip("wandb")
@@ -4440,6 +4442,7 @@ def test_statistics_that_are_none(tmp_path):
         fid.frechet_distance(np.full(2, 1e300), np.eye(2), np.zeros(2), np.eye(2))
 
 
+@slow
 def test_fid_command(tmp_path, inception_file, monkeypatch, capsys):
     rng = np.random.default_rng(4)
     for folder, sizes in (("a", [(40, 30), (30, 40), (40, 30)]), ("b", [(64, 64), (64, 64)])):
@@ -5313,6 +5316,7 @@ def test_a_training_step_waits_for_the_device_once(tmp_path, checkpoint, monkeyp
     assert traffic.copies[copies:copies_after] == [] and traffic.reads[reads:reads_after] == ["tolist"]
 
 
+@slow
 def test_compile_without_a_compiler_is_one_sentence(tmp_path, monkeypatch):
     """Before the data is looked for, and before anything is timed."""
     output = cli("train.py", *TINY, "--compile", "--data", tmp_path / "nowhere", "--out", tmp_path / "r", ok=False,
@@ -5641,6 +5645,7 @@ def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, mon
 # tools/study.py
 # The numbers of the results page are those of its commands.
 
+@slow
 def test_study(tmp_path, monkeypatch, capsys, smallest):
     """What is missing is trained, in its order, and evaluated; the table has the evaluations' numbers; nothing is done
     twice, what was interrupted goes on, and without the runs the CSV still gives the table."""
@@ -5756,6 +5761,7 @@ def test_calibration_finds_the_best_step_sizes(monkeypatch):
     assert np.isfinite(sweep.calibrate(diverging, [9], lambda r: list(diverging.measure(r)))["gd", 9][1]["eta"])
 
 
+@slow
 def test_sweep_command(tmp_path, checkpoint, offline, monkeypatch, capsys):
     """In two processes as in one; on images apart from the calibration's."""
     seen, subset = [], data.ImageDataset.subset
@@ -5890,6 +5896,7 @@ def test_the_documents_commands_are_of_programs_and_flags_that_exist(helps):
 # examples/
 # The generator: resumed = uninterrupted = two processes; labels; refusals. The notebook runs and says what it stores.
 
+@slow
 def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
     """Resumed = uninterrupted = two processes; silent at the start; labels matter; refusals."""
     for k, name in enumerate(("cat", "dog")):
@@ -6277,6 +6284,7 @@ def fuzz_one(number, box, folder):
     return problem and f"case {number} (FUZZ_CASE={number}):\n{output.getvalue()[-1500:]}\n{problem}"
 
 
+@slow
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX's")
 @pytest.mark.filterwarnings("ignore")
 def test_fuzz(tmp_path, monkeypatch, offline):
