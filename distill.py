@@ -6,7 +6,7 @@
 The frozen teacher decodes z from noise e in N steps to x_T. The student starts from the same e and z and takes one step
 from pure noise to x^ (SSDD, arXiv 2510.04961). Loss: its own matching loss with x_T in the place of the
 data, plus LPIPS(x_T, x^) and, with --w_repa, REPA. Works for flow matching (t = 1) and equilibrium matching (g = 0).
-Writes what train.py writes: model.safetensors, reconstructions.png, metrics.json, log.jsonl and checkpoints.
+Writes model.safetensors, reconstructions.png, metrics.json, log.jsonl and checkpoints, as train.py does.
 """
 import copy
 import hashlib

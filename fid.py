@@ -13,8 +13,9 @@ more than many papers' gains. Ours, the same as pytorch-fid's (whose numbers and
 - both sets are prepared in the same way. Here: images as stored (turned upright), or --size S: short side to S by PIL
   bilinear, centre crop, which is evaluate.py's --crop center (SSDD); its --crop adm (box halving, bicubic,
   centre crop) is DC-AE's. Raw files against crops is a classic mistake.
---features dinov2 is FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675) as edm2 computes it; a TorchScript file gives the
-distance in features of your own. Neither is FID or rFID, or can be compared with them.
+--features dinov2 is FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675) as edm2 computes it; a file of weights of
+timm's or a TorchScript file gives the distance in features of your own. Neither is FID or rFID, or can be compared with
+them.
 
     python fid.py originals/ reconstructions/                 # two folders, searched recursively
     python fid.py imagenet/val --size 256 --save val256.npz   # statistics once ...
@@ -687,8 +688,9 @@ def main():
     add = parser.add_argument
     add("a", metavar="A", help="folder of images, or .npz statistics")
     add("b", metavar="B", nargs="?", help="the other set; may be left out with --save")
-    add("--features", default="inception", metavar="F", help="inception (FID), dinov2 (FD-DINOv2) or a TorchScript "
-        "file that maps (B, 3, H, W) in [-1, 1] to (B, D) [%(default)s]")
+    add("--features", default="inception", metavar="F", help="inception (FID), dinov2 (FD-DINOv2), "
+        "NAME.safetensors with weights of timm's network NAME, or a TorchScript file that maps (B, 3, H, W) in "
+        "[-1, 1] to (B, D) [%(default)s]")
     add("--inception", metavar="FILE", help="Inception weights; default: torch.hub's cache or download")
     add("--dinov2", metavar="FILE", help="DINOv2 ViT-L/14 weights; default: torch.hub's cache or download")
     add("--size", type=int, help="resize the short side and centre-crop first; default: as stored")

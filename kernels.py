@@ -1,4 +1,4 @@
-"""Group norm, scale, shift and SiLU in one operation for NVIDIA's GPUs, in Triton; model.norm_silu calls it there.
+"""Group norm, scale, shift and SiLU in one operation for GPUs, in Triton; model.norm_silu calls it there.
 
 PyTorch's own kernels would go over each map about ten times, and more often backwards. Here the forward pass reads a
 map twice (statistics, result) and the backward pass twice (sums, gradient). Only x is kept for it, and all arithmetic

@@ -187,8 +187,8 @@ class NormSiLU(torch.autograd.Function):
 
 
 def norm_silu(x, scale, shift, groups=32, eps=1e-5):
-    """silu(GroupNorm(x) * scale + shift), arguments as NormSiLU's, which is made for the CPU's own kernels; on NVIDIA's
-    GPUs in kernels of its own; elsewhere the plain form, which compilers fuse into two passes over x."""
+    """silu(GroupNorm(x) * scale + shift), arguments as NormSiLU's, which is made for the CPU's own kernels; on
+    GPUs that Triton serves in kernels of its own; elsewhere the plain form, which compilers fuse into two passes."""
     if eager_cpu(x):
         return NormSiLU.apply(x, scale, shift, groups, eps)
     kernels = gpu_kernels(x)

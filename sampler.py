@@ -5,7 +5,7 @@
                      the time
   nesterov           the same with Nesterov's look-ahead momentum
 
-    python evaluate.py --ckpt runs/tiny/model.safetensors --data demo --steps 1 2 4 8
+    python evaluate.py --ckpt runs/tiny_eqm/model.safetensors --data demo --steps 1 2 4 8
 
 Common arguments: field(x, z[, t]) -> same shape as x; x (B, 3, H, W) starting noise; z the latent (B, c, h, w), row by
 row with x, or what the decoder made of it (model.Condition), of which .rows chooses some samples. Each returns

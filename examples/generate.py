@@ -7,7 +7,7 @@ The network is DiT (Peebles and Xie 2022, arXiv 2212.09748), one token a cell of
 straight lines, as SiT (Ma et al. 2024, arXiv 2401.08740), with the signs of losses.py; sampled by sampler.euler with
 equal steps. Latents are normalised by the manifest's mean and deviation. Labels in the shards make the generator
 class-conditional; there is no guidance. Every evaluation writes samples.png and, given --features, the Frechet distance
-between generated images and as many of those that the latents were made of.
+between generated images and as many of the part of the data that the latents were made of.
 """
 import copy
 import itertools
