@@ -69,7 +69,8 @@ OUTPUT_GAIN = 3.0  # of the network's output, in units of the base's local contr
 CONTRAST_CELL = 8  # pixels; contrast is that of 16 x 16 pixels around every cell's middle, linear between
 LEAST_CONTRAST = 1 / 255  # half a level of 8 bits
 INPUT_GAIN = 0.1  # of the noisy image at the input: noise tells nothing about the image
-T_MIN = 0.05  # FM: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
+T_MIN = 0.05  # FM: in training the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720)
+T_LEAST = 1e-4  # and in sampling by this: with T_MIN the last steps would stop short of D and leave a part of the noise
 RIDGE = 1e-4  # of the linear decoder's fit, times the latents' mean square: fewer cells than channels still have a fit
 FORMAT = 5  # of the files that DCSSDAE.save writes; 1 had other names for the dc encoders' first and last convolution
 LINEAR_FORMAT = 5  # of decoders with a linear base; 3 had no UViT.revision and other norms, 4 no contrast in `addition`
@@ -751,7 +752,7 @@ class UViT(nn.Module):
             return out + self.skip * x
         field = self.skip * (x - condition.base) + self.addition(out, condition.contrast)
         if self.time_cond:  # FM: v = (D - x_t) / t, D the estimate of the image
-            field = field / t.clamp(min=T_MIN)[:, None, None, None]
+            field = field / t.clamp(min=T_MIN if self.training else T_LEAST)[:, None, None, None]
         return field
 
     def addition(self, out, contrast):

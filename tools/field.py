@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from data import check_numbers, guarded, make_dataset, ready_folder, save_grid, setup
 from evaluate import load_model, shared_arguments
 from losses import fm_mix, fm_predict_x, psnr, to8bit
-from model import folder_beside
+from model import T_MIN, folder_beside
 from sampler import euler, image_noise
 
 LEVELS = 6                                                   # columns, from pure noise to data
@@ -74,14 +74,16 @@ def show_field(model, dataset, i, seed, device, out):
     x = image[None].to(device)                               # (1, 3, H, W)
     e = image_noise(seed, [i], x.shape[1:]).to(device)
     z = model.encode(x).mode()                               # (1, c, h, w)
-    t = torch.linspace(1, 0, LEVELS).to(device)
-    x_t, field, estimate = estimates(model, x, e, z, t)
     fm = model.config["loss"] == "fm"
+    # Beside a linear base FM's velocity is (D - x_t) / t, and nothing at t = 0.
+    least = T_MIN if fm and model.decoder.base is not None else 0.0
+    t = torch.linspace(1, least, LEVELS).to(device)
+    x_t, field, estimate = estimates(model, x, e, z, t)
     path = euler_path(model, e, z) if fm else nesterov_path(model, e, z)
 
     rms = field.square().mean((1, 2, 3)).sqrt()              # (6,)
     for j, steps in enumerate(SHOWN):
-        level = f"t = {t[j]:.1f}" if fm else f"g = {1 - t[j]:.1f}"
+        level = f"t = {t[j]:.2f}" if fm else f"g = {1 - t[j]:.1f}"
         sampler = f"{steps} of {max(SHOWN)} Euler steps" if fm else f"{steps} Nesterov steps"
         print(f"{level}: estimate {decibels(estimate[j], x[0]):.2f} dB, field rms {rms[j]:.4f}; "
               f"after {sampler} {decibels(path[j], x[0]):.2f} dB")
