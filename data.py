@@ -20,9 +20,11 @@ import json
 import math
 import os
 import pickle
+import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import tokenize
 import zipfile
@@ -386,7 +388,7 @@ class ImageDataset(torch.utils.data.Dataset):
         names = [str(self.name)]
         if self.images.dtype.kind == "S":
             ends = [os.path.dirname(self.images[k]) for k in (0, -1)]  # in order: they share what all share
-            root = len(os.path.commonpath(ends))
+            root = len(os.path.commonpath(ends)) + len(ends[0]) - len(os.path.commonpath(ends[:1]))  # ./ and //, too
             names = [name[root:] for name in self.images.tolist()]
         digest = hashlib.sha256(b"\0".join(os.fsencode(name) for name in names)).hexdigest()
         return f"{len(self)} images, names {digest[:16]}"
@@ -742,7 +744,12 @@ class Loader(torch.utils.data.DataLoader):
 
     def readable(self):
         """The batches that hold an image."""
-        for x, index in super().__iter__():
+        batches = super().__iter__()
+        if self.num_workers and threading.current_thread() is threading.main_thread():
+            # torch tells of a dead worker from a signal, in the midst of whatever step the program is at, which then
+            # cannot save. Without that next() finds it, within 5 seconds.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for x, index in batches:
             if index is None:
                 raise x
             if len(index):

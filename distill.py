@@ -6,7 +6,7 @@
 The frozen teacher decodes z from noise e in N steps to x_T. The student starts from the same e and z and takes one step
 from pure noise to x^ (SSDD, arXiv 2510.04961). Loss: its own matching loss with x_T in the place of the
 data, plus LPIPS(x_T, x^) and, with --w_repa, REPA. Works for flow matching (t = 1) and equilibrium matching (g = 0).
-Writes model.safetensors, reconstructions.png, metrics.json, log.jsonl and checkpoints, as train.py does.
+Writes what train.py writes: model.safetensors, reconstructions.png, metrics.json, log.jsonl and checkpoints.
 """
 import copy
 import hashlib
@@ -17,13 +17,13 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from data import check_numbers, guarded, setup
+from data import check_compiler, check_numbers, guarded, setup
 from evaluate import print_table, write_results
 from model import DCSSDAE, check_size, compile_blocks
 from sampler import image_noise
 
 from train import (Run, append_log, autocast, check_shared, clip_gradients, compiles, data_parallel,  # isort: skip
-                   draw, evaluation_is_due, evaluation_networks, finish_step, freeze_base, image_arguments,
+                   draw, evaluation_is_due, evaluation_networks, finish_step, freeze_base, image_arguments, keep_best,
                    make_optimizers, make_parser, matching, measure, next_batch, open_boards, open_data, open_run,
                    paired_tensors, perceptual_losses, pick_dtype, prefer_speed, restore, run_arguments,
                    set_learning_rate, step_if, stop_flag, summed, training_batches, update_ema, validate,
@@ -118,6 +118,8 @@ def main():
         args.w_lpips = notes.get("w_lpips", 0.5)  # published files do not say
     check_size(args.size, teacher)
     check_shared(args, world)
+    if args.compile:
+        check_compiler(device)
     options = {}  # of the teacher's sampler
     for name in ("t_shift", "eta", "mu"):
         if getattr(args, name) is not None:
@@ -128,7 +130,7 @@ def main():
     # Data, student, objective, optimiser
     checkpoint, log_path, evaluated = open_run(args, rank, world)
     dataset, val = open_data(args, checkpoint, rank)
-    lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank)
+    lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank, world)
     networks = evaluation_networks(args, val, lpips, device, world)
     teacher.to(device, memory_format=torch.channels_last)
     student = copy.deepcopy(teacher)
@@ -215,6 +217,7 @@ def main():
     result = measure(run, ema, val, dtype, [1])
     if rank == 0:
         write_results(result, args.out)  # before anything else can fail
+        keep_best(run, ema, result)
         loader = validation_batches(val, args, 0, 1, device)
         before, after = closeness(teacher, ema, loader, args.teacher_steps, options, device, dtype, args.seed)
         result["mse_to_teacher"] = {"teacher_steps": args.teacher_steps, "undistilled": before, "distilled": after}
@@ -224,7 +227,7 @@ def main():
         print_table(result)
         print(f"mean squared distance of one step to the teacher's {args.teacher_steps} steps, same noise: "
               f"{before:.6f} undistilled, {after:.6f} distilled")
-        print(f"saved {args.out}/model.safetensors, reconstructions.png, metrics.json and log.jsonl")
+        print(f"saved {args.out}/model.safetensors, best.safetensors, reconstructions.png, metrics.json and log.jsonl")
 
 
 if __name__ == "__main__":

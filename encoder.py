@@ -14,7 +14,10 @@ Convention: images (B, 3, H, W) in [-1, 1], H and W multiples of the downscale f
 import functools
 import importlib.util
 import math
+import os
 import re
+import shutil
+import sysconfig
 from functools import partial
 
 import torch
@@ -206,9 +209,12 @@ def gpu_kernels(x):
 
 @functools.cache
 def has_triton(device):
-    """Whether Triton is installed and makes kernels for this GPU: NVIDIA's from 2017 (Volta) on, and AMD's."""
+    """Whether Triton is installed and makes kernels for this GPU: NVIDIA's from 2017 (Volta) on, and AMD's. It needs a
+    C compiler and Python's headers, which slim images lack."""
     serves = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0)
-    return serves and importlib.util.find_spec("triton") is not None
+    compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+    headers = os.path.exists(os.path.join(sysconfig.get_path("include", "posix_prefix"), "Python.h"))
+    return bool(serves and compiler and headers) and importlib.util.find_spec("triton") is not None
 
 
 def plain_norm(x, groups, eps):

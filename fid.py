@@ -183,12 +183,16 @@ class InceptionFeatures(nn.Module):
 
 
 def empty_network(timm, name, **options):
-    """A network of timm's without the random weights that a file will replace; with them where timm is too old."""
+    """A network of timm's without the random weights that a file will replace; with them where timm is too old, or the
+    network has tables that no file holds."""
     try:
         with torch.device("meta"):
-            return timm.create_model(name, **options)
+            network = timm.create_model(name, **options)
+        if network.state_dict().keys() >= dict(network.named_buffers()).keys():
+            return network
     except RuntimeError:  # timm 1.0.9 reads numbers of tensors, which have none there
-        return timm.create_model(name, **options)
+        pass
+    return timm.create_model(name, **options)
 
 
 class DINOv2Features(nn.Module):
@@ -273,7 +277,9 @@ class TimmFeatures(nn.Module):
             self.network.load_state_dict(kept, assign=True)
         except RuntimeError:
             raise ValueError(f"{path} does not hold the weights of timm's {name}") from None
-        self.dim, settings = self.network.num_features, self.network.pretrained_cfg
+        settings = self.network.pretrained_cfg
+        # Some networks have a layer between their features and the classifier.
+        self.dim = getattr(self.network, "head_hidden_size", None) or self.network.num_features
         self.size = settings["input_size"][-2:]
         self.mean, self.std = settings["mean"], settings["std"]
         self.float().eval().requires_grad_(False)
@@ -629,7 +635,7 @@ def cache_files(args, dataset, features):
     key = (hashlib.sha256(dataset.images.tobytes()).hexdigest(), files, first, args.data, dataset.size, args.crop)
     paths, folder = {}, Path(os.path.expanduser(args.cache))
     for metric, network in features.items():
-        name = hashlib.sha256(repr((key, network.sha256)).encode()).hexdigest()[:20]
+        name = hashlib.sha256(repr((key, metric, network.sha256)).encode()).hexdigest()[:20]
         paths[metric] = folder / f"fid-{name}.npz"
     return paths
 

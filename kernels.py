@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 MOST_PIXELS = 64             # of a tile
 TILE = 2048                  # values of a tile: what fits into registers some times over
@@ -215,6 +216,7 @@ class GpuNormSiLU(torch.autograd.Function):
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, scale, shift, mean, rstd = ctx.saved_tensors
         (B, H, W, C), (_, h, w, _), groups = x.shape, scale.shape, mean.shape[1]

@@ -399,7 +399,8 @@ def to8bit(x):
 def psnr(mse):
     """Peak signal-to-noise ratio in dB of a mean squared error on the [-1, 1] scale; at most 100."""
     # PSNR = 10 log10(peak^2 / MSE), and from -1 to 1 the peak is 2
-    return 10 * torch.log10(4 / mse.double().clamp(min=4e-10))
+    mse = mse.float() if mse.device.type == "mps" else mse.double()  # Apple's GPUs have no float64
+    return 10 * torch.log10(4 / mse.clamp(min=4e-10))
 
 
 def ssim(x, y):

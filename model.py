@@ -826,6 +826,8 @@ class DCSSDAE(nn.Module):
                        "without": without, "latents": latents, "notes": {} if notes is None else notes,
                        "linear_encoder": linear_encoder, "linear_decoder": linear_decoder}
         check_config(self.config)
+        if self.config["enc_options"].get("linear"):
+            raise ValueError("a model with the linear code has linear_encoder=True, not linear among its enc_options")
         for name, kind in (("enc_options", dict), ("notes", dict), ("without", sorted)):
             self.config[name] = kind(self.config[name])  # copies: the caller's stay as they are
         options = dict(self.config["enc_options"])
@@ -1065,7 +1067,7 @@ class DCSSDAE(nn.Module):
         if part != "decoder":
             self.encoder = model.encoder
         if part != "encoder":
-            self.decoder = model.decoder
+            self.decoder, self.eqm, self.field_at_noise = model.decoder, model.eqm, model.field_at_noise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1182,12 +1184,15 @@ def config_for(config, state, part, saved):
     found, config = infer_config(state), dict(config)
     if part != "decoder":
         config["linear_encoder"] = saved.get("linear_encoder", False)
+        config["latents"] = saved.get("latents")  # the statistics before were of another encoder's
         if found.get("enc") == config["enc"]:
             config["enc_options"] = found.get("enc_options", config["enc_options"])
     if part != "encoder":
         config["joint_input"] = found.get("joint_input", config["joint_input"])
-        config["input_skip"] = config["input_skip"] and bool(saved)
+        config["input_skip"] = saved.get("input_skip", False)
         config["linear_decoder"] = saved.get("linear_decoder", 0)
+        for name in ("c", "a", "b", "lam"):  # of the field that it was trained to be
+            config[name] = saved.get(name, config[name])
     return config
 
 

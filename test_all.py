@@ -402,8 +402,8 @@ FORKS.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 def child(module, argv, env, output, sabotage):
-    """A command in a child process. sabotage: {step: name of a signal, "nan" or "lost"} for this rank, when that step
-    draws its noise, or its images."""
+    """A command in a child process. sabotage: {step: name of a signal, "reader" (kill the data loader's), "nan" or
+    "lost"} for this rank, when that step draws its noise, or its images."""
     os.environ.update(env, CUDA_VISIBLE_DEVICES="")
     if "SMALLEST" in env:
         SIZES["XS"] = SMALLEST_SIZE
@@ -426,6 +426,10 @@ def child(module, argv, env, output, sabotage):
             )
             subprocess.run(["kill", "-s", sabotage[step][3:], *map(str, [*workers, os.getpid()])], check=True)
             time.sleep(0.1)
+        if sabotage.get(step) == "reader":
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            time.sleep(0.2)
         return (e * float("nan") if sabotage.get(step) == "nan" else e), eps, s
 
     next_batch = train.next_batch
@@ -2650,6 +2654,23 @@ def test_save_and_load_round_trip(tmp_path, enc, loss):
     assert torch.equal(other.encode(x).mean, model.encode(x).mean)
 
 
+@pytest.mark.parametrize("part", ["decoder", "all"])
+@torch.no_grad()
+def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path, part):
+    stored = {"mean": [0.0] * 4, "std": [1.0] * 4}
+    model = DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, c="trunc", a=0.6, lam=4.0, input_skip=True, latents=stored)
+    randomise(model).eval().save(tmp_path / "m.safetensors")
+    other = DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, latents={"mean": [1.0] * 4, "std": [2.0] * 4}).eval()
+    other.load_published(tmp_path / "m.safetensors", part=part)
+    z, noise = torch.randn(1, 4, 4, 4), torch.randn(1, 3, 32, 32)
+    assert torch.equal(other.decode(z, 3, noise), model.decode(z, 3, noise))
+    assert other.config["latents"] == (stored if part == "all" else {"mean": [1.0] * 4, "std": [2.0] * 4})
+    other.load_published(tmp_path / "m.safetensors", part="encoder")
+    assert other.config["latents"] == stored
+    with pytest.raises(ValueError, match="linear_encoder=True"):  # a file would not tell it
+        DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, enc_options={"linear": True})
+
+
 def test_damaged_and_foreign_weight_files(tmp_path):
     model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
     model.save(tmp_path / "m.safetensors")
@@ -3940,6 +3961,41 @@ def test_data_that_one_process_loses_ends_all(tmp_path, smallest):
     assert load_checkpoint(tmp_path / "r")["step"] == 2 and "Traceback" not in (tmp_path / "o" / "output1").read_text()
 
 
+def test_a_reader_killed_in_the_midst_of_a_step_costs_no_work(tmp_path, smallest):
+    _, output = run(tmp_path / "o", *SMALL, "--save_every", 100, "--eval_every", 0, "--steps", 50, "--workers", 1,
+                    "--out", tmp_path / "r", ok=(1,), sabotage={0: {2: "reader"}})
+    assert "error: a process that reads images was killed" in output and "Traceback" not in output
+    assert load_checkpoint(tmp_path / "r")["step"] >= 3
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_what_is_saved_before_an_evaluation(tmp_path, monkeypatch, is_good):
+    """All steps, but not among skipped ones; and a signal is obeyed there, too."""
+    args = train.get_args(["--out", str(tmp_path), "--steps", "10"])
+    weights = nn.Linear(1, 1)
+    ema = types.SimpleNamespace(state_dict=weights.state_dict, save=lambda path: None)
+    monkeypatch.setattr(train, "StopSignal", lambda: types.SimpleNamespace(received=0))
+    run = train.Run(args, 0, 1, torch.device("cpu"), tmp_path / "log.jsonl", [], {"model": weights, "ema": ema}, 0, 0,
+                    "images")
+    saved = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda out, state, keep, ema: saved.append(state["step"]))
+
+    def report(stop):
+        run.done += 1
+        values = torch.tensor([1.0, 1.0, stop, float(is_good)])
+        run.reports.append(train.Report(run.done, ["loss"], values, None, 1e-3, torch.zeros(1), 0.0))
+
+    report(0.0)
+    train.save_before(run)
+    train.save_before(run)
+    assert saved == ([1] if is_good else [])
+    report(1.0)
+    with pytest.raises(SystemExit) as end:
+        train.save_before(run)
+    assert end.value.code == 128 + signal.SIGTERM and saved == ([1, 2] if is_good else [])
+    run.bar.close()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals and locks are POSIX's")
 def test_signals_that_save_and_end(monkeypatch):
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
@@ -4004,6 +4060,10 @@ def test_resuming_depends_on_content_not_on_paths(tmp_path, monkeypatch, smalles
              "--allow_changes")
     checkpoint = load_checkpoint(tmp_path / "r")
     assert checkpoint["step"] == 3 and DCSSDAE.load(tmp_path / "r" / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    contents = {data.make_dataset(name, 16, True).content() for name in ("here", "./here/", f"{tmp_path}//here")}
+    monkeypatch.chdir(tmp_path / "here")
+    assert len(contents | {data.make_dataset(".", 16, True).content()}) == 1
     args = train.get_args([*map(str, SMALL), "--enc_ckpt", str(tmp_path / "gone.pt")])
     assert train.first_model(args, checkpoint).config == checkpoint["config"]  # nor any --enc_ckpt file
 
@@ -4260,6 +4320,8 @@ def test_distill_then_evaluate(trained, tmp_path):
     assert torch.equal(teacher.decoder.norm_z.running_var, student.decoder.norm_z.running_var)  # latents stay valid
     notes = student.config["notes"]
     assert notes["size"] == 40 and notes["distilled_from_steps"] == 3 and "best" not in notes
+    best = DCSSDAE.load(tmp_path / "d" / "best.safetensors")
+    assert best.config["notes"]["best"]["step"] == 3
     assert notes["w_lpips"] == 0 and teacher.config["notes"]["size"] == 32
     assert not torch.equal(teacher.decoder.conv_out.weight, student.decoder.conv_out.weight)
     assert [line["step"] for line in step_lines(tmp_path / "d")] == [1, 2, 3]
@@ -4561,10 +4623,13 @@ def test_dinov2_features_are_those_of_the_original_code(tmp_path, monkeypatch, o
         fid.DINOv2Features(tmp_path / "original.pth")
 
 
-def test_features_of_a_timm_network_by_name(tmp_path):
+@pytest.mark.parametrize("name", ["resnet10t.c3_in1k",
+                                  "mobilenetv3_small_050.lamb_in1k",           # a layer before the classifier
+                                  "eva02_tiny_patch14_224.mim_in22k"])         # tables that no file holds
+def test_features_of_a_timm_network_by_name(tmp_path, name):
     timm = pytest.importorskip("timm")
-    net = timm.create_model("resnet10t.c3_in1k", pretrained=False).eval()
-    path = str(tmp_path / "resnet10t.c3_in1k.safetensors")
+    net = timm.create_model(name, pretrained=False).eval()
+    path = str(tmp_path / f"{name}.safetensors")
     save_file(net.state_dict(), path)
     network, images = fid.load_features(path), torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
     x = F.interpolate(images / 255, size=net.pretrained_cfg["input_size"][1:], mode="bicubic", antialias=True)
@@ -5357,8 +5422,20 @@ def test_what_is_compiled_by_default(monkeypatch):
     for there, device, flags, expected in ((True, "cuda", [], True), (False, "cuda", [], False),
                                            (True, "cpu", [], False), (True, "cuda", ["--no-compile"], False),
                                            (False, "cpu", ["--compile"], True)):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there or None)
+        monkeypatch.setattr(train, "has_triton", lambda device, there=there: there)
         assert train.compiles(train.get_args(flags), torch.device(device)) == expected
+
+
+def test_kernels_of_our_own_need_a_compiler(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(encoder_module.sysconfig, "get_path", lambda *names: HERE)
+    monkeypatch.setattr(os.path, "exists", lambda path: path == os.path.join(HERE, "Python.h"))
+    monkeypatch.delenv("CC", raising=False)
+    there = encoder_module.has_triton.__wrapped__
+    for compiler in ("gcc", "clang", None):
+        monkeypatch.setattr(encoder_module.shutil, "which", lambda name, compiler=compiler: name == compiler or None)
+        assert there("cuda") == (compiler is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5530,6 +5607,10 @@ def test_latent_statistics_are_stored_in_the_model(tmp_path):
     assert np.allclose(stored["mean"], z.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
     assert np.allclose(stored["std"], z.transpose(0, 1).flatten(1).std(dim=1, correction=0), rtol=1e-3)
     assert stored["std_all"] == pytest.approx(float(z.std(correction=0)), rel=1e-3)
+    before = (tmp_path / "m.safetensors").read_bytes()
+    assert "the same everywhere" in command("tools.latents", "--ckpt", tmp_path / "m.safetensors", "--limit", 1,
+                                            "--size", 16, "--z_stats", "--device", "cpu", "--workers", 0, ok=False)
+    assert (tmp_path / "m.safetensors").read_bytes() == before
     normal = loaded.normalize(z)
     assert normal.mean(dim=(0, 2, 3)).abs().max() < 1e-3
     assert torch.allclose(loaded.denormalize(normal), z, rtol=1e-4, atol=1e-4)
@@ -5958,6 +6039,10 @@ def test_generator_on_latents(tmp_path, checkpoint, monkeypatch, capsys):
 
     assert "no finished latents" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--latents", tmp_path)
     assert "multiple of 64" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--width", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(latents.Latents, "__init__", lambda self, folder: vars(self).update(
+            vars(stored) | {"labels": np.where(stored.labels == 0, -1, stored.labels)}))
+        assert "7 of the latents" in sentence(generate, monkeypatch, *common, tmp_path / "n")
     other = DCSSDAE("dc_f8c8", "XS", enc_width=0.0625, depth=0, loss="fm")
     other.save(tmp_path / "other.safetensors")
     assert "makes" in sentence(generate, monkeypatch, *common, tmp_path / "n", "--ckpt", tmp_path / "other.safetensors")

@@ -16,7 +16,6 @@ import collections
 import copy
 import functools
 import glob
-import importlib.util
 import inspect
 import itertools
 import json
@@ -57,7 +56,7 @@ from data import (
     strict,
     write_whole,
 )
-from encoder import parse_name
+from encoder import has_triton, parse_name
 from evaluate import REFERENCES, evaluate, print_table, write_results
 from fid import SMALLEST, first_reason, wanted_networks
 from model import (
@@ -331,7 +330,7 @@ def compiles(args, device):
     """Whether to compile: --compile or --no-compile, else where it is known to pay."""
     if args.compile is not None:
         return args.compile
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and has_triton(device)
 
 
 def prefer_speed(device):
@@ -345,7 +344,7 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 
-def perceptual_losses(args, width, rank):
+def perceptual_losses(args, width, rank, world):
     """(LPIPS or None, REPA or None, {name: reason} of those left out).
 
     A network that cannot be had stops the program, so that an objective never changes silently; only on the built-in
@@ -355,7 +354,7 @@ def perceptual_losses(args, width, rank):
     for name, weight in (("lpips", args.w_lpips), ("repa", args.w_repa)):
         if not weight:
             continue
-        file = getattr(args, f"{name}_weights")
+        file, reason = getattr(args, f"{name}_weights"), None
         try:
             if name == "lpips":
                 networks[name] = LPIPSLoss("vgg", local_file(file))
@@ -364,9 +363,12 @@ def perceptual_losses(args, width, rank):
         except WeightsUnavailable as error:
             if args.data != "demo" or file:
                 raise
-            left_out[name] = str(error)
+            reason = str(error)
+        reason = first_reason(reason, world) if args.data == "demo" else None
+        if reason:
+            networks[name], left_out[name] = None, reason
             if rank == 0:
-                print(f"NOTE: training WITHOUT {name.upper()} on the built-in images: {error}", flush=True)
+                print(f"NOTE: training WITHOUT {name.upper()} on the built-in images: {reason}", flush=True)
     return networks["lpips"], networks["repa"], left_out
 
 
@@ -819,6 +821,19 @@ def save_run(run):
         save_checkpoint(run.args.out, state, run.args.keep, run.parts["ema"])
 
 
+def save_before(run):
+    """Before what may fail or take long: log what the steps have reported, and save, unless among skipped steps; where
+    a process was asked to stop, end the program."""
+    stopped = read_reports(run)
+    if stopped:
+        run.save_is_due = True
+    if run.done > run.saved and run.skipped_in_a_row == 0:
+        save_run(run)
+    if stopped:
+        run.save_is_due = run.done > run.saved
+        leave(run)
+
+
 def has_finite_weights(module):
     """Whether all weights and statistics are."""
     checks = [value.isfinite().all() for value in module.state_dict().values()]
@@ -837,9 +852,7 @@ def next_batch(run, batches):
         is_lost = summed(torch.tensor([float(is_lost)]), run.world).item() > 0  # between CPUs: no GPU waits
     if not is_lost:
         return batch
-    read_reports(run)
-    if run.done > run.saved and run.skipped_in_a_row == 0:
-        save_run(run)
+    save_before(run)
     messages = gathered(None if problem is None else str(problem), run.world)
     if problem is not None:
         raise problem
@@ -1469,8 +1482,8 @@ def measure(run, ema, val, dtype, steps):
 def validate(run, ema, val, dtype, steps):
     """evaluate's result on the validation images, decoded in each of `steps`; printed, written and logged. Does not
     count as time of training."""
-    read_reports(run)  # of steps before it
     before = time.time()
+    save_before(run)  # their disk may be away, a reader be killed
     result = measure(run, ema, val, dtype, steps)
     if run.rank == 0:
         write_results(result, run.args.out)  # before anything else can fail
@@ -1553,7 +1566,7 @@ def main():
         model.fit_linear_decoder(fit_images(dataset, model, args.size))
 
     # Objective and optimisers
-    lpips, repa, left_out = perceptual_losses(args, model.decoder.mid_in.out_features, rank)
+    lpips, repa, left_out = perceptual_losses(args, model.decoder.mid_in.out_features, rank, world)
     networks = evaluation_networks(args, val, lpips, device, world)
     gan = PatchGAN().requires_grad_(False) if args.w_gan else None
     model.to(device, memory_format=torch.channels_last)
@@ -1562,6 +1575,7 @@ def main():
     if gan is not None:
         gan.to(device, memory_format=torch.channels_last)
     weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "gan": args.w_gan, "kl": args.w_kl}
+    model.config["notes"].pop("best", None)  # of --init_from's run
     model.config["notes"] |= {"size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
                               "w_repa": 0.0 if repa is None else args.w_repa, "left_out": left_out}
     if encoder_trains:

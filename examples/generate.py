@@ -12,6 +12,7 @@ between generated images and as many of the part of the data that the latents we
 import copy
 import itertools
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from data import TrainBatches, check_numbers, guarded, make_dataset, make_loader
 from encoder import start_at_zero
 from fid import Statistics, distance_or_none, load_features, metric_of
 from losses import fm_loss, fm_mix, to8bit
-from model import DCSSDAE, time_embedding
+from model import DCSSDAE, time_embedding, umask
 from sampler import euler, image_noise, seeded_generator
 from tools.latents import Latents
 
@@ -110,6 +111,7 @@ class DiT(nn.Module):
     def save(self, path):
         with whole(path) as temporary:
             save_file(self.state_dict(), temporary, metadata={"config": json.dumps(self.arguments)})
+            os.chmod(temporary, 0o666 & ~umask())  # safetensors makes files that only their owner reads
 
     @classmethod
     def load(cls, path):
@@ -133,7 +135,8 @@ def generate(ema, tokenizer, latents, args, rank, world, device, dtype):
         with train.autocast(device, dtype):
             z, _ = euler(ema, noise, labels, args.eval_steps, t_shift=1.0)
             z = z.float() * latents.std.to(device) + latents.mean.to(device)
-            yield tokenizer.decode(z, 1, image_noise(args.seed, index, (3, size, size)).to(device)).float()
+            pixels = image_noise(args.seed, [k + args.eval_images for k in index], (3, size, size))  # not the latents'
+            yield tokenizer.decode(z, 1, pixels.to(device)).float()
 
 
 def statistics_of(images, features, device):
@@ -147,8 +150,8 @@ def statistics_of(images, features, device):
 
 def validate(run, ema, tokenizer, latents, features, reference, dtype):
     """Generate: samples.png, a line of the log, and given features the distance to the Statistics `reference`."""
-    train.read_reports(run)  # of steps before it
     args, start = run.args, now(run.device)
+    train.save_before(run)
     images = generate(ema, tokenizer, latents, args, run.rank, run.world, run.device, dtype)
     first = next(images)
     values = {"name": "samples"}
@@ -186,6 +189,10 @@ def main():
     if latents.shape != tokenizer.latent_shape(size, size):
         raise ValueError(f"{args.data} holds latents {latents.shape}, but {args.ckpt} makes "
                          f"{tokenizer.latent_shape(size, size)} of {size} px")
+    unlabelled = int((latents.labels < 0).sum())
+    if latents.classes and unlabelled:
+        raise ValueError(f"{unlabelled} of the latents in {args.data} have no class, the others have: make them of "
+                         "images that are all in folders of classes, or none")
     train.check_shared(args, world)
     if args.eval_images < world:
         raise ValueError(f"--eval_images {args.eval_images} must be at least one for each of the {world} processes")
@@ -204,6 +211,7 @@ def main():
     optimizers = train.make_optimizers(list(model.parameters()), args, device)
     parts = {"model": model, "ema": ema, **optimizers}
     start, skipped = train.restore(parts, checkpoint)
+    del checkpoint
     averaged = train.paired_tensors(ema, model)
     parallel = train.data_parallel(model, world)
     batches = iter(TrainBatches(len(latents.labels), args.batch_size, args.seed, rank, world, start))

@@ -247,10 +247,13 @@ def file_of_statistics(args):
 
 
 def store_in_model(model, args, statistics):
-    """-> path. ValueError where the latents are not finite, as a model's statistics must be."""
+    """-> path. ValueError where the latents are not finite or the same everywhere, as a model's statistics must not."""
     numbers = statistics["mean"] + statistics["std"]
     if not all(map(math.isfinite, numbers)):
         raise ValueError("the latents are not finite: the model's file stays as it is")
+    if min(statistics["std"]) <= 0:
+        raise ValueError("a channel of the latents is the same everywhere, so that nothing can be divided by its "
+                         "deviation: the model's file stays as it is; give more images")
     path = file_of_statistics(args)
     model.config["latents"] = statistics | {"data": args.data}
     model.save(path)
