@@ -5262,6 +5262,11 @@ def check_gpu_norm():
             expected = [plain, *torch.autograd.grad(plain, exact, grad.to(dtype).double())]
             for a, b in zip(found, expected, strict=True):
                 assert relative_error(a, b) < limit
+    x = torch.randn(1, 32, 2, 2, requires_grad=True)
+    y = GpuNormSiLU.apply(x, torch.ones(1, 32, 1, 1), torch.zeros(1, 32, 1, 1), 8, 1e-5)
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # rather than a gradient without this part
+        slope.square().sum().backward()
 
 
 def check_blocks_with_gpu_norm():
