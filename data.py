@@ -1013,7 +1013,8 @@ RANGES = {
     "w_repa": (0, INF, "[)"), "repa_size": (8, 65536, "[]"), "gan_start": (0, MANY, "[]"),
     "keep": (1, 1000, "[]"), "eval_every": (0, MANY, "[]"), "eval_steps": (1, MANY, "[]"),
     "eval_images": (1, MANY, "[]"), "save_every": (1, MANY, "[]"), "log_every": (1, MANY, "[]"),
-    "teacher_steps": (1, MANY, "[]"), "t_shift": (0, INF, "()"), "eta": (0, INF, "()"), "mu": (0, 1, "[)"),
+    "teacher_steps": (1, MANY, "[]"), "t_shift": (0, INF, "()"), "eta": (0, INF, "()"), "last_eta": (0, INF, "()"),
+    "mu": (0, 1, "[)"),
     "tol": (0, INF, "[)"), "calibrate": (1, MANY, "[]"), "shard": (1, MANY, "[]"), "rows": (1, 1000, "[]"),
     "rounds": (1, 1000, "[]"),
 }

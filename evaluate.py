@@ -364,6 +364,8 @@ def parse_arguments():
     add("--steps", type=int, nargs="+", default=[1], help="numbers of decoding steps, one row each [%(default)s]")
     add("--sampler", choices=["euler", "gd", "nesterov"], help="default: euler for FM, gd (nesterov with --mu) for EqM")
     add("--eta", type=float, help="EqM: step size; default: chosen from the number of steps")
+    add("--last_eta", type=float, help="EqM: size of the last step; default: with --eta the same, else what lands on "
+        "the estimate")
     add("--mu", type=float, help="EqM: Nesterov momentum; default: the sampler's")
     add("--tol", type=float, help="EqM: a sample stops once rms(field) / lam is below; default: never")
     add("--t_shift", type=float, help="FM: exponent of the time grid; default: the sampler's")
@@ -375,11 +377,11 @@ def parse_arguments():
 
 
 def sampler_options(args, loss):
-    """What --sampler, --eta, --mu, --tol and --t_shift say, as options of `model.sample`."""
+    """What --sampler, --eta, --last_eta, --mu, --tol and --t_shift say, as options of `model.sample`."""
     if args.sampler and (args.sampler == "euler") != (loss == "fm"):
         raise ValueError(f"--sampler {args.sampler} does not fit a model trained with --loss {loss}")
     options = {}
-    for name in ("eta", "mu", "tol", "t_shift"):
+    for name in ("eta", "last_eta", "mu", "tol", "t_shift"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     if args.sampler in ("gd", "nesterov"):

@@ -867,8 +867,8 @@ class DCSSDAE(nn.Module):
         """As decode, and the number of network evaluations of every sample: (x, nfe (B,)).
 
         noise    starting point (B, 3, h*f, w*f); drawn from `generator` where None
-        options  FM: t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta, mu, tol (sampler.gradient_descent,
-                 sampler.nesterov)
+        options  FM: t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta, last_eta, mu, tol
+                 (sampler.gradient_descent, sampler.nesterov)
         raises   ValueError for options of the other loss or sampler, and for latents or noise of another shape
         """
         cfg, f = self.config, self.downscale
@@ -883,7 +883,7 @@ class DCSSDAE(nn.Module):
         exact = torch.promote_types(self.decoder.conv_out.weight.dtype, torch.float32)
         noise = noise.to(z.device, torch.promote_types(noise.dtype, exact), memory_format=torch.channels_last)
         condition = self.decoder.condition(z, *noise.shape[-2:])
-        allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "mu", "tol"}
+        allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "last_eta", "mu", "tol"}
         if set(options) - allowed:
             raise ValueError(f"a decoder trained with --loss {cfg['loss']} takes the sampler options "
                              f"{', '.join(sorted(allowed))}; "
@@ -896,7 +896,7 @@ class DCSSDAE(nn.Module):
         if method == "gd" and "mu" in options:
             raise ValueError("gradient descent (gd) has no momentum: leave mu out, or take nesterov")
         if "eta" not in options:
-            options |= sampler.default_steps(self.eqm, steps)
+            options = sampler.default_steps(self.eqm, steps) | options
         descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
         return descend(self.decoder, noise, condition, steps, lam=cfg["lam"], **options)
 

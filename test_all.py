@@ -5828,8 +5828,10 @@ class Quadratic:
 
 
 def test_calibration_finds_the_best_step_sizes(monkeypatch):
-    monkeypatch.setattr(sweep, "default_eta", lambda eqm, steps: 1.0)
     model = Quadratic(1.0, 4.0)
+    assert sweep.starting_options("gd", 4, model)[0] == {"method": "gd"} | sampler.default_steps(model.eqm, 4)
+    assert all(options["last_eta"] == 1 for options in sweep.starting_options("nesterov", 4, model))
+    monkeypatch.setattr(sweep, "default_steps", lambda eqm, steps: {"eta": 1.0})
     best = sweep.calibrate(model, [1, 2, 8], lambda runs: list(model.measure(runs)))
     assert set(best) == {(s, n) for s in ("gd", "nesterov") for n in (1, 2, 8)}
     one = best["gd", 1][1]
@@ -6281,7 +6283,7 @@ def fuzz_python(rng, box):
     x, e, s = (odd_tensor(rng, shape) for shape in ((2, 3, 16, 16), (2, 3, 16, 16), (2,)))
     z, number = odd_tensor(rng, (2, 4, 2, 2)), rng.choice([*ODD_VALUES, 3, 10**9])
     width = 0.125 if number in (2, 3) and type(number) is int else number  # an encoder of three times the width is huge
-    names = rng.sample(["eta", "mu", "tol", "t_shift", "method"], rng.randint(0, 2))
+    names = rng.sample(["eta", "last_eta", "mu", "tol", "t_shift", "method"], rng.randint(0, 2))
     options = {name: rng.choice(ODD_VALUES) for name in names}
     descent = rng.choice([sampler.gradient_descent, sampler.nesterov])
     config = damaged(rng, dict(model.config))

@@ -65,7 +65,8 @@ RUNS = {
               "--size 128 --batch_size 2 --steps 150 --lr 5e-4 --warmup 20 --eval_every 0",
 }
 # Tables: {name: (evaluation flags, [(line, run, more evaluation flags)])}; a line of the table for each of --steps.
-NESTEROV = "--sampler nesterov --mu 0.3 --eta 0.3"
+NESTEROV = "--sampler nesterov --mu 0.3"
+STOP = f"{NESTEROV} --tol 0.2 --steps 25"
 MANY = "--steps 1 2 4 8 25"
 BUILT_IN = "--limit 200"
 TABLES = {
@@ -112,11 +113,11 @@ TABLES = {
         ("FM, Euler", "tiny_fm", MANY),
         ("EqM, gradient descent", "tiny_eqm", MANY),
         ("EqM, Nesterov", "tiny_eqm", f"{NESTEROV} --steps 4 8 16"),
-        ("EqM, Nesterov, stop at tol 0.05", "tiny_eqm", f"{NESTEROV} --tol 0.05 --steps 25")]),
+        ("EqM, Nesterov, stop at tol 0.2", "tiny_eqm", STOP)]),
     "deep_samplers": (BUILT_IN, [
         ("FM, Euler", "deep_f32c64_fm", MANY),
         ("EqM, gradient descent", "deep_f32c64", MANY),
-        ("EqM, Nesterov, stop at tol 0.05", "deep_f32c64", f"{NESTEROV} --tol 0.05 --steps 25")]),
+        ("EqM, Nesterov, stop at tol 0.2", "deep_f32c64", STOP)]),
     "one_step": (BUILT_IN, [
         ("EqM", "tiny_eqm", "--steps 1 8"),
         ("EqM, distilled", "distilled_eqm", ""),

@@ -3,10 +3,10 @@
     python -m tools.sweep --ckpt runs/eqm_s0/model.safetensors --plot
     torchrun --nproc_per_node=8 -m tools.sweep --ckpt F --data imagenet/ --size 256 --steps 1 2 4 8
 
-Some images choose the step sizes (and Nesterov's momentum) by least squared error; the others are evaluated as by
-evaluate.py, with --limit as their number. For EqM also the adaptive stop: the best sampler at the largest number of
-steps, with several tolerances. Writes sweep.csv, with --plot sweep.png, and evaluate.py's files. Squared error rewards
-blur: read PSNR with the HF ratio.
+Some images choose the step sizes, but for a last one that lands on EqM's estimate, and Nesterov's momentum, by least
+squared error; the others are evaluated as by evaluate.py, with --limit as their number. For EqM also the adaptive stop:
+the best sampler at the largest number of steps, with several tolerances. Writes sweep.csv, with --plot sweep.png, and
+evaluate.py's files. Squared error rewards blur: read PSNR with the HF ratio.
 """
 import argparse
 import importlib.util
@@ -30,7 +30,7 @@ from data import (
 from evaluate import evaluate, load_model, loader_arguments, report, shared_arguments
 from fid import check_metrics, load_networks, metric_arguments
 from model import folder_beside
-from sampler import default_eta
+from sampler import default_steps
 
 COUNTS = [1, 2, 3, 4, 8, 16, 25]                             # numbers of steps
 MOMENTA = (0.3, 0.6, 0.9)                                    # Nesterov's mu
@@ -48,10 +48,10 @@ def starting_options(sampler, steps, model):
     """Options to start the search from, one set for each momentum."""
     if sampler == "euler":
         return [{"t_shift": T_SHIFT}]
-    eta = default_eta(model.eqm, steps)
+    sizes = default_steps(model.eqm, steps)                  # eta, and where there is one the last step that lands
     if sampler == "gd":
-        return [{"method": "gd", "eta": eta}]
-    return [{"method": "nesterov", "mu": mu, "eta": eta} for mu in MOMENTA]
+        return [{"method": "gd"} | sizes]
+    return [{"method": "nesterov", "mu": mu} | sizes for mu in MOMENTA]
 
 
 def scaled(options, power):
