@@ -2392,6 +2392,7 @@ def test_checkpointing_changes_no_gradient_and_keeps_half_as_much():
         assert (a - b).norm() <= 1e-5 * (a.norm() + 0.01 * largest)  # some biases have no gradient but rounding
 
 
+@slow
 def test_cost_and_memory_of_decoding_are_linear_in_pixels():
     unet = UViT("XS", 4, time_cond=False, depth=2).eval().to(memory_format=torch.channels_last)
     flop, memory = [], []
@@ -3238,6 +3239,7 @@ def test_the_plain_command_runs_offline_under_torchrun(tmp_path, offline):
     assert set(notes["left_out"]) == {"lpips", "repa"} and notes["w_lpips"] == 0
 
 
+@slow
 def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file, smallest):
     common = [*TINY, "--w_lpips", 0.5, "--lpips_weights", vgg_file, "--w_repa", 0.25,
               "--repa_weights", dino_file, "--decay", 0]
@@ -3272,6 +3274,7 @@ def test_evaluations_measure_lpips_and_rfid_as_evaluate_does(tmp_path, vgg_file,
         assert a["lpips_vgg"] > 0 and a["rfid"] > 0
 
 
+@slow
 def test_eval_metrics_change_no_step_and_read_the_originals_once(tmp_path, vgg_file, monkeypatch, smallest):
     """Also given on --resume alone; and in two processes the same numbers."""
     seen = []
@@ -3744,7 +3747,8 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, modu
     parts(sabotage={world - 1: {1: "SIGKILL"}}, ok=KILLED)
     assert not (tmp_path / "parts" / "latest.pt").exists()
     parts(env=restarted, sabotage={0: {3: "SIGKILL"}}, ok=KILLED)
-    assert load_checkpoint(tmp_path / "parts")["step"] == 2
+    # Of every second step there is a checkpoint, and before an evaluation, which distill.py has at the end alone.
+    assert load_checkpoint(tmp_path / "parts")["step"] == (2 if module == "distill" else 3)
     name = "SIGINT" if module == "distill" else "SIGTERM"
     _, output = parts(
         env=restarted, sabotage={world - 1: {4: name}}, ok=(128 + getattr(signal, name), 128 + signal.SIGTERM)
@@ -4043,6 +4047,7 @@ def test_two_runs_into_one_folder(tmp_path):
     assert train.open_run(args, 0, 1)[0] is None  # the same process, again
 
 
+@slow
 def test_resuming_depends_on_content_not_on_paths(tmp_path, monkeypatch, smallest):
     """The same images elsewhere, and no --init_from file any more; other images only with a flag that says so."""
     for name, n in (("here", 6), ("there", 6), ("other", 7)):
@@ -4358,6 +4363,7 @@ def test_distillation_brings_one_step_to_the_teacher(tmp_path, smallest):
         assert distance["distilled"] < 0.8 * distance["undistilled"], (loss, distance)
 
 
+@slow
 def test_distillation_in_micro_batches_with_evaluations_on_the_way(tmp_path, checkpoint, monkeypatch):
     common = ["--ckpt", checkpoint, "--teacher_steps", 2, "--batch_size", 4, "--steps", 2, "--eval_images", 4,
               "--log_every", 1, "--device", "cpu", "--dtype", "float32", "--workers", 0]
@@ -5625,6 +5631,7 @@ def files_of(folder):
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
+@slow
 def test_latents(tmp_path, checkpoint, monkeypatch, capsys):
     """Same bytes by one process, by two, and after an interruption; labels; the reader; refusals."""
     for k, name in enumerate(("cat", "dog", "dog/puppy")):
