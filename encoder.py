@@ -120,8 +120,8 @@ def lapped_basis(f, rho=0.98):
 
 class LappedCode(nn.Module):
     """The linear code for cells of f x f pixels: of the 3 f^2 lapped coefficients of a cell those `count` that carry
-    most of an average photograph's energy, each divided by its expected deviation. No parameters; computed in float32
-    (in a model that is cast to bf16 the tables are rounded, by 0.4 % at most).
+    most of an average photograph's energy, each divided by its expected deviation. No parameters; computed in float32,
+    in a model that is cast to bf16, too.
 
     encode  images (B, 3, H, W) -> coefficients of about unit variance (B, count, H/f, W/f)
     decode  the reverse; with count = 3 f^2 exactly, else the orthogonal projection on the coefficients that are kept
@@ -149,6 +149,15 @@ class LappedCode(nn.Module):
         self.register_buffer("colors", colors.float(), persistent=False)                     # (3, 3)
         self.register_buffer("deviation", (f * energy.sqrt()).float()[:, None, None], persistent=False)
         self.register_buffer("index", (color * used + ky) * used + kx, persistent=False)     # of 3 used^2
+
+    def _apply(self, fn, recurse=True):
+        """Where the model is moved or cast: the tables move, but stay float32. Rounded to bf16 they would cost
+        0.16 dB of examples/f32c32.safetensors on crops of photographs."""
+        tables = {name: getattr(self, name) for name in ("basis", "colors", "deviation")}
+        super()._apply(fn, recurse)
+        for name, table in tables.items():
+            setattr(self, name, table.to(getattr(self, name).device))
+        return self
 
     def encode(self, x):
         # Along the rows, then along the columns, then over the colours.

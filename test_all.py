@@ -1846,6 +1846,14 @@ def test_the_lapped_code_is_no_worse_than_principal_components(demo_images, f, c
     assert deviations.min() > 0.4 and deviations.max() < 2
 
 
+def test_the_lapped_code_is_as_exact_in_a_model_of_bf16():
+    code, x = LappedCode(32, 32), torch.rand(1, 3, 64, 64) * 2 - 1
+    expected = code.decode(code.encode(x))
+    model = nn.Sequential(code, nn.Linear(2, 2)).to(torch.bfloat16)
+    assert model[1].weight.dtype is torch.bfloat16 and torch.equal(code.decode(code.encode(x)), expected)
+    assert model.to("meta")[0].basis.device.type == "meta"
+
+
 @pytest.mark.parametrize("enc", ["dc_f32c32", "vq_f8c4", "dc_f64c128"])
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
 def test_an_untrained_model_is_the_linear_code(enc, loss):
