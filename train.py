@@ -825,8 +825,6 @@ def save_before(run):
     """Before what may fail or take long: log what the steps have reported, and save, unless among skipped steps; where
     a process was asked to stop, end the program."""
     stopped = read_reports(run)
-    if stopped:
-        run.save_is_due = True
     if run.done > run.saved and run.skipped_in_a_row == 0:
         save_run(run)
     if stopped:
