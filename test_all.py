@@ -1,7 +1,7 @@
 """Tests of everything users rely on: the mathematics, equivalences, parity with independent implementations, every
 command line.
 
-    python -m pytest test_all.py                  # no network, no GPU; 9 to 14 minutes
+    python -m pytest test_all.py                  # no network, no GPU; 7 to 14 minutes
     python -m pytest test_all.py -k slow & python -m pytest test_all.py -k "not slow" && wait $!    # on two cores
 
 Tests that compare with another library are skipped where it is not installed. Networks whose weights would have to be
