@@ -7,7 +7,7 @@ FM     Lipman et al. 2022 (arXiv 2210.02747), as SSDD trains its decoder (arXiv 
 EqM    Wang, Du 2025 (arXiv 2510.02300)
 LPIPS  Zhang et al. 2018 (arXiv 1801.03924)        REPA  Yu et al. 2024 (arXiv 2410.06940)
 
-    python train.py --loss eqm --c trunc --lam 1 --w_lpips 0.5 --lpips_weights vgg16-397923af.pth
+    python train.py --loss eqm --w_lpips 0.5 --lpips_weights vgg16-397923af.pth
 
 Conventions: images x (B, 3, H, W) in [-1, 1]; noise e ~ N(0, I); FM time t: 0 data, 1 noise; EqM level
 g: 0 noise, 1 data; t, g (B,).

@@ -60,8 +60,9 @@ SIZES = {
     "H": (192, (1, 2, 4, 4), 16),                   # 363.01   346.03
 }
 # A network that adds to a linear base learns from a residual that is small and mostly unpredictable at first. Adam
-# makes full steps of such gradients all the same; what they do to the output is an error, and the shortest way to less
-# of it is to fall silent. That is what UViT.addition and these constants are for, all beside a linear base:
+# takes steps of full size even where a gradient is mostly noise. They put errors into the output, and the network
+# lowers the loss fastest by making its output zero. UViT.addition and these constants, all beside a linear base, are
+# there to prevent that:
 GROUP_SIZE = 8  # channels of a group of the norms; XS as published, 32 groups on 32 channels, takes away each channel's
 #                 mean. No norm before the output (norm_out is scale and shift only), so that contrast stays
 OUTPUT_GAIN = 3.0  # of the network's output, in units of the base's local contrast; what the code leaves out is about
@@ -491,7 +492,7 @@ class Condition(NamedTuple):
     adagn: torch.Tensor         # (B, ., h, w), scales and shifts of all AdaGN, in the order of UViT.modules()
     adaln: torch.Tensor         # (B, ., h, w), shifts and scales of all transformer blocks
     bias: torch.Tensor | None   # (blocks, heads, kinds, queries, keys), of all attentions: Windows.bias
-    base: torch.Tensor | None   # (B, 3, H, W), the linear estimate of the image
+    base: torch.Tensor | None   # (B, 3, H, W), the linear image
     base_map: torch.Tensor | None  # (B, C/2, H, W), the input convolution's part of it
     contrast: torch.Tensor | None  # (B, 1, H, W), the base's local_contrast
 
@@ -515,7 +516,7 @@ class UViT(nn.Module):
     window     odd; a token attends to window x window tokens around it
     skip       the field is skip * x + network(x, z, t); 0 as published. The field at the noise end is the difference of
                noise and image: with skip = -1 (FM) or lam c(0) (EqM) the network need not carry the noise from its
-               input to its output
+               input to its output. With `base` it is skip * (x - D), see `field`
     base       (f, count): the estimate of the image starts from a linear one, `count` lapped coefficients
                (encoder.LappedCode) read from the latent by a 1x1 convolution; the network adds to it what these leave
                out (`addition`), is silent at first, and sees it beside the noisy image, the latent itself not at first;
@@ -662,7 +663,7 @@ class UViT(nn.Module):
         return Condition(input_map, adagn, adaln, attention_bias, base, base_map, contrast)
 
     def base_image(self, z):
-        """z (B, z_dim, h, w) -> linear estimate of the image (B, 3, h f, w f)."""
+        """z (B, z_dim, h, w) -> linear image (B, 3, h f, w f)."""
         with torch.autocast(z.device.type, enabled=False):
             return self.code.decode(F.conv2d(z.float(), self.base.weight.float(), self.base.bias.float()))
 
@@ -745,7 +746,11 @@ class UViT(nn.Module):
         return u, tokens
 
     def field(self, out, x, condition, t):
-        """The field (B, 3, H, W) at x from the network's output."""
+        """The field (B, 3, H, W) at x from the network's output.
+
+        Beside a linear base it is skip * (x - D), where D = base - addition / skip is the estimate of the image; FM
+        divides it by t.
+        """
         if condition.base is None:
             if self.skip == 0:
                 return out.to(x.dtype)

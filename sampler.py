@@ -1,4 +1,5 @@
-"""Samplers: from noise and a latent to an image, in few network evaluations. Free functions, one signature.
+"""Samplers: from noise and a latent to an image, in few network evaluations. Free functions, their first four arguments
+the same.
 
   euler              flow matching (FM): integrates the learned velocity from t=1 (noise) to t=0 (data)
   gradient_descent   equilibrium matching (EqM, Wang & Du 2025, arXiv 2510.02300): descends a field that does not know
@@ -47,7 +48,7 @@ def gradient_descent(field, x, z, steps=1, eta=1.0, lam=1.0, tol=0.0, last_eta=N
     lam       the field's scale in training; only the stopping rule uses it
     tol       adaptive stop: a sample whose rms(f) / lam falls below tol takes its last step and leaves the batch
               (0: never)
-    last_eta  size of a sample's last step, number `steps` or the one that tol ends with, where it is another
+    last_eta  size of a sample's last step, which is number `steps` or the one at which tol stops it; None: eta
     """
     return nesterov(field, x, z, steps, eta, 0.0, lam, tol, last_eta)
 
@@ -101,9 +102,9 @@ def default_steps(eqm, steps):
 
 
 def default_eta(eqm, steps):
-    """Step size of EqM sampling with steps of one size. One step: 1 / (lam c(0)), the estimate from pure noise.
+    """-> float, the size of `steps` equal steps of EqM sampling. One: 1 / (lam c(0)), the estimate from pure noise.
 
-    Several: with c = linear, a step of size eta removes the fraction eta lam of the noise that is left; 1 % is left
+    More: with c = linear, a step of size eta removes the fraction eta lam of the noise that is left; 1 % is left
     after all. "trunc" and "piecewise" fall to zero with the slope 1 / (1 - a), so that a step above 1 - a overshoots
     near the data; the step is searched that leaves the least noise on a perfect field.
     """

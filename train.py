@@ -572,7 +572,7 @@ def draw(seed, step, rows, x_shape, z_shape, device, t_mean=None, g_power=1.0):
 
 
 def matching(network, eqm, x, e, z, s):
-    """The decoder's own loss at noise level s (B,), FM's t or EqM's g, of images x and noise e (B, 3, H, W):
+    """The decoder's own loss at s (B,), FM's t (1: noise) or EqM's g (1: data), of images x and noise e (B, 3, H, W):
     ({name: scalar}, one-step estimate (B, 3, H, W), the decoder's tokens).
 
     network  UViT.forward_with_tokens;  eqm  the EqM objective, None for FM
@@ -1394,7 +1394,8 @@ def first_model(args, checkpoint):
 
 
 def fit_images(dataset, model, size):
-    """Batches (16, 3, size, size) of training images, enough to fit the linear decoder: 16 cells for each channel."""
+    """Batches (16, 3, size, size) of training images to fit the linear decoder: 16 cells for each channel, but at least
+    256 images and at most 2,048."""
     cells = (size // model.downscale) ** 2  # of an image
     images = min(FIT_MOST, max(FIT_LEAST, FIT_CELLS * model.encoder.z_dim // cells))
     batches = make_loader(dataset, FIT_BATCH, train=True, seed=0)
@@ -1402,7 +1403,7 @@ def fit_images(dataset, model, size):
 
 
 class Objective(nn.Module):
-    """All that has trained parameters, and the loss terms: one module, so that one DDP wrap covers it."""
+    """All that the main optimisers train, and the loss terms: one module, so that one DDP wrap covers it."""
 
     def __init__(self, model, lpips, repa, gan):
         super().__init__()
