@@ -393,6 +393,11 @@ class ImageDataset(torch.utils.data.Dataset):
         digest = hashlib.sha256(b"\0".join(os.fsencode(name) for name in names)).hexdigest()
         return f"{len(self)} images, names {digest[:16]}"
 
+    def name_of(self, j):
+        """-> str: image j's file; of images without files its number."""
+        source = self.images[j]
+        return os.fsdecode(source) if isinstance(source, bytes) else str(j)
+
     def described(self):
         """-> str: how many images these are, and of what."""
         count = f"{len(self)}" if len(self) == self.whole else f"{len(self)} of {self.whole}"
@@ -800,11 +805,16 @@ def setup(device=None):
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     name = device or best_device()
+    if name == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"--device cuda: process {local} of this machine needs a GPU of its own, and PyTorch sees "
+                         f"{torch.cuda.device_count()} here")
     try:
         device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: there is no such device here") from None
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: there is no such device here ({first_line(error)})") from None
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device {name}: expected cuda, mps or cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     keep_freed_memory(True)
@@ -865,7 +875,7 @@ class Terminal:
     def __init__(self, stream, other=None):
         self.stream, self.other = stream, other
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a killed program's lines are there
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -926,13 +936,21 @@ def guarded(main):
         if os.environ.get("TRACEBACK"):
             raise
         sys.exit(last_words(str(error)))
-    except RuntimeError as error:
+    except KeyboardInterrupt:
+        close_bars()
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except (RuntimeError, MemoryError) as error:
         close_bars()
         is_killed_reader = KILLED_READER in str(error)       # torch says so wherever the program is at that moment
-        if os.environ.get("TRACEBACK") or not (is_killed_reader or is_lost_connection(error)):
+        is_known = is_killed_reader or is_out_of_memory(error) or is_lost_connection(error)
+        if os.environ.get("TRACEBACK") or not is_known:
             raise
         if is_killed_reader:
             sys.exit(last_words(READER_WAS_KILLED))
+        if is_out_of_memory(error):
+            sys.exit(last_words(f"out of memory ({first_line(error)}): use a smaller --batch_size; training can also "
+                                "split it (--micro_batch) and compute blocks twice (--checkpointing)"))
         sys.exit(last_words("another process has ended: its own message says why; where there is none, it was killed, "
                             "for want of memory most often"))
     finally:
@@ -946,6 +964,17 @@ def close_bars():
     """End the lines of progress bars, so that what follows stands on one of its own."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
+
+
+def first_line(error):
+    """-> str: what an exception says, without what libraries append to it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_memory(error):
+    """Whether a GPU's allocator or a CPU's (by its words) has found no memory."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def is_lost_connection(error):
@@ -1030,6 +1059,15 @@ def check_numbers(args, names=tuple(RANGES)):
             if number is not None and not lies_within(number, low, high, interval):
                 raise ValueError(f"--{name} {number} is out of range: give a number in "
                                  f"{interval[0]}{low:g}, {high:g}{interval[1]}")
+
+
+def warn_of_idle_flags(parser, args, idle, argv=None):
+    """A warning, of the first process, for each flag of the command line that has no effect. idle: {name: why}."""
+    nowhere = object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), nowhere)))  # where no default enters
+    for name, why in idle.items():
+        if getattr(given, name, nowhere) is not nowhere and os.environ.get("RANK", "0") == "0":
+            print(f"warning: --{name} has no effect {why}", file=sys.stderr)
 
 
 def lies_within(number, low, high, interval):

@@ -17,17 +17,17 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from data import check_compiler, check_numbers, guarded, setup
+from data import check_compiler, check_numbers, guarded, setup, warn_of_idle_flags
 from evaluate import print_table, write_results
 from model import DCSSDAE, check_size, compile_blocks
 from sampler import image_noise
 
 from train import (Run, append_log, autocast, check_shared, clip_gradients, compiles, data_parallel,  # isort: skip
-                   draw, evaluation_is_due, evaluation_networks, finish_step, freeze_base, image_arguments, keep_best,
-                   make_optimizers, make_parser, matching, measure, next_batch, open_boards, open_data, open_run,
-                   paired_tensors, perceptual_losses, pick_dtype, prefer_speed, restore, run_arguments,
-                   set_learning_rate, step_if, stop_flag, summed, training_batches, update_ema, validate,
-                   validation_batches)
+                   draw, evaluation_is_due, evaluation_networks, finish_step, freeze_base, idle_of_images,
+                   image_arguments, keep_best, make_optimizers, make_parser, matching, measure, next_batch,
+                   open_boards, open_data, open_run, paired_tensors, perceptual_losses, pick_dtype, prefer_speed,
+                   restore, run_arguments, set_learning_rate, step_if, stop_flag, summed, training_batches, update_ema,
+                   validate, validation_batches)
 
 
 def get_args(argv=None):
@@ -50,6 +50,7 @@ def get_args(argv=None):
         if args.ckpt.startswith("hf://"):
             folder = os.path.join("runs", os.path.basename(folder))
         args.out = f"{folder}_distilled"
+    warn_of_idle_flags(p, args, idle_of_images(args), argv)
     return args
 
 
@@ -129,7 +130,7 @@ def main():
 
     # Data, student, objective, optimiser
     checkpoint, log_path, evaluated = open_run(args, rank, world)
-    dataset, val = open_data(args, checkpoint, rank)
+    dataset, val = open_data(args, checkpoint, rank, world)
     lpips, repa, left_out = perceptual_losses(args, teacher.decoder.mid_in.out_features, rank, world)
     networks = evaluation_networks(args, val, lpips, device, world)
     teacher.to(device, memory_format=torch.channels_last)
@@ -162,7 +163,7 @@ def main():
     parallel = data_parallel(objective, world)
     batches = training_batches(args, dataset, rank, world, start, device)
     boards = open_boards(args, start) if rank == 0 else []
-    run = Run(args, rank, world, device, log_path, boards, parts, start, skipped, dataset.content(), networks)
+    run = Run(args, rank, world, device, log_path, boards, parts, start, skipped, dataset, networks)
     local = args.batch_size // world                                            # images of this process
     micro = min(args.micro_batch or local, local)                               # images of a forward pass
     z_shape = teacher.latent_shape(args.size, args.size)

@@ -571,6 +571,8 @@ def make_encoder(name, width=1.0, **options):
     family, downscale, z_dim = parse_name(name)
     if not 0 < width <= LARGEST_WIDTH:
         raise ValueError(f"encoder width {width}: give a number above 0, at most {LARGEST_WIDTH}")
+    if "linear" in options and "linear" not in OPTIONS[family]:
+        raise ValueError(f"encoder '{name}' cannot start as the linear code: use --linear decoder or off")
     for option, value in options.items():
         if option not in OPTIONS[family] or not isinstance(value, bool):
             allowed = " and ".join(OPTIONS[family]) or "no options"
@@ -580,7 +582,7 @@ def make_encoder(name, width=1.0, **options):
 
 def parse_name(name):
     """An encoder's name -> (key of FAMILIES, downscale f, latent channels c). ValueError for an unknown one."""
-    match = re.fullmatch(r"([a-z]+)_f(8|16|32|64|128)c([1-9]\d*)(_sana)?", name)
+    match = re.fullmatch(r"([a-z][a-z0-9]*)_f(8|16|32|64|128)c([1-9]\d*)(_sana)?", name)
     family = None
     if match:
         family = match[1] + (match[4] or "")

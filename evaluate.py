@@ -31,7 +31,8 @@ from model import DCSSDAE, check_folder, check_size, folder_beside
 from sampler import image_noise, seeded_generator
 
 from data import (LARGEST_KEPT, check_numbers, gathered, guarded, keep_freed_memory, make_dataset,  # isort: skip
-                  make_loader, now, only_warns, read_image, ready_folder, save_grid, setup, strict, write_json)
+                  make_loader, now, only_warns, read_image, ready_folder, save_grid, setup, strict,
+                  warn_of_idle_flags, write_json)
 from fid import (UNBIASED_FROM, Statistics, cache_files, check_metrics, distance_or_none, load_cached,  # isort: skip
                  load_networks, metric_arguments, metric_of, or_nan, save_cached)
 from losses import (cell_ratio, cell_steps, hf_energy, hf_ratio, linear_code, mean_and_error, psnr,  # isort: skip
@@ -373,7 +374,20 @@ def parse_arguments():
     args = parser.parse_args()
     check_numbers(args)
     check_metrics(args)
+    warn_of_idle_flags(parser, args, idle_flags(args))
     return args
+
+
+def idle_flags(args):
+    """{flag that has no effect: why}"""
+    if args.images:
+        return dict.fromkeys(("data", "part", "size", "crop", "limit", "batch_size", "workers", "lpips_net",
+                              "lpips_weights", "dreamsim", "features", "inception", "dinov2", "cache"), "with --images")
+    idle = {}
+    for network in ("inception", "dinov2"):
+        if network not in args.features:
+            idle[network] = f"without --features {network}"
+    return idle
 
 
 def sampler_options(args, loss):
@@ -384,7 +398,7 @@ def sampler_options(args, loss):
     for name in ("eta", "last_eta", "mu", "tol", "t_shift"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
-    if args.sampler in ("gd", "nesterov"):
+    if args.sampler:
         options["method"] = args.sampler
     return options
 

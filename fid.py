@@ -493,12 +493,18 @@ def read_image(path, size=None):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def folder_statistics(folder, network, device="cpu", batch_size=32, size=None):
-    """Statistics of every image under a folder; unreadable ones are skipped and counted on stderr. FileNotFoundError
-    without images, OSError where a file cannot be read."""
+def images_under(folder):
+    """-> paths of all images under a folder. FileNotFoundError where there is none."""
     paths = data.list_images(folder) if os.path.isdir(folder) else []
     if not paths:
         raise FileNotFoundError(f"{folder} is not a folder with images")
+    return paths
+
+
+def folder_statistics(folder, network, device="cpu", batch_size=32, size=None):
+    """Statistics of every image under a folder; unreadable ones are skipped and counted on stderr. FileNotFoundError
+    without images, OSError where a file cannot be read."""
+    paths = images_under(folder)
     statistics, skipped = Statistics(network.dim, device), 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(paths), batch_size):
@@ -723,6 +729,9 @@ def read_sets(args):
     sources = [args.a] if args.b is None else [args.a, args.b]
     device = best_device()
     network, sets = None, []
+    for source in sources:
+        if not source.endswith(".npz"):
+            images_under(source)                             # before a network is loaded, or fetched
     for source in sources:
         if source.endswith(".npz"):
             sets.append(Statistics.load(source))

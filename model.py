@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sampler
-from data import BROKEN_FILE
+from data import BROKEN_FILE, first_line
 from encoder import (
     LARGEST_WIDTH,
     DCDown,
@@ -872,7 +872,7 @@ class DCSSDAE(nn.Module):
         """As decode, and the number of network evaluations of every sample: (x, nfe (B,)).
 
         noise    starting point (B, 3, h*f, w*f); drawn from `generator` where None
-        options  FM: t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta, last_eta, mu, tol
+        options  FM: method "euler", t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta, last_eta, mu, tol
                  (sampler.gradient_descent, sampler.nesterov)
         raises   ValueError for options of the other loss or sampler, and for latents or noise of another shape
         """
@@ -888,12 +888,15 @@ class DCSSDAE(nn.Module):
         exact = torch.promote_types(self.decoder.conv_out.weight.dtype, torch.float32)
         noise = noise.to(z.device, torch.promote_types(noise.dtype, exact), memory_format=torch.channels_last)
         condition = self.decoder.condition(z, *noise.shape[-2:])
-        allowed = {"t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "last_eta", "mu", "tol"}
+        allowed = {"method", "t_shift"} if cfg["loss"] == "fm" else {"method", "eta", "last_eta", "mu", "tol"}
         if set(options) - allowed:
             raise ValueError(f"a decoder trained with --loss {cfg['loss']} takes the sampler options "
                              f"{', '.join(sorted(allowed))}; "
                              f"got {', '.join(sorted(set(options) - allowed))}")
         if cfg["loss"] == "fm":
+            method = options.pop("method", "euler")
+            if method != "euler":
+                raise ValueError(f"unknown sampling method '{method}' of flow matching: expected euler")
             return sampler.euler(self.decoder, noise, condition, steps, **options)
         method = options.pop("method", "nesterov" if "mu" in options else "gd")
         if method not in ("gd", "nesterov"):
@@ -1297,7 +1300,7 @@ def read_weights(path):
                          "which is never executed; if you trust where it comes from, convert it once by torch.save("
                          "torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')") from None
     except (*BROKEN_FILE, MemoryError, RecursionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = "not written by torch.save" if isinstance(error, KeyError) else first_line(error)
         raise ValueError(f"{path} is not a readable weight file ({reason})") from None
     named = {}
     for key, value in unwrapped(state, path).items():
@@ -1305,7 +1308,8 @@ def read_weights(path):
         if name in named:
             raise ValueError(f"{path} holds two tensors that are both {name} without their prefixes")
         named[name] = value
-    return our_names(named), meta
+    has_our_names = "config" in meta and meta.get("format") != "1"  # a fork's module may be called as a published one
+    return named if has_our_names else our_names(named), meta
 
 
 def unwrapped(state, path):

@@ -2751,6 +2751,29 @@ def test_a_whole_published_file_needs_no_configuration(tmp_path):
         assert torch.equal(*(m.decode(m.encode(x).mode(), 2, noise) for m in (loaded, model)))
 
 
+def test_a_forks_modules_keep_their_names(tmp_path, monkeypatch):
+    """Our own files are read as they are, though a module may be called as one of a published file."""
+    class Fork(nn.Module):
+        def __init__(self, downscale, z_dim, width):
+            super().__init__()
+            self.downscale, self.z_dim = downscale, z_dim
+            self.stem, self.head = nn.Conv2d(3, 8, 16, 16), nn.Conv2d(8, 2 * z_dim, 1)
+            self.to_q = nn.Linear(8, 8)
+
+        def forward(self, x):
+            mean, logvar = self.head(self.stem(x)).chunk(2, 1)
+            return DiagonalGaussian(mean, logvar)
+
+    monkeypatch.setitem(encoder_module.FAMILIES, "fork2", Fork)
+    monkeypatch.setitem(encoder_module.OPTIONS, "fork2", ())
+    model = DCSSDAE("fork2_f16c4", "XS", depth=1).eval()
+    model.save(tmp_path / "m.safetensors")
+    loaded, x = DCSSDAE.load(tmp_path / "m.safetensors"), torch.rand(1, 3, 32, 32)
+    assert torch.equal(loaded.encode(x).mean, model.encode(x).mean)
+    with pytest.raises(ValueError, match="cannot start as the linear code"):
+        DCSSDAE("fork2_f16c4", "XS", depth=1, linear_encoder=True)
+
+
 def test_our_names_stay_as_they_are():
     for enc in ("vq_f8c4", "dc_f32c32", "dcae_f64c128", "dcae_f32c32_sana"):
         for loss in ("fm", "eqm"):
@@ -3973,6 +3996,71 @@ def test_data_that_one_process_loses_ends_all(tmp_path, smallest):
     assert load_checkpoint(tmp_path / "r")["step"] == 2 and "Traceback" not in (tmp_path / "o" / "output1").read_text()
 
 
+def test_processes_have_the_same_flags_and_images(tmp_path, monkeypatch):
+    args = train.get_args(["--out", str(tmp_path), "--limit", "8", "--batch_size", "2", "--size", "32"])
+    others = {}
+    monkeypatch.setattr(train, "gathered", lambda value, world: [value, others.get(type(value), value)])
+    train.check_shared(args, 2)
+    mine = {name: value for name, value in vars(args).items() if name not in train.OWN_FLAGS}
+    others[dict] = mine | {"lr": 0.1, "seed": 5}
+    with pytest.raises(ValueError, match=r"rank 0 has --lr 0.0003 --seed 0, rank 1 has --lr 0.1 --seed 5: start all"):
+        train.check_shared(args, 2)
+    others[str] = "7 images"
+    with pytest.raises(ValueError, match=r"rank 0 finds 8 images.* but rank 1 7 images: give all machines the same"):
+        train.open_data(args, None, 0, 2)
+
+
+def test_a_node_without_the_folder_of_the_run_is_told_so(tmp_path, monkeypatch):
+    args = train.get_args(["--out", str(tmp_path / "r"), "--resume"])
+    monkeypatch.setattr(train, "gathered", lambda value, world: [(None, False, 5), value])
+    with pytest.raises(ValueError, match="all nodes need the same folder"):
+        train.open_run(args, 1, 2)
+
+
+def test_a_requeued_slurm_job_goes_on_by_itself(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, small_state(2))
+    args = train.get_args(["--out", str(tmp_path), "--steps", "10", "--linear", "off", "--enlarge"])
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.find_run(args, tmp_path / "log.jsonl", 0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    checkpoint, _ = train.find_run(args, tmp_path / "log.jsonl", 0)
+    assert checkpoint["step"] == 2
+
+
+def test_damaged_lines_of_the_log_are_left_out(tmp_path, capsys):
+    save_checkpoint(tmp_path, small_state(2))
+    log, good = tmp_path / "log.jsonl", '{"step": 1, "loss": 0.5}\n'
+    log.write_bytes(good.encode() + b'\n{}\n[1]\n\x00\xff\n{"step": "x"}\n{"step": 3}\n{"step": 2')
+    args = train.get_args(["--out", str(tmp_path), "--resume", "--steps", "10", "--linear", "off", "--enlarge"])
+    _, lines = train.find_run(args, log, 0)
+    assert lines == [good]
+    assert capsys.readouterr().out.count(f"warning: {log} holds a damaged line") == 5
+
+
+def test_a_log_on_a_full_disk_is_a_warning(capsys):
+    train.append_log("/dev/full", [], 3, loss=1.0)
+    assert "warning: could not write to /dev/full: No space left on device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")])
+def test_out_of_memory_is_one_sentence(error):
+    def main():
+        raise error
+    with pytest.raises(SystemExit, match=r"error: out of memory \(.*smaller --batch_size"):
+        data.guarded(main)
+
+
+def test_flags_without_effect_are_named(tmp_path, capsys):
+    def warned(*flags):
+        train.get_args([*flags, "--out", str(tmp_path)])
+        return re.findall(r"warning: --(\w+) has no effect", capsys.readouterr().err)
+    assert warned("--loss", "fm", "--lam", "2", "--g_power", "3", "--t_mean", "1") == ["lam", "g_power"]
+    assert warned("--loss", "eqm", "--c", "trunc", "--a", "0.5", "--b", "2", "--t_mean", "1") == ["t_mean", "b"]
+    assert warned("--preset", "tiny", "--enlarge", "--inception", "f") == ["enlarge", "inception"]
+    assert warned("--data", "d", "--enlarge", "--aug_scale", "3", "--w_gan", "1", "--gan_start", "5") == []
+
+
 def test_a_reader_killed_in_the_midst_of_a_step_costs_no_work(tmp_path, smallest):
     _, output = run(tmp_path / "o", *SMALL, "--save_every", 100, "--eval_every", 0, "--steps", 50, "--workers", 1,
                     "--out", tmp_path / "r", ok=(1,), sabotage={0: {2: "reader"}})
@@ -3988,7 +4076,7 @@ def test_what_is_saved_before_an_evaluation(tmp_path, monkeypatch, is_good):
     ema = types.SimpleNamespace(state_dict=weights.state_dict, save=lambda path: None)
     monkeypatch.setattr(train, "StopSignal", lambda: types.SimpleNamespace(received=0))
     run = train.Run(args, 0, 1, torch.device("cpu"), tmp_path / "log.jsonl", [], {"model": weights, "ema": ema}, 0, 0,
-                    "images")
+                    types.SimpleNamespace(content=lambda: "images"))
     saved = []
     monkeypatch.setattr(train, "save_checkpoint", lambda out, state, keep, ema: saved.append(state["step"]))
 
@@ -4139,11 +4227,25 @@ def test_a_full_disk_or_damaged_checkpoint_loses_nothing(tmp_path, monkeypatch):
         file.write(b"half a checkpoint")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="earlier checkpoint is intact"):
+    with pytest.raises(OSError, match=r"No space left.*last checkpoint is kept"):
         save_checkpoint(tmp_path, small_state(3))
     assert load_checkpoint(tmp_path)["step"] == 2 and sorted(os.listdir(tmp_path)) == ["latest.pt", "previous.pt"]
     (tmp_path / "latest.pt").write_bytes(b"damaged")
     assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_without_a_checkpoint_none_is_promised(tmp_path, monkeypatch):
+    def full(state, file):  # as torch does: two exceptions on top of the system's
+        try:
+            try:
+                raise OSError(28, "No space left on device")
+            except OSError:
+                raise RuntimeError("unexpected pos 64 vs 0")
+        except RuntimeError:
+            raise OSError("write failed")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device\): make room and start again: there was no checkpoint"):
+        save_checkpoint(tmp_path, small_state(1))
 
 
 def test_a_checkpoint_is_mapped_and_its_checksums_count(tmp_path):
@@ -4261,7 +4363,7 @@ def test_a_full_disk_in_either_file_leaves_the_old_ones(tmp_path):
             small_state(2, weights=torch.zeros(300_000)),
         ):  # the limit meets the model, the checkpoint
             resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-            with pytest.raises(OSError, match=r"File too large.*earlier checkpoint is intact"):
+            with pytest.raises(OSError, match=r"File too large.*last checkpoint is kept"):
                 save_checkpoint(tmp_path, state, ema=ema)
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             assert load_checkpoint(tmp_path)["step"] == 1 and (tmp_path / "model.safetensors").read_bytes() == old
@@ -5629,6 +5731,10 @@ def test_latent_statistics_are_stored_in_the_model(tmp_path):
     before = (tmp_path / "m.safetensors").read_bytes()
     assert "the same everywhere" in command("tools.latents", "--ckpt", tmp_path / "m.safetensors", "--limit", 1,
                                             "--size", 16, "--z_stats", "--device", "cpu", "--workers", 0, ok=False)
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+    command("tools.latents", "--ckpt", tmp_path / "m.safetensors", "--limit", 4, "--z_stats", "--device", "cpu",
+            "--workers", 0, "--out", tmp_path / "copy")
+    assert DCSSDAE.load(tmp_path / "copy" / "model.safetensors").config["latents"] != stored
     assert (tmp_path / "m.safetensors").read_bytes() == before
     normal = loaded.normalize(z)
     assert normal.mean(dim=(0, 2, 3)).abs().max() < 1e-3

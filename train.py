@@ -44,6 +44,7 @@ from data import (
     check_compiler,
     check_numbers,
     default_workers,
+    first_line,
     gathered,
     guarded,
     lock_folder,
@@ -54,6 +55,7 @@ from data import (
     ready_folder,
     setup,
     strict,
+    warn_of_idle_flags,
     write_whole,
 )
 from encoder import has_triton, parse_name
@@ -117,6 +119,9 @@ MUON_RMS = 0.2  # of the entries of its steps, over lr
 MUON_SMALLEST = 16  # rows and columns of the matrices that it trains
 GAN_BETAS = (0.5, 0.9)  # the discriminator's, as VQGAN's: it chases a target that moves
 FLAG_TYPES = (str, int, float)  # of values on a command line
+OWN_FLAGS = ("data", "out", "init_from", "enc_ckpt", "ckpt", "lpips_weights", "repa_weights", "inception", "features",
+             "latents", "workers")  # of a process: they may differ between machines
+TRAINED_PARTS = ("model", "repa")  # of a checkpoint: what the main optimisers train, in the order of their parameters
 MOST_SKIPPED = 10  # steps in a row that are not finite: what goes wrong so often will not go away
 VALIDATION_BATCH = 64  # images at a time in each process
 WRITTEN = ("model.safetensors", "best.safetensors", "latest.pt", "previous.pt", "log.jsonl", "metrics.json",
@@ -189,7 +194,40 @@ def get_args(argv=None):
         if args.phase:
             name += f"_phase{args.phase}"
         args.out = os.path.join("runs", name)
+    warn_of_idle_flags(p, args, idle_of_objective(args) | idle_of_images(args), argv)
     return args
+
+
+def idle_of_objective(args):
+    """{flag of train.py that has no effect: why}"""
+    idle = {}
+    if args.loss == "fm":
+        idle |= dict.fromkeys(("c", "a", "b", "lam", "g_power"), "with --loss fm")
+    else:
+        idle["t_mean"] = "with --loss eqm"
+        if args.c == "linear":
+            idle["a"] = "with --c linear"
+        if args.c != "piecewise":
+            idle["b"] = f"with --c {args.c}"
+    if not args.w_gan:
+        idle["gan_start"] = "without --w_gan"
+    return idle
+
+
+def idle_of_images(args):
+    """{flag of image_arguments and run_arguments that has no effect: why}"""
+    idle = {}
+    if args.data == "demo":
+        idle |= dict.fromkeys(("aug_scale", "enlarge"), "on built-in images, which are drawn at --size")
+    if args.w_lpips == 0 and "lpips" not in args.eval_metrics:
+        idle["lpips_weights"] = "without --w_lpips or --eval_metrics lpips"
+    if not args.w_repa:
+        idle |= dict.fromkeys(("repa_size", "repa_weights"), "without --w_repa")
+    if "rfid" not in args.eval_metrics:
+        idle["inception"] = "without --eval_metrics rfid"
+    if not args.resume:
+        idle["allow_changes"] = "without --resume"
+    return idle
 
 
 def model_flags(path):
@@ -309,9 +347,22 @@ def check_args(args):
 
 def check_shared(args, world):
     """Complaints about the flags that programs have in common."""
+    check_same_flags(args, world)
     check_folder(args.out)
     if args.batch_size % world:
         raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {world} processes")
+
+
+def check_same_flags(args, world):
+    """ValueError where processes were started with different flags. Paths may differ from machine to machine, and so
+    may what depends on its processors."""
+    mine = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
+    of_all = gathered(mine, world)
+    for rank, theirs in enumerate(of_all):
+        differ = [name for name in mine if theirs[name] != of_all[0][name]]
+        if differ:
+            raise ValueError(f"the processes have different flags: rank 0 has{flags(of_all[0], differ)}, rank {rank} "
+                             f"has{flags(theirs, differ)}: start all with the same command")
 
 
 def pick_dtype(name, device):
@@ -677,20 +728,20 @@ class Run:
     """A run under way: where it logs and saves, and how far it is.
 
     parts     {name: module, optimiser or None}: what a checkpoint holds
-    content   ImageDataset.content of the images, which says whether a resumed run has the same
+    dataset   the images: content() says whether a resumed run has the same, name_of(i) which one is image i
     networks  evaluation_networks' of --eval_metrics
     done      steps;  skipped  those of them that were not finite
     """
 
-    def __init__(self, args, rank, world, device, log_path, boards, parts, done, skipped, content, networks=({}, {})):
+    def __init__(self, args, rank, world, device, log_path, boards, parts, done, skipped, dataset, networks=({}, {})):
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.log_path, self.boards, self.parts = log_path, boards, parts
         self.done, self.skipped, self.skipped_in_a_row = done, skipped, 0
-        self.content, self.networks = content, networks
+        self.dataset, self.networks = dataset, networks
         self.originals = {}  # {metric: fid.Statistics} of the validation images, from the first evaluation on
         self.reports = collections.deque()  # of steps whose numbers nobody has read yet: see finish_step
         self.save_is_due, self.saved = False, done  # saved: steps done at the last save
-        self.started, self.evaluating = time.time(), 0.0  # seconds of all evaluations
+        self.started, self.evaluating = time.monotonic(), 0.0  # seconds of all evaluations
         self.logged, self.logged_at = done, 0.0  # steps, and seconds of training, at the last line of the log
         self.stop = StopSignal()
         self.bar = tqdm(total=args.steps, initial=done, disable=rank != 0, unit="step", dynamic_ncols=True)
@@ -751,7 +802,7 @@ def finish_step(run, totals, norm, stop, good, index):
         arrived = torch.cuda.Event()
         arrived.record()
     lr = run.parts["optimizer"].param_groups[0]["lr"]
-    seconds = time.time() - run.started - run.evaluating
+    seconds = time.monotonic() - run.started - run.evaluating
     run.reports.append(Report(run.done, list(totals), values, arrived, lr, index, seconds))
     is_last = run.done == args.steps
     if is_last or run.done % args.save_every == 0:
@@ -766,8 +817,8 @@ def finish_step(run, totals, norm, stop, good, index):
         leave(run)
     if is_last and run.save_is_due:
         raise ValueError(f"the last {run.skipped_in_a_row} steps were skipped, being not finite, so the model at step "
-                         f"{run.done} is not saved; the last checkpoint is kept: continue with --resume and a lower "
-                         "--lr, --dtype float32, or a few --steps more")
+                         f"{run.done} is not saved: lower --lr, use --dtype float32, or give a few --steps more, and "
+                         f"{way_on(args.out)}")
 
 
 def read_reports(run, late=0):
@@ -799,23 +850,22 @@ def count_skipped(run, report, totals, norm):
         tqdm.write(f"warning: step {step} skipped, {what}")
     if run.skipped_in_a_row == MOST_SKIPPED:
         images = []
-        for part in gathered(report.index.tolist(), run.world):
-            images += part
+        for names in gathered([run.dataset.name_of(i) for i in report.index.tolist()], run.world):
+            images += names
         raise ValueError(f"ten steps in a row were skipped, the last is {step}, {what}, images "
-                         f"{', '.join(map(str, images))}: lower --lr, or use --dtype float32; "
-                         "the last checkpoint is kept")
+                         f"{', '.join(images)}: lower --lr, or use --dtype float32, and {way_on(run.args.out)}")
 
 
 def save_run(run):
     """A checkpoint and the model, by rank 0. ValueError, on all ranks, where their weights are not finite."""
     for name, part in run.parts.items():
         if isinstance(part, nn.Module) and not has_finite_weights(part):
-            raise ValueError(f"after step {run.done} the weights of the part '{name}' are not finite: they are not "
-                             "saved, the last checkpoint is kept; continue with --resume and a lower --lr")
+            raise ValueError(f"after step {run.done} the weights of the part '{name}' are not finite and not saved: "
+                             f"lower --lr and {way_on(run.args.out)}")
     run.save_is_due, run.saved = False, run.done
     if run.rank == 0:
         state = {"step": run.done, "format": FORMAT, "skipped": run.skipped, "args": vars(run.args),
-                 "content": run.content, "config": getattr(run.parts["ema"], "config", {})}
+                 "content": run.dataset.content(), "config": getattr(run.parts["ema"], "config", {})}
         for name, part in run.parts.items():
             state[name] = None if part is None else part.state_dict()
         save_checkpoint(run.args.out, state, run.args.keep, run.parts["ema"])
@@ -925,9 +975,25 @@ def save_checkpoint(out, state, keep=2, ema=None):
     except (OSError, RuntimeError, SafetensorError) as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        cause = error.__context__ or error  # torch.save's own message comes on top of the system's
-        raise OSError(f"could not write a checkpoint to {out} ({str(cause).splitlines()[0]}); "
-                      "the earlier checkpoint is intact: make room and continue with --resume") from None
+        raise OSError(f"could not write a checkpoint to {out} ({first_line(system_error(error))}): make room and "
+                      f"{way_on(out)}") from None
+
+
+def system_error(error):
+    """-> the OSError that an exception came of, below those that torch raises on top of it, or the exception itself."""
+    below = error
+    while below is not None:
+        if isinstance(below, OSError) and below.errno:
+            return below
+        below = below.__context__
+    return error
+
+
+def way_on(out):
+    """-> str: what to do once the cause of an end is removed."""
+    if checkpoint_files(out):
+        return "continue with --resume: the last checkpoint is kept"
+    return "start again: there was no checkpoint yet"
 
 
 def checkpoint_files(out):
@@ -979,7 +1045,7 @@ def checkpoint_problem(state):
     for name in ("model", "ema", "optimizer", "args"):
         if not isinstance(state.get(name), dict):
             return f"no {name}"
-    for name in ("model", "ema", "repa", "gan"):
+    for name in (*TRAINED_PARTS, "ema", "gan"):
         problem = table_problem(state.get(name))
         if problem:
             return f"{name}: {problem}"
@@ -990,7 +1056,9 @@ def checkpoint_problem(state):
     for name, shapes in expected.items():
         if state.get(name) is not None and shapes_of(state[name]) != shapes:
             return f"{name} of other shapes than the model asks for"
-    trained = [*shapes_of(state["model"]).values(), *shapes_of(state.get("repa") or {}).values()]
+    trained = []
+    for name in TRAINED_PARTS:
+        trained += shapes_of(state.get(name) or {}).values()
     judged = shapes_of(state.get("gan") or {}).values()
     for name, shapes, moments in (("optimizer", trained, ADAM_MOMENTS), ("muon", trained, ["momentum"]),
                                   ("gan_optimizer", judged, ADAM_MOMENTS)):
@@ -1136,11 +1204,16 @@ def compare_flags(then, args, rank):
         print(f"resuming a run that does not know the flags{flags(now, unknown)}", flush=True)
 
 
-def open_data(args, checkpoint, rank):
-    """(training images, validation images) of --data; ValueError where a resumed run had others."""
+def open_data(args, checkpoint, rank, world):
+    """(training images, validation images) of --data; ValueError where a resumed run or another process has others."""
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
                            enlarge=args.enlarge)
     val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    contents = gathered(f"{dataset.content()} for training, {val.content()} for validation", world)
+    for other, content in enumerate(contents):
+        if content != contents[0]:
+            raise ValueError(f"--data {args.data}: rank 0 finds {contents[0]}, but rank {other} {content}: give all "
+                             "machines the same images")
     check_content(checkpoint, dataset, args)
     if rank == 0:
         print(parts_taken(dataset, val), flush=True)
@@ -1163,7 +1236,7 @@ def open_run(args, rank, world):
     nothing left to do, or a run that would be overwritten.
     """
     log = os.path.join(args.out, "log.jsonl")
-    checkpoint, lines, problem = None, [], None
+    checkpoint, lines, problem, missing = None, [], None, False
     try:
         if rank == 0 and os.path.isdir(args.out):
             lock_folder(args.out)
@@ -1172,13 +1245,12 @@ def open_run(args, rank, world):
             ready_folder(args.out, *WRITTEN)
             lock_folder(args.out)
     except (OSError, ValueError) as error:
-        problem = str(error)
+        problem, missing = str(error), isinstance(error, FileNotFoundError)
     # What one process finds, all must find.
-    problems, steps = zip(*gathered((problem, checkpoint and checkpoint["step"]), world))
-    for each in problems:
-        if each:
-            raise ValueError(each)
-    if len(set(steps)) > 1:
+    problems, missing, steps = zip(*gathered((problem, missing, checkpoint and checkpoint["step"]), world))
+    if any(problems) and not (any(missing) and any(steps)):
+        raise ValueError(next(each for each in problems if each))
+    if any(problems) or len(set(steps)) > 1:
         raise ValueError(f"the processes find different checkpoints in {args.out}: all nodes need the same folder")
     if rank == 0:
         for path in unfinished_files(args.out):
@@ -1192,7 +1264,8 @@ def open_run(args, rank, world):
 
 def find_run(args, log, rank):
     """(checkpoint to go on from or None, lines of the log up to it); errors as open_run."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    counts = [os.environ.get(name) or "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    restarted = counts != ["0", "0"]  # by torchrun, or a job that Slurm has put into the queue again
     files = checkpoint_files(args.out)
     if not args.resume and not (restarted and files):
         model, best = (os.path.join(args.out, name) for name in ("model.safetensors", "best.safetensors"))
@@ -1212,13 +1285,26 @@ def find_run(args, log, rank):
     compare_flags(then, args, rank)
     step, lines = checkpoint["step"], []
     if os.path.exists(log):
-        with open(log) as file:
+        with open(log, errors="replace") as file:
             for line in file:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:  # or it was cut off
+                step_of_line = step_logged(line)
+                if step_of_line is None and line.endswith("\n") and rank == 0:  # else it was cut off
+                    print(f"warning: {log} holds a damaged line, which is left out", flush=True)
+                if step_of_line is not None and step_of_line <= step:
                     lines.append(line)
     if step > args.steps or step == args.steps == last_evaluation(lines):
         raise ValueError(f"the run in {args.out} has done its {step} steps: give a larger --steps to go on")
     return checkpoint, lines
+
+
+def step_logged(line):
+    """The step of a line of log.jsonl, or None where it is no whole line."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return step if is_count(step) and line.endswith("\n") else None
 
 
 def unfinished_files(out):
@@ -1283,9 +1369,14 @@ def weights_and_biases(args):
 
 
 def append_log(path, boards, step, pictures=(), **values):
-    """A line of log.jsonl, with null for what is not finite, and the same for the boards. OSError from the first."""
-    with open(path, "a") as file:
-        file.write(json.dumps(strict({"step": step, **values}), allow_nan=False) + "\n")
+    """A line of log.jsonl, with null for what is not finite, and the same for the boards. What cannot be written is a
+    warning: a full disk ends the run where it saves, if it is still full then."""
+    line = json.dumps(strict({"step": step, **values}), allow_nan=False) + "\n"
+    try:
+        with open(path, "a") as file:
+            file.write(line)
+    except OSError as error:
+        tqdm.write(f"warning: could not write to {path}: {error.strerror}")
     if boards:
         with only_warns("the log for its board"):
             show_on_boards(boards, step, pictures, values)
@@ -1337,6 +1428,9 @@ def makers_of_the_latent(encoder):
     """The encoder's last layers."""
     if hasattr(encoder, "stages"):
         return [encoder.stages[-1], encoder.conv_out]
+    if not hasattr(encoder, "attend"):
+        raise ValueError("phase 2 does not know this encoder's last layers: add them to makers_of_the_latent in "
+                         "train.py")
     return [encoder.down[-1], encoder.attend[-1], encoder.mid, encoder.norm_out, encoder.conv_out, encoder.quant]
 
 
@@ -1481,7 +1575,7 @@ def measure(run, ema, val, dtype, steps):
 def validate(run, ema, val, dtype, steps):
     """evaluate's result on the validation images, decoded in each of `steps`; printed, written and logged. Does not
     count as time of training."""
-    before = time.time()
+    before = time.monotonic()
     save_before(run)  # their disk may be away, a reader be killed
     result = measure(run, ema, val, dtype, steps)
     if run.rank == 0:
@@ -1491,7 +1585,7 @@ def validate(run, ema, val, dtype, steps):
         tqdm.write(f"step {run.done}: PSNR {first['psnr']:.2f} dB in {first['name']}, "
                    f"linear code {linear['psnr']:.2f}, baseline {baseline['psnr']:.2f} on {result['images']} images")
         keep_best(run, ema, result)
-    run.evaluating += time.time() - before
+    run.evaluating += time.monotonic() - before
     return result
 
 
@@ -1559,7 +1653,7 @@ def main():
     model.decoder.checkpointing = args.checkpointing
 
     # Data
-    dataset, val = open_data(args, checkpoint, rank)
+    dataset, val = open_data(args, checkpoint, rank, world)
     model_is_new = not args.init_from and checkpoint is None
     if model_is_new and encoder_is_given(args) and model.config["linear_decoder"]:
         model.fit_linear_decoder(fit_images(dataset, model, args.size))
@@ -1602,7 +1696,7 @@ def main():
     boards = open_boards(args, start) if rank == 0 else []
     if rank == 0:
         print_start(args, model, trained, dataset, world, device, dtype)
-    run = Run(args, rank, world, device, log_path, boards, parts, start, skipped, dataset.content(), networks)
+    run = Run(args, rank, world, device, log_path, boards, parts, start, skipped, dataset, networks)
     local = args.batch_size // world                                            # images of this process
     micro = min(args.micro_batch or local, local)                               # images of a forward pass
     z_shape = model.latent_shape(args.size, args.size)

@@ -216,7 +216,7 @@ def main():
     parallel = train.data_parallel(model, world)
     batches = iter(TrainBatches(len(latents.labels), args.batch_size, args.seed, rank, world, start))
     boards = train.open_boards(args, start) if rank == 0 else []
-    run = train.Run(args, rank, world, device, log_path, boards, parts, start, skipped, latents.content())
+    run = train.Run(args, rank, world, device, log_path, boards, parts, start, skipped, latents)
     rows = range(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # of this process
     if rank == 0:
         print(f"{train.millions(model.parameters()):.1f} M parameters, {latents.shape[1] * latents.shape[2]} tokens of "

@@ -80,6 +80,9 @@ class Latents(torch.utils.data.Dataset):
         """-> str that says which latents these are, wherever they lie."""
         return f"{len(self)} latents of {self.manifest['data']}, model {self.manifest['model_sha256'][:16]}"
 
+    def name_of(self, i):
+        return f"latent {i}"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is encoded
@@ -239,11 +242,13 @@ def moments(sums):
 
 
 def file_of_statistics(args):
-    """Where --z_stats stores the model with its statistics: the model's own file; where that has no configuration,
-    being a published one, or is an hf:// address: one of ours. -> path"""
+    """Where --z_stats stores the model with its statistics: in --out, else in the model's own file; where that has no
+    configuration, being a published one, or is an hf:// address: here. -> path"""
     _, metadata = read_weights(args.ckpt)
     is_ours = "config" in metadata and not args.ckpt.startswith("hf://")
-    return Path(args.ckpt) if is_ours else Path(args.out or ".", "model.safetensors")
+    if is_ours and not args.out:
+        return Path(args.ckpt)
+    return Path(args.out or ".", "model.safetensors")
 
 
 def store_in_model(model, args, statistics):
@@ -303,7 +308,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--out", metavar="DIR", help="folder of the shards, new or to go on with")
     add("--z_stats", action="store_true", help="no shards: measure mean and std of posterior samples, and store them "
-        "in the model (--ckpt not of ours: in --out's model.safetensors)")
+        "in the model's file, or with --out in a copy there, model.safetensors")
     add("--sample", action="store_true", help="samples of the posterior instead of its mean")
     add("--flip", action="store_true", help="of the mirrored images as well")
     add("--shard", type=int, default=4096, help="images a shard [%(default)s]")
@@ -312,8 +317,8 @@ def parse_arguments():
         raise ValueError("give --out DIR for shards of latents, or --z_stats for their mean and standard deviation")
     check_numbers(args)
     args.part = args.part or ("val" if args.z_stats else "train")
-    if args.z_stats:
-        args.dtype = "float32"  # the model is stored again, with all its digits
+    if args.z_stats and args.dtype != "float32":
+        raise ValueError("--z_stats stores the model again, with all its digits: leave --dtype out")
     return args
 
 

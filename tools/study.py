@@ -341,6 +341,8 @@ def main():
     add("--vgg", metavar="FILE", help="VGG-16 of the perceptual term")
     args = parser.parse_args()
     if args.print:
+        if not Path(args.csv).exists():
+            raise FileNotFoundError(f"--print: there is no file {args.csv}")
         known = read_csv(args.csv)
     else:
         ready_file(args.csv)
