@@ -123,6 +123,7 @@ OWN_FLAGS = ("data", "out", "init_from", "enc_ckpt", "ckpt", "lpips_weights", "r
              "latents", "workers")  # of a process: they may differ between machines
 TRAINED_PARTS = ("model", "repa")  # of a checkpoint: what the main optimisers train, in the order of their parameters
 MOST_SKIPPED = 10  # steps in a row that are not finite: what goes wrong so often will not go away
+MOST_NAMED = 24  # images of the last of them, in the message
 VALIDATION_BATCH = 64  # images at a time in each process
 WRITTEN = ("model.safetensors", "best.safetensors", "latest.pt", "previous.pt", "log.jsonl", "metrics.json",
            "reconstructions.png")  # by a run into --out
@@ -737,7 +738,7 @@ class Run:
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.log_path, self.boards, self.parts = log_path, boards, parts
         self.done, self.skipped, self.skipped_in_a_row = done, skipped, 0
-        self.dataset, self.networks = dataset, networks
+        self.dataset, self.content, self.networks = dataset, dataset.content(), networks
         self.originals = {}  # {metric: fid.Statistics} of the validation images, from the first evaluation on
         self.reports = collections.deque()  # of steps whose numbers nobody has read yet: see finish_step
         self.save_is_due, self.saved = False, done  # saved: steps done at the last save
@@ -852,8 +853,11 @@ def count_skipped(run, report, totals, norm):
         images = []
         for names in gathered([run.dataset.name_of(i) for i in report.index.tolist()], run.world):
             images += names
-        raise ValueError(f"ten steps in a row were skipped, the last is {step}, {what}, images "
-                         f"{', '.join(images)}: lower --lr, or use --dtype float32, and {way_on(run.args.out)}")
+        named = ", ".join(images[:MOST_NAMED])
+        if len(images) > MOST_NAMED:
+            named += f" and {len(images) - MOST_NAMED} others"
+        raise ValueError(f"ten steps in a row were skipped, the last is {step}, {what}, images {named}: lower --lr, or "
+                         f"use --dtype float32, and {way_on(run.args.out)}")
 
 
 def save_run(run):
@@ -865,7 +869,7 @@ def save_run(run):
     run.save_is_due, run.saved = False, run.done
     if run.rank == 0:
         state = {"step": run.done, "format": FORMAT, "skipped": run.skipped, "args": vars(run.args),
-                 "content": run.dataset.content(), "config": getattr(run.parts["ema"], "config", {})}
+                 "content": run.content, "config": getattr(run.parts["ema"], "config", {})}
         for name, part in run.parts.items():
             state[name] = None if part is None else part.state_dict()
         save_checkpoint(run.args.out, state, run.args.keep, run.parts["ema"])
