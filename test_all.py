@@ -2003,6 +2003,15 @@ def test_what_the_linear_flag_builds():
     assert config("--enc", "vq_f8c4", "--enc_ckpt", "some file") == (False, 32)
     with pytest.raises(ValueError, match="--linear off"):
         train.check_args(train.get_args(["--no-input_skip"]))
+    train.check_args(train.get_args(["--c", "trunc", "--linear", "encoder"]))
+
+
+@pytest.mark.parametrize("c", ["linear", "trunc", "piecewise"])
+def test_only_a_linear_c_has_the_linear_decoders_field(c):
+    """lam c(0) (x_g - D), for the perfect estimate D = x, is the target for c = linear alone."""
+    eqm, (x, e), g = EqM(c, lam=2.0), torch.randn(2, 5, 3, 8, 8), torch.linspace(0, 0.95, 5)
+    error = eqm.at_noise * (eqm.mix(x, e, g) - x) - eqm.target(x, e, g)
+    assert (error.abs().max() < 1e-5) == (c == "linear")
 
 
 def test_linear_models_are_saved_and_their_encoders_taken_over(tmp_path):
@@ -3622,6 +3631,8 @@ def test_phase_defaults_and_refusals(tmp_path):
         (["--phase", "2"], "--init_from"),
         (["--phase", "2", "--freeze_enc", "--init_from", str(start)], "--freeze_enc needs"),
         (["--w_gan", "1", "--size", "16"], "24 px"),
+        (["--c", "trunc"], "--c trunc needs --linear off"),
+        (["--c", "piecewise", "--linear", "decoder"], "--c piecewise needs --linear off"),
     ):
         with pytest.raises(ValueError, match=words):
             train.check_args(train.get_args(flags))

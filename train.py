@@ -159,7 +159,7 @@ def get_args(argv=None):
     add = p.add_argument_group("objective").add_argument
     add("--loss", type=str, choices=["fm", "eqm"], default="eqm", help="flow or equilibrium matching [%(default)s]")
     add("--c", type=str, choices=["linear", "trunc", "piecewise"], default="linear",
-        help="EqM: how the field falls to zero at the data [%(default)s]")
+        help="EqM: how the field falls to zero at the data; but for linear with --linear off or encoder [%(default)s]")
     add("--a", type=float, default=0.8, help="EqM: where trunc and piecewise begin to fall to zero [%(default)s]")
     add("--b", type=float, default=1.4, help="EqM: piecewise's value at the noise end [%(default)s]")
     add("--lam", type=float, default=1.0, help="EqM: scale of the field [%(default)s]")
@@ -337,6 +337,9 @@ def check_args(args):
         raise ValueError(f"--phase {args.phase} goes on from a trained model: give --init_from FILE")
     if args.freeze_enc and (args.phase == 2 or not (args.enc_ckpt or args.init_from)):
         raise ValueError("--freeze_enc needs an encoder, given by --enc_ckpt FILE, and not --phase 2, which adapts it")
+    if LINEAR[args.linear][1] and args.loss == "eqm" and args.c != "linear" and not args.resume:
+        raise ValueError(f"--c {args.c} needs --linear off or encoder: beside a linear decoder the field is "
+                         "lam c(0) (x_g - D), and only with --c linear is the target of that form")
     if LINEAR[args.linear][1] and not args.input_skip:
         raise ValueError("--no-input_skip needs --linear off or encoder: a linear decoder is part of the input skip")
     if args.w_gan and args.size < 24:
