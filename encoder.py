@@ -88,8 +88,9 @@ def start_coarse(down, last):
 # The linear code: what an untrained encoder and decoder start from. A lapped orthogonal transform (LOT): like JPEG's
 # cosines, but the vectors of neighbouring cells overlap by half, so that no cell borders show. Built without data.
 
-# Energy of a photograph's coefficients over f^2, for the colour directions COLORS: of a cell's mean, and at frequency
-# (ky, kx) times ky^2 + kx^2. Much the same at every f, as photographs look alike at every scale.
+# Energy of a textured picture's coefficients divided by f^2, in round numbers, for the colour directions COLORS: of a
+# cell's mean, and at frequency (ky, kx) times ky^2 + kx^2. It decides which coefficients are kept, and their scale.
+# Much the same at every f, as pictures look alike at every scale; photographs of 256 px have a third to a half of it.
 COLORS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))  # luminance, orange to blue, magenta to green
 MEAN_ENERGY = (0.45, 0.12, 0.035)
 WAVE_ENERGY = (0.03, 0.0045, 0.0012)
