@@ -4066,14 +4066,25 @@ def test_out_of_memory_is_one_sentence(error):
         data.guarded(main)
 
 
-def test_flags_without_effect_are_named(tmp_path, capsys):
+def test_flags_without_effect_are_named(tmp_path, monkeypatch, capsys):
+    def named():
+        return re.findall(r"warning: --(\w+) has no effect", capsys.readouterr().err)
+
     def warned(*flags):
         train.get_args([*flags, "--out", str(tmp_path)])
-        return re.findall(r"warning: --(\w+) has no effect", capsys.readouterr().err)
+        return named()
     assert warned("--loss", "fm", "--lam", "2", "--g_power", "3", "--t_mean", "1") == ["lam", "g_power"]
     assert warned("--loss", "eqm", "--c", "trunc", "--a", "0.5", "--b", "2", "--t_mean", "1") == ["t_mean", "b"]
     assert warned("--preset", "tiny", "--enlarge", "--inception", "f") == ["enlarge", "inception"]
     assert warned("--data", "d", "--enlarge", "--aug_scale", "3", "--w_gan", "1", "--gan_start", "5") == []
+    distill.get_args(["--ckpt", "m", "--repa_size", "64", "--w_lpips", "0", "--lpips_weights", "f"])
+    assert named() == ["lpips_weights", "repa_size"]
+    for flags, expected in ((["--images", "a.png", "--data", "d", "--limit", "3"], ["data", "limit"]),
+                            (["--data", "d", "--features", "dinov2", "--inception", "f"], ["inception"]),
+                            (["--data", "d", "--features", "dinov2", "--dinov2", "f"], [])):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--ckpt", "m", *flags])
+        evaluate.parse_arguments()
+        assert named() == expected
 
 
 def test_a_reader_killed_in_the_midst_of_a_step_costs_no_work(tmp_path, smallest):
