@@ -40,6 +40,7 @@ RUNS = {
        for enc in ("f8c4", "f8c16", "f16c16", "f32c32", "f32c64", "f64c128", "f64c256")},
     **{f"large_{enc}": f"{LARGE} --enc dc_{enc}" for enc in ("f8c4", "f32c32", "f32c64", "f128c512", "f128c1024")},
     **{f"photos_{enc}": f"{DEEP} --enc dc_{enc} {PHOTOS}" for enc in ("f8c4", "f32c64")},
+    "photos_published": f"{DEEP} --enc dc_f32c64 {PUBLISHED} {PHOTOS}",
     **{f"plain_{enc}": f"{DEEP} --enc dc_{enc} --linear off" for enc in ("f8c4", "f32c64")},
     "part_encoder": f"{DEEP} --enc dc_f32c64 --linear encoder",
     "part_decoder": f"{DEEP} --enc dc_f32c64 --linear decoder",
@@ -91,7 +92,8 @@ TABLES = {
         ("f128c512: 512", "large_f128c512", "")]),
     "photographs": ("--data {crops}", [
         ("f8c4", "photos_f8c4", ""),
-        ("f32c64", "photos_f32c64", "")]),
+        ("f32c64", "photos_f32c64", ""),
+        ("f32c64, as published", "photos_published", "")]),
     "parts": (BUILT_IN, [
         ("both", "deep_f32c64", ""),
         ("decoder alone", "part_decoder", ""),
