@@ -1061,15 +1061,6 @@ def check_numbers(args, names=tuple(RANGES)):
                                  f"{interval[0]}{low:g}, {high:g}{interval[1]}")
 
 
-def warn_of_idle_flags(parser, args, idle, argv=None):
-    """A warning, of the first process, for each flag of the command line that has no effect. idle: {name: why}."""
-    nowhere = object()
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), nowhere)))  # where no default enters
-    for name, why in idle.items():
-        if getattr(given, name, nowhere) is not nowhere and os.environ.get("RANK", "0") == "0":
-            print(f"warning: --{name} has no effect {why}", file=sys.stderr)
-
-
 def lies_within(number, low, high, interval):
     """-> bool. NaN lies nowhere, nor does what is no number."""
     if not isinstance(number, (int, float)):
@@ -1077,6 +1068,15 @@ def lies_within(number, low, high, interval):
     is_above = number >= low if interval[0] == "[" else number > low
     is_below = number <= high if interval[1] == "]" else number < high
     return is_above and is_below
+
+
+def warn_of_idle_flags(parser, args, idle, argv=None):
+    """A warning, of the first process, for each flag of the command line that has no effect. idle: {name: why}."""
+    nowhere = object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), nowhere)))  # where no default enters
+    for name, why in idle.items():
+        if getattr(given, name, nowhere) is not nowhere and os.environ.get("RANK", "0") == "0":
+            print(f"warning: --{name} has no effect {why}", file=sys.stderr)
 
 
 def gathered(value, world):

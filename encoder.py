@@ -121,7 +121,7 @@ def lapped_basis(f, rho=0.98):
 
 class LappedCode(nn.Module):
     """The linear code for cells of f x f pixels: of the 3 f^2 lapped coefficients of a cell those `count` that carry
-    most of an average photograph's energy, each divided by its expected deviation. No parameters; computed in float32,
+    most of an average picture's energy, each divided by its expected deviation. No parameters; computed in float32,
     in a model that is cast to bf16, too.
 
     encode  images (B, 3, H, W) -> coefficients of about unit variance (B, count, H/f, W/f)
@@ -163,23 +163,22 @@ class LappedCode(nn.Module):
     def encode(self, x):
         # Along the rows, then along the columns, then over the colours.
         with torch.autocast(x.device.type, enabled=False):
-            basis = self.basis.float()
             x = _mirror(x.float(), self.f // 2)                                              # (B, 3, H, W + f)
-            x = x.unfold(3, 2 * self.f, self.f) @ basis.T                                    # (B, 3, H, w, kx)
+            x = x.unfold(3, 2 * self.f, self.f) @ self.basis.T                               # (B, 3, H, w, kx)
             x = _mirror(x.permute(0, 1, 3, 4, 2), self.f // 2)                               # (B, 3, w, kx, H + f)
-            x = x.unfold(4, 2 * self.f, self.f) @ basis.T                                    # (B, 3, w, kx, h, ky)
-            x = torch.einsum("dc,bcwxhy->bdyxhw", self.colors.float(), x).flatten(1, 3)
-            return x[:, self.index] / self.deviation.float()
+            x = x.unfold(4, 2 * self.f, self.f) @ self.basis.T                               # (B, 3, w, kx, h, ky)
+            x = torch.einsum("dc,bcwxhy->bdyxhw", self.colors, x).flatten(1, 3)
+            return x[:, self.index] / self.deviation
 
     def decode(self, z):
         with torch.autocast(z.device.type, enabled=False):
             B, _, h, w = z.shape
-            z = z.float() * self.deviation.float()
+            z = z.float() * self.deviation
             x = z.new_zeros(B, 3 * self.used**2, h, w).index_copy(1, self.index, z)
             x = x.unflatten(1, (3, self.used, self.used))                                    # (B, 3, ky, kx, h, w)
-            x = torch.einsum("dc,bdyxhw->bchywx", self.colors.float(), x)
-            x = _overlap(x @ self.basis.float(), self.f)                                     # (B, 3, h, ky, W)
-            x = _overlap(x.permute(0, 1, 4, 2, 3) @ self.basis.float(), self.f)              # (B, 3, W, H)
+            x = torch.einsum("dc,bdyxhw->bchywx", self.colors, x)
+            x = _overlap(x @ self.basis, self.f)                                             # (B, 3, h, ky, W)
+            x = _overlap(x.permute(0, 1, 4, 2, 3) @ self.basis, self.f)                      # (B, 3, W, H)
             return x.mT
 
 
