@@ -13,9 +13,8 @@ more than many papers' gains. Ours, the same as pytorch-fid's (whose numbers and
 - both sets are prepared in the same way. Here: images as stored (turned upright), or --size S: short side to S by PIL
   bilinear, centre crop, which is evaluate.py's --crop center (SSDD); its --crop adm (box halving, bicubic,
   centre crop) is DC-AE's. Raw files against crops is a classic mistake.
---features dinov2 is FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675) as edm2 computes it; a file of weights of
-timm's or a TorchScript file gives the distance in features of your own. Neither is FID or rFID, or can be compared with
-them.
+--features dinov2 is FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675) as edm2 computes it; a file of weights of timm's
+gives the distance in features of your own. Neither is FID or rFID, or can be compared with them.
 
     python fid.py originals/ reconstructions/                 # two folders, searched recursively
     python fid.py imagenet/val --size 256 --save val256.npz   # statistics once ...
@@ -23,9 +22,9 @@ them.
 """
 import argparse
 import functools
-import hashlib
 import os
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,22 +32,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
-import data
-from data import BROKEN_ARCHIVE, BROKEN_FILE, best_device, gathered
-from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPSLoss, dreamsim_distance, finite_table
-from model import local_file
+from data import list_images, prepare_eval
+from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPSLoss
+from plumbing import flags, log
+from plumbing.files import WeightsUnavailable, downloaded, local_file, read_tensors, sha256, whole
+from plumbing.images import Unreadable, read_image
+from plumbing.process import best_device, first_line, gathered, guarded, say
 
-URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-       "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 "pt_inception-2015-12-05-6726825d.pth")
 DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 UNBIASED_FROM = 10_000                                       # images; fewer bias a Frechet distance upwards visibly
-INCEPTION_SHA256 = "6726825d"                                # the beginning of it, as torch.hub checks downloads
 RANK_EPS = 64 * np.finfo(np.float64).eps                     # of the largest eigenvalue: the rest is rounding noise
-SYMMETRY_EPS = 1e-4                                          # of the largest covariance: float32's rounding and no more
-NEGATIVE_EPS = 1e-3                                          # as negative eigenvalues of the largest: not rounding
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network: Szegedy et al. 2015, arXiv 1512.00567, figures 5 to 7, with the parameter names of the weight file.
@@ -146,6 +143,7 @@ def on_8bit(forward):
     return wrapped
 
 
+
 class InceptionFeatures(nn.Module):
     """The 2048 features FID is defined on. weights: pt_inception-2015-12-05-6726825d.pth."""
 
@@ -153,8 +151,9 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights=None):
         super().__init__()
-        path, state, self.sha256 = read_weights(weights, URL, "--inception")  # before building: a bad file fails fast
-        state = {k: v for k, v in state.items() if not k.startswith(("fc.", "AuxLogits."))}
+        path = downloaded(INCEPTION_URL, weights, "--inception")
+        state, _ = read_tensors(path)
+        self.sha256 = sha256(path)
         with torch.device("meta"):  # no random initialisation that the file replaces
             self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, padding=0)   # 299 -> 149
             self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)            # 147
@@ -163,12 +162,14 @@ class InceptionFeatures(nn.Module):
             self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)           # 71, pool -> 35
             for name, c_in, branches, pool in MIXED:
                 self.add_module(name, Mixed(c_in, branches, pool))
-        own = self.state_dict()  # older files have no num_batches_tracked counters, which only training uses
-        state = {k: torch.zeros((), dtype=torch.long) for k in own if k.endswith("num_batches_tracked")} | state
-        wrong = sorted(own.keys() ^ state.keys()) + [k for k in own if k in state and own[k].shape != state[k].shape]
-        if wrong:
-            raise ValueError(f"{path} does not hold FID's Inception-v3: {len(wrong)} tensors differ, e.g. {wrong[0]}")
-        self.load_state_dict(state, assign=True)
+        own = {name: value for name, value in state.items() if not name.startswith(("fc.", "AuxLogits."))}
+        for name in self.state_dict():
+            if name.endswith("num_batches_tracked"):  # counters that only training uses, which older files lack
+                own.setdefault(name, torch.zeros((), dtype=torch.long))
+        try:
+            self.load_state_dict(own, assign=True)
+        except RuntimeError:
+            raise ValueError(f"{path} does not hold FID's Inception-v3") from None
         self.float().eval().requires_grad_(False)
 
     @on_8bit
@@ -195,8 +196,12 @@ def empty_network(timm, name, **options):
     return timm.create_model(name, **options)
 
 
+def normalised(x, mean, std):
+    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+
+
 class DINOv2Features(nn.Module):
-    """The 1024 features of FD-DINOv2: the class token of ViT-L/14 after the last norm. ImportError without timm.
+    """The 1024 features of FD-DINOv2: the class token of ViT-L/14 after the last norm.
 
     As DINOv2Detector in edm2's calculate_metrics.py: 224 x 224 by bicubic with antialiasing, not rounded; ImageNet's
     mean and deviation; position embeddings from 37 x 37 to 16 x 16 by a factor of 16.1 / 37, bicubic without
@@ -208,69 +213,41 @@ class DINOv2Features(nn.Module):
 
     def __init__(self, weights=None):
         super().__init__()
-        try:
-            import timm
-        except (ImportError, RuntimeError) as error:                   # RuntimeError: torchvision of another build
-            raise ImportError(f"FD-DINOv2 needs the timm package: pip install timm ({error})") from None
-        path, state, self.sha256 = read_weights(weights, DINO_URL, "--dinov2")
+        import timm
+        path = downloaded(DINO_URL, weights, "--dinov2")
+        state, _ = read_tensors(path)
+        self.sha256 = sha256(path)
         state.pop("mask_token", None)                                  # timm's file is the same without
         self.vit = empty_network(timm, "vit_large_patch14_dinov2.lvd142m", num_classes=0, img_size=224)
         try:
             first, grid = state["pos_embed"].split([1, 37 * 37], dim=1)
             grid = F.interpolate(grid.mT.unflatten(2, (37, 37)), scale_factor=16.1 / 37, mode="bicubic")
             self.vit.load_state_dict(state | {"pos_embed": torch.cat([first, grid.flatten(2).mT], 1)}, assign=True)
-        except BROKEN_FILE:
+        except (KeyError, RuntimeError):
             raise ValueError(f"{path} does not hold the weights of DINOv2 ViT-L/14") from None
         self.float().eval().requires_grad_(False)
 
     @on_8bit
     def forward(self, x):
         x = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True)
-        mean, std = x.new_tensor(IMAGENET_MEAN)[:, None, None], x.new_tensor(IMAGENET_STD)[:, None, None]
-        return self.vit.forward_features((x - mean) / std)[:, 0]
-
-
-class FileFeatures(nn.Module):
-    """Features of your own: a TorchScript file that maps (B, 3, H, W) in [-1, 1] to (B, D) for any B; H = W = size is
-    tried. Pickled and exported modules are refused: reading them runs code in the file."""
-
-    def __init__(self, path, size=256):
-        super().__init__()
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"--features {path}: neither inception nor dinov2 nor a file")
-        try:
-            self.network = torch.jit.load(path, map_location="cpu").eval()
-            for batch in (1, 2):
-                rows, self.dim = self.network(torch.zeros(batch, 3, size, size)).shape
-                if rows != batch:
-                    raise ValueError("not one row an image")
-        except BROKEN_FILE as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise ValueError(f"{path} is refused: not a TorchScript network of images (B, 3, {size}, {size}) to "
-                             f"features (B, D) ({reason})") from None
-        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-    @on_8bit
-    def forward(self, x):
-        return self.network(2 * x - 1)
+        return self.vit.forward_features(normalised(x, IMAGENET_MEAN, IMAGENET_STD))[:, 0]
 
 
 class TimmFeatures(nn.Module):
     """Features of a network that timm knows by name, before its classifier: NAME.safetensors, say
-    resnet50.a1_in1k.safetensors, with timm's own tensor names. No code comes from the file. Images are resized to the
-    network's own size (bicubic, antialiasing) and normalised as timm says. FileNotFoundError, ValueError; ImportError
-    without timm."""
+    resnet50.a1_in1k.safetensors, with timm's own tensor names. Images are resized to the network's own size (bicubic,
+    antialiasing) and normalised as timm says."""
 
     def __init__(self, path):
         super().__init__()
-        try:
-            import timm
-        except (ImportError, RuntimeError) as error:                   # RuntimeError: torchvision of another build
-            raise ImportError(f"--features {path} needs the timm package: pip install timm ({error})") from None
+        import timm
+        path = local_file(path)
         name = Path(path).name.removesuffix(".safetensors")
         if not timm.is_model(name):
-            raise ValueError(f"{path} is refused: timm knows no network {name}; the file's name must be one")
-        _, state, self.sha256 = read_weights(path, path, "--features")
+            raise ValueError(f"--features {path}: neither inception nor dinov2, and timm knows no network {name}: the "
+                             "file's name must be one")
+        state, _ = read_tensors(path)
+        self.sha256 = sha256(path)
         self.network = empty_network(timm, name, num_classes=0)
         kept = {key: state[key] for key in self.network.state_dict() if key in state}  # without the classifier
         try:
@@ -287,43 +264,22 @@ class TimmFeatures(nn.Module):
     @on_8bit
     def forward(self, x):
         x = F.interpolate(x, size=self.size, mode="bicubic", antialias=True)
-        mean, std = x.new_tensor(self.mean)[:, None, None], x.new_tensor(self.std)[:, None, None]
-        return self.network((x - mean) / std)
+        return self.network(normalised(x, self.mean, self.std))
 
 
-def load_features(name, inception=None, dinov2=None, size=256):
-    """The network of --features `name`: "inception", "dinov2" (their weight files: the next two) or a file."""
+def load_features(name, inception=None, dinov2=None):
+    """The network of --features `name`: "inception", "dinov2" (their weight files: the next two) or a file of timm's
+    weights."""
     if name == "inception":
         return InceptionFeatures(inception)
     if name == "dinov2":
         return DINOv2Features(dinov2)
-    if name.endswith(".safetensors"):
-        return TimmFeatures(name)
-    return FileFeatures(name, size)
-
-
-def read_weights(weights, url, flag):
-    """(path, tensors, SHA-256) of a weight file: the given one, or `url` through torch.hub's cache. FileNotFoundError
-    if there is none, ValueError if it holds something else. Code in pickles is never run."""
-    path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1]))
-    if weights and not path.is_file():
-        raise FileNotFoundError(f"{flag}: no weight file {weights}")
-    try:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            prefix = INCEPTION_SHA256 if url == URL else None
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
-    except Exception as error:  # noqa: BLE001 no network, no space, a proxy's error page: no file
-        raise FileNotFoundError(f"{path.name} is neither in {path.parent} nor could it be downloaded from "
-                                f"{url.split('/')[2]} ({type(error).__name__}): give it with {flag} FILE") from None
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        return path, dict(finite_table(state)), hashlib.sha256(path.read_bytes()).hexdigest()
-    except Exception as error:  # noqa: BLE001 both raise half a dozen types for a foreign file
-        raise ValueError(f"{path} is not a PyTorch weight file ({type(error).__name__})") from None
+    return TimmFeatures(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The distance
+
 class Statistics:
     """Mean and covariance of features, accumulated in float64 and merged exactly across batches and processes.
 
@@ -337,10 +293,7 @@ class Statistics:
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def update(self, features):
-        """features: (B, dim), any float type and device. ValueError for others."""
-        if features.ndim != 2 or features.shape[1] != len(self.mean) or not features.is_floating_point():
-            raise ValueError(f"features are floating-point (B, {len(self.mean)}), got {features.dtype} "
-                             f"{tuple(features.shape)}")
+        """features: (B, dim), any float type and device."""
         f = features.detach().to(self.mean.device).double()
         if len(f) == 0:
             return
@@ -354,8 +307,7 @@ class Statistics:
 
     def all_reduce(self):
         """Merge over all processes of torch.distributed (no effect without); afterwards all hold the same."""
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if alone:
+        if not dist.is_initialized():
             return
         n = torch.tensor(float(self.n), dtype=torch.float64, device=self.mean.device)
         total, mean = n.clone(), self.mean * n
@@ -379,14 +331,11 @@ class Statistics:
         return (self.scatter / freedom).cpu().numpy()
 
     def save(self, path):
-        """Write mu, sigma (what pytorch-fid reads) and n. Atomic: never a half-written file under this name. ValueError
-        where they are not finite, OSError as data.whole."""
-        if not (np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()):
-            raise ValueError(f"features that are not finite have no statistics to store in {path}")
+        """Write mu, sigma (what pytorch-fid reads) and n."""
         arrays = {"mu": self.mu, "sigma": self.sigma}
         if self.n is not None:
             arrays["n"] = self.n
-        with data.whole(path) as temporary, open(temporary, "wb") as file:
+        with whole(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
 
     @staticmethod
@@ -394,29 +343,20 @@ class Statistics:
         """Read a .npz of ours or of pytorch-fid. FileNotFoundError; ValueError if it holds something else."""
         try:
             with np.load(path) as file:
-                mu, sigma = file["mu"], file["sigma"]
+                mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
                 n = int(file["n"]) if "n" in file else None
-        except FileNotFoundError:
-            raise
-        except (*BROKEN_ARCHIVE, MemoryError):
+        except (ValueError, LookupError, AttributeError, EOFError, zipfile.BadZipFile):
             raise ValueError(f"{path} does not hold FID statistics (arrays mu and sigma)") from None
         if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
             raise ValueError(f"{path} does not hold FID statistics: mu is {mu.shape}, sigma {sigma.shape}")
-        numeric = mu.dtype.kind == sigma.dtype.kind == "f"
-        if not numeric or not np.isfinite(mu).all() or not np.isfinite(sigma).all() or (n is not None and n < 2):
-            raise ValueError(f"{path} does not hold FID statistics: finite floats mu and sigma of at least 2 images")
-        rounding = SYMMETRY_EPS * np.abs(sigma).max(initial=0)
-        if (np.abs(sigma - sigma.T) > rounding).any() or (np.diag(sigma) < -rounding).any():
-            raise ValueError(f"{path} does not hold FID statistics: sigma is no covariance, which is symmetric, with "
-                             "variances on its diagonal")
         out = Statistics(0)
-        out.n, out.mean = n, torch.from_numpy(mu.astype(np.float64))
-        out.scatter = torch.from_numpy(sigma.astype(np.float64)) * (1 if n is None else n - 1)
+        out.n, out.mean = n, torch.from_numpy(mu)
+        out.scatter = torch.from_numpy(sigma) * (1 if n is None else n - 1)
         return out
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), equation 6 of the FID paper: a float, finite and >= 0.
+    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), equation 6 of the FID paper: a float >= 0.
 
     mu (D,), sigma (D, D) symmetric: arrays or tensors, computed in float64. Tr (S1 S2)^(1/2) is the sum of the singular
     values of S1^(1/2) S2^(1/2); through the eigenvalues of S1 and S2 this needs no square root of a non-symmetric
@@ -431,47 +371,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     roots = []
     for s in (s1, s2):
         w, v = np.linalg.eigh(s)                                       # ascending
-        if len(w) and w[0] < -NEGATIVE_EPS * max(w[-1], 0):
-            raise ValueError(f"statistics whose covariance has negative eigenvalues, down to {w[0]:.3g}")
         keep = w > RANK_EPS * max(w[-1], 0)
         roots.append(v[:, keep] * np.sqrt(w[keep]))                    # (D, rank), root @ root.T = s
     cross = 0.0
     if roots[0].size and roots[1].size:
         cross = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
-    with np.errstate(over="ignore", invalid="ignore"):                 # said below
-        distance = ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
-    if not np.isfinite(distance):
-        raise ValueError("statistics too large for a distance")
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
     return max(0.0, float(distance))
-
-
-def distance_or_none(a, b):
-    """Frechet distance of two Statistics; None, with a warning, where there is none: of a row that diverged, say."""
-    try:
-        return distance_between(a, b)
-    except ValueError as error:                                        # LinAlgError is one, too
-        data.say(f"warning: a Frechet distance is left out: {error}")
-        return None
-
-
-@functools.cache
-def warn_once(line):
-    """In this process, whichever of several it is."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def or_nan(network, *images):
-    """What a metric's network finds in images (b, 3, H, W): (b,), or (b, dim) of features. NaN, with a warning, where
-    it fails: the other metrics of a long evaluation go on."""
-    try:
-        return network(*images)
-    except RuntimeError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        warn_once(f"warning: a metric is left out, {type(network).__name__} fails: {reason}")
-        shape = [len(images[0])]
-        if len(images) == 1:
-            shape.append(network.dim)
-        return torch.full(shape, float("nan"))
 
 
 def distance_between(a, b):
@@ -479,74 +385,39 @@ def distance_between(a, b):
     return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-def read_image(path, size=None):
-    """(3, H, W) uint8, or None when the file cannot be decoded. size: short side to size (bilinear), centre crop.
-    OSError where it cannot be read."""
+def distance_or_none(a, b):
+    """The same; None, with a warning, where there is none: of a sampler that diverged, say."""
     try:
-        image = data.read_image(path)
-    except data.Unreadable as error:
-        print(f"\nwarning: skipping unreadable image {path}: {error}", file=sys.stderr)
+        return distance_between(a, b)
+    except ValueError as error:                                        # numpy's LinAlgError is one, too
+        say(f"warning: a Frechet distance is left out: {error}")
         return None
-    if size:
-        image = data.prepare_eval(image, size)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def images_under(folder):
-    """-> paths of all images under a folder. FileNotFoundError where there is none."""
-    paths = data.list_images(folder) if os.path.isdir(folder) else []
-    if not paths:
-        raise FileNotFoundError(f"{folder} is not a folder with images")
-    return paths
-
-
-def folder_statistics(folder, network, device="cpu", batch_size=32, size=None):
-    """Statistics of every image under a folder; unreadable ones are skipped and counted on stderr. FileNotFoundError
-    without images, OSError where a file cannot be read."""
-    paths = images_under(folder)
-    statistics, skipped = Statistics(network.dim, device), 0
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(paths), batch_size):
-            images = list(pool.map(lambda path: read_image(path, size), paths[start:start + batch_size]))
-            skipped += sum(image is None for image in images)
-            images = [image for image in images if image is not None]
-            for shape in {image.shape for image in images}:            # images of one size go through together
-                group = torch.stack([image for image in images if image.shape == shape])
-                statistics.update(network(group.to(device)))
-            print(f"\r{folder}: {min(start + batch_size, len(paths))}/{len(paths)}", end="", file=sys.stderr)
-    print(f"\nwarning: skipped {skipped} unreadable images in {folder}" if skipped else "", file=sys.stderr)
-    return statistics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The networks of evaluate.py's metrics: those of Frechet distances, LPIPS, DreamSim
+# All networks of evaluations: those of Frechet distances, LPIPS, DreamSim
 
-SMALLEST = {"lpips_vgg": 16, "lpips_alex": 32}               # pixels; below, the network's last map has none
-
-
-def metric_arguments(parser):
-    add = parser.add_argument_group("metrics that need a network").add_argument
-    add("--lpips_net", nargs="+", choices=["vgg", "alex"], help="default: both; vgg with one --lpips_weights")
-    add("--lpips_weights", nargs="+", metavar="FILE", help="ImageNet weights, one file for each --lpips_net")
-    add("--dreamsim", action="store_true", help="also DreamSim, where that package is installed")
-    add("--features", nargs="*", default=["inception"], metavar="F", help="of Frechet distances: inception (rFID), "
-        "dinov2 (FD-DINOv2), NAME.safetensors with weights of timm's network NAME, or TorchScript files that map "
-        "(B, 3, H, W) in [-1, 1] to (B, D), which torch is giving up [inception]")
-    add("--inception", metavar="FILE", help="FID's Inception weights; default: torch.hub's cache or download")
-    add("--dinov2", metavar="FILE", help="DINOv2 ViT-L/14 weights; default: torch.hub's cache or download")
-    add("--cache", default="~/.cache/dc-ssdae", help="folder for originals' statistics; '' for none [%(default)s]")
+DREAMSIM_SIZE = 224                                          # pixels a side, what its `preprocess` resizes to
+SMALLEST = {"lpips_vgg": 16, "lpips_alex": 32}               # pixels a side; below, the network's last map has none
 
 
-def check_metrics(args):
-    """Complete metric_arguments' flags, and complain about them before anything is loaded."""
-    if not args.lpips_net:
-        one_file = args.lpips_weights is not None and len(args.lpips_weights) == 1
-        args.lpips_net = ["vgg"] if one_file else ["vgg", "alex"]
-    if args.lpips_weights and len(args.lpips_weights) != len(args.lpips_net):
-        raise ValueError(f"--lpips_weights needs one file for each of --lpips_net {' '.join(args.lpips_net)}")
-    if len({metric_of(name) for name in args.features}) < len(args.features):
-        raise ValueError(f"--features {' '.join(args.features)}: two of one name")
+def dreamsim_distance(device):
+    """DreamSim, callable (x, y) -> (b,), on images in [-1, 1]. WeightsUnavailable without the package or its weights:
+    in torch.hub's folder, else downloaded."""
+    try:
+        from dreamsim import dreamsim
+        folder = Path(torch.hub.get_dir(), "dreamsim")
+        folder.mkdir(parents=True, exist_ok=True)
+        network, _ = dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
+    except Exception as error:  # noqa: BLE001 no package, no network, an incomplete folder
+        raise WeightsUnavailable("needs the dreamsim package and its weights: pip install dreamsim "
+                                 f"({first_line(error)})") from None
+
+    def prepared(x):
+        size = (DREAMSIM_SIZE, DREAMSIM_SIZE)
+        return F.interpolate((x + 1) / 2, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+    return lambda x, y: network(prepared(x), prepared(y))
 
 
 def metric_of(features):
@@ -558,209 +429,142 @@ def metric_of(features):
     return f"fd_{Path(features).stem}"
 
 
-def wanted_networks(args, size, device):
-    """What the flags ask for: {metric: (file that the user named or None, function that builds the network)}."""
-    inception, dinov2 = local_file(args.inception), local_file(args.dinov2)
-    lpips_files = [local_file(file) for file in args.lpips_weights or [None] * len(args.lpips_net)]
-    wanted = {}
-    for net, file in zip(args.lpips_net, lpips_files, strict=True):
-        wanted[f"lpips_{net}"] = file, functools.partial(LPIPSLoss, net=net, weights=file)
-    if args.dreamsim:
-        wanted["dreamsim"] = None, functools.partial(dreamsim_distance, device)
-    for name in args.features:
-        file = {"inception": inception, "dinov2": dinov2}.get(name, name)  # of the others the name is the file
-        wanted[metric_of(name)] = file, functools.partial(load_features, name, inception, dinov2, size)
-    return wanted
+def load_metrics(size, device, world=1, lpips=("vgg",), lpips_weights=(None,), features=("inception",), inception=None,
+                 dinov2=None, dreamsim=False):
+    """({metric: distance (x, y) -> (b,)}, {metric: features}, {metric: why it is unavailable}), as `evaluate` takes
+    them; the same in all processes.
 
-
-def load_networks(args, size, device, world):
-    """({metric: distance}, {metric: features}, {metric: reason why it is unavailable}); the same in all processes.
-
-    A file the user named must exist; one that was merely not found makes its metric unavailable.
+    size              pixels a side of the images
+    lpips             networks, of "vgg" and "alex";  lpips_weights  a file for each, or None
+    features          of Frechet distances: "inception", "dinov2" or files, see load_features
+    inception, dinov2, lpips_weights   None: torch.hub's cache, else a download
+    A file that was given must be there; a metric whose network cannot be had otherwise is unavailable.
     """
-    if "dinov2" in args.features:
-        data.import_torchvision()  # timm imports it
-    frechet = [metric_of(name) for name in args.features]
-    distances, features, unavailable = {}, {}, {}
-    for metric, (file, build) in wanted_networks(args, size, device).items():
-        network, reason = None, None
+    wanted = {}  # {metric: (the file that was given or None, what makes the network)}
+    for net, file in zip(lpips, lpips_weights, strict=True):
+        wanted[f"lpips_{net}"] = file, functools.partial(LPIPSLoss, net, file)
+    if dreamsim:
+        wanted["dreamsim"] = None, functools.partial(dreamsim_distance, device)
+    for name in features:
+        file = {"inception": inception, "dinov2": dinov2}.get(name, name)
+        wanted[metric_of(name)] = file, functools.partial(load_features, name, inception, dinov2)
+
+    networks, missing = {}, {}
+    for metric, (file, make) in wanted.items():
         least = SMALLEST.get(metric, 0)
         if size < least:
-            reason = f"the network needs images of at least {least} px"
-        else:
-            try:
-                network = build()
-            except (FileNotFoundError, ImportError) as error:
-                if file:
-                    raise
-                reason = " ".join(str(error).split())
-        reason = first_reason(reason, world)
-        if reason:
-            unavailable[metric] = reason
+            missing[metric] = f"the network needs images of at least {least} px"
+            continue
+        try:
+            networks[metric] = make()
+        except WeightsUnavailable as error:
+            if file:
+                raise
+            missing[metric] = str(error)
+
+    unavailable = {}
+    for part in gathered(missing, world):  # what one process cannot load, none uses
+        unavailable = part | unavailable
+    distances, frechet = {}, {}
+    for metric, network in networks.items():
+        if metric in unavailable:
             continue
         if isinstance(network, nn.Module):
             network = network.to(device).eval()
-        if metric in frechet:
-            features[metric] = network
-        else:
-            distances[metric] = network
-    return distances, features, unavailable
-
-
-def first_reason(reason, world):
-    """The first reason that any process has, or None: what one process cannot load, none uses."""
-    for found in gathered(reason, world):
-        if found:
-            return found
-    return None
+        (frechet if metric in map(metric_of, features) else distances)[metric] = network
+    return distances, frechet, unavailable
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Statistics of the originals, kept on disk: they are the same for every model
+# Folders of images
 
-def cache_files(args, dataset, features):
-    """{metric: path of the .npz in --cache for the statistics of these originals, prepared in this way}.
-
-    The key holds names, sizes and times of all files, or the pixels, and the first prepared image, so that neither a
-    changed data set nor a changed preparation is taken for the old one.
-    """
-    if not features or not args.cache:
-        return {}
-    files = []
-    if dataset.images.dtype.kind == "S":  # file names, not pixels
-        for path in dataset.images:
-            try:
-                status = os.stat(path)
-            except FileNotFoundError:  # the pass will say so, and its statistics are not kept
-                continue
-            files.append((status.st_size, status.st_mtime_ns))
-    first = dataset[0]  # None: unreadable
-    if first is not None:
-        image, _ = first
-        first = image.numpy().tobytes()
-    key = (hashlib.sha256(dataset.images.tobytes()).hexdigest(), files, first, args.data, dataset.size, args.crop)
-    paths, folder = {}, Path(os.path.expanduser(args.cache))
-    for metric, network in features.items():
-        name = hashlib.sha256(repr((key, metric, network.sha256)).encode()).hexdigest()[:20]
-        paths[metric] = folder / f"fid-{name}.npz"
+def images_under(folder):
+    """-> paths of all images under a folder. FileNotFoundError where there is none."""
+    paths = list_images(folder) if os.path.isdir(folder) else []
+    if not paths:
+        raise FileNotFoundError(f"{folder} is not a folder with images")
     return paths
 
 
-def load_cached(paths, world):
-    """{metric: Statistics} of the `paths` that all processes find: a home directory may not be shared."""
-    mine = {metric for metric, path in paths.items() if os.path.isfile(path)}
-    everywhere = set.intersection(*gathered(mine, world))
-    found = {}
-    for metric in everywhere:
-        try:
-            found[metric] = Statistics.load(paths[metric])
-        except (ValueError, OSError) as error:
-            print(f"warning: statistics of the originals are computed again: {error}", file=sys.stderr)
-    readable = set.intersection(*gathered(set(found), world))
-    return {metric: found[metric] for metric in readable}
-
-
-def save_cached(paths, result):
-    """Write a result's statistics of the originals to {metric: path}, unless some images are missing in them."""
-    if paths and result["skipped"]:
-        print(f"statistics of the originals are not kept for other runs: {result['skipped']} images are missing")
-        return
-    for metric, path in paths.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            result["originals"][metric].save(path)
-        except (OSError, ValueError) as error:
-            print(f"warning: statistics of the originals are not kept in --cache: {error}", file=sys.stderr)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-def check_arguments(args):
-    """Complaints before any work: ValueError, FileNotFoundError, NotADirectoryError."""
-    data.check_numbers(args, ("size", "batch_size"))  # its a and b are other things than train.py's
-    for source in (args.a, args.b):
-        if source and not os.path.exists(source):
-            raise FileNotFoundError(f"there is no {source}")
-    if not args.save:
-        return
-    folder = os.path.dirname(args.save) or "."
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"--save {args.save}: there is no folder {folder}, make it first")
-    if os.path.isdir(args.save):
-        raise ValueError(f"--save {args.save} is a folder: give the name of a file")
+def read_pixels(path, size=None):
+    """(3, H, W) uint8, or None, with a warning, for a file that cannot be decoded. size: short side to size (bilinear),
+    centre crop."""
     try:
-        data.ready_file(args.save)
-    except OSError as error:
-        raise OSError(f"--save {args.save}: {error.strerror or error}") from None
+        image = read_image(path)
+    except Unreadable as error:
+        print(f"warning: skipping unreadable image {path}: {error}", file=sys.stderr)
+        return None
+    if size:
+        image = prepare_eval(image, size)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def folder_statistics(folder, network, device="cpu", batch_size=32, size=None):
+    """Statistics of every image under a folder; unreadable ones are skipped, named and counted on stderr."""
+    paths = images_under(folder)
+    statistics, skipped = Statistics(network.dim, device), 0
+    bar = log.progress(len(paths), "img")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(paths), batch_size):
+            found = list(pool.map(lambda path: read_pixels(path, size), paths[start:start + batch_size]))
+            images = [image for image in found if image is not None]
+            skipped += len(found) - len(images)
+            for shape in {image.shape for image in images}:            # images of one size go through together
+                group = torch.stack([image for image in images if image.shape == shape])
+                statistics.update(network(group.to(device)))
+            bar.update(len(found))
+    bar.close()
+    if skipped:
+        print(f"warning: skipped {skipped} unreadable images in {folder}", file=sys.stderr)
+    return statistics
 
 
 def main():
-    parser = argparse.ArgumentParser(description="FID between two image folders or saved statistics (.npz).")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("a", metavar="A", help="folder of images, or .npz statistics")
     add("b", metavar="B", nargs="?", help="the other set; may be left out with --save")
-    add("--features", default="inception", metavar="F", help="inception (FID), dinov2 (FD-DINOv2), "
-        "NAME.safetensors with weights of timm's network NAME, or a TorchScript file that maps (B, 3, H, W) in "
-        "[-1, 1] to (B, D) [%(default)s]")
+    add("--features", default="inception", metavar="F", help="inception (FID), dinov2 (FD-DINOv2), or "
+        "NAME.safetensors with weights of timm's network NAME [%(default)s]")
     add("--inception", metavar="FILE", help="Inception weights; default: torch.hub's cache or download")
     add("--dinov2", metavar="FILE", help="DINOv2 ViT-L/14 weights; default: torch.hub's cache or download")
-    add("--size", type=int, help="resize the short side and centre-crop first; default: as stored")
-    add("--batch_size", type=int, default=32, help="images read and run at a time [%(default)s]")
+    add("--size", type=flags.count, metavar="N", help="resize the short side and centre-crop first; default: as stored")
+    add("--batch_size", type=flags.count, default=32, metavar="N", help="images read and run at a time [%(default)s]")
     add("--save", metavar="FILE", help="write the statistics of A to this .npz")
     args = parser.parse_args()
     if args.b is None and not args.save:
         parser.error("give two sets A B, or A and --save FILE")
-    try:
-        check_arguments(args)
-        network, sets = read_sets(args)
-        if args.save:
-            sets[0].save(args.save)
-        name = distance_name(args.features)
-        if args.b is not None:
-            print(f"{name} {distance_between(*sets):.4f}")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    print_protocol(name, sets, args.features, network)
+    if args.save and not os.path.isdir(os.path.dirname(args.save) or "."):
+        raise FileNotFoundError(f"--save {args.save}: there is no folder {os.path.dirname(args.save)}, make it first")
 
-
-def read_sets(args):
-    """(the network of --features, None where nothing needs it, [Statistics of A, of B if it is given])."""
-    sources = [args.a] if args.b is None else [args.a, args.b]
-    device = best_device()
-    network, sets = None, []
+    # Read: the images are looked for before a network is loaded, or fetched
+    sources = [source for source in (args.a, args.b) if source]
+    folders = [source for source in sources if not source.endswith(".npz")]
+    for folder in folders:
+        images_under(folder)
+    device, network, sets = best_device(), None, []
+    if folders:
+        network = load_features(args.features, args.inception, args.dinov2).to(device)
     for source in sources:
-        if not source.endswith(".npz"):
-            images_under(source)                             # before a network is loaded, or fetched
-    for source in sources:
-        if source.endswith(".npz"):
+        if source in folders:
+            sets.append(folder_statistics(source, network, device, args.batch_size, args.size))
+        else:
             sets.append(Statistics.load(source))
-            continue
-        if network is None:
-            network = load_features(args.features, args.inception, args.dinov2, args.size or 256).to(device)
-        sets.append(folder_statistics(source, network, device, args.batch_size, args.size))
-    return network, sets
+    if args.save:
+        sets[0].save(args.save)
 
-
-def distance_name(features):
-    if features == "inception":
-        return "FID"
-    if features == "dinov2":
-        return "FD-DINOv2"
-    return f"FD {Path(features).stem}"
-
-
-def print_protocol(name, sets, features, network):
-    """What the number depends on, and a warning where it is biased."""
+    # Compare
+    name = {"inception": "FID", "dinov2": "FD-DINOv2"}.get(args.features, f"FD {Path(args.features).stem}")
+    if args.b is not None:
+        print(f"{name} {distance_between(*sets):.4f}")
     counts = " and ".join(str(s.n or "unknown") for s in sets)
-    source = f"features of {features} sha256 {network.sha256}" if network else "features from .npz files"
+    source = f"features of {args.features} sha256 {network.sha256}" if network else "features from .npz files"
     print(f"N = {counts}; {source}")
     smallest = min((s.n for s in sets if s.n), default=UNBIASED_FROM)
-    if smallest >= UNBIASED_FROM:
-        return
-    rank = ", and its covariance is rank-deficient" if smallest <= sets[0].mu.size else ""
-    print(f"warning: {name} of {smallest} images is biased upwards{rank}: compare only at the same N")
+    if smallest < UNBIASED_FROM:
+        rank = ", and its covariance is rank-deficient" if smallest <= sets[0].mu.size else ""
+        print(f"warning: {name} of {smallest} images is biased upwards{rank}: compare only at the same N")
 
 
 if __name__ == "__main__":
-    data.guarded(main)
+    guarded(main)

@@ -1,5 +1,5 @@
-"""Training objectives: flow matching, equilibrium matching, LPIPS, REPA, KL; a GAN term, off by default. Then the
-distances between images that evaluate.py measures.
+"""Training objectives: flow matching, equilibrium matching, LPIPS, REPA, KL; a GAN term, off by default; and what is
+random in a training step.
 
   total = (FM or EqM) + 0.5 LPIPS(x, x^) + 0.25 REPA + 1e-6 KL (+ w_gan GAN)     x^: the one-step estimate of the image
 
@@ -15,38 +15,26 @@ g: 0 noise, 1 data; t, g (B,).
 import importlib.util
 import math
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import BROKEN_FILE, import_torchvision
-from encoder import LappedCode
+from plumbing.files import WeightsUnavailable, downloaded, read_tensors
+from plumbing.process import first_line
+from sampler import seeded_generator
 
 
 def check_same_shape(*tensors):
     """ValueError unless all have one shape: broadcasting would give a number that means nothing."""
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"output, images and noise have one shape (B, 3, H, W), got {' '.join(map(str, shapes))}")
-    if not all(tensor.is_floating_point() for tensor in tensors):
-        raise ValueError("output, images and noise are floating-point numbers, "
-                         f"got {' '.join(str(tensor.dtype) for tensor in tensors)}")
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ValueError(f"output, images and noise have one shape (B, 3, H, W), got {shapes}")
 
 
-def check_levels(s, *tensors):
-    """ValueError unless the tensors have one shape (B, 3, H, W) and s, FM's t or EqM's g, is (B,)."""
-    check_same_shape(*tensors)
-    x = tensors[0]
-    if x.ndim != 4 or s.shape != x.shape[:1] or not s.is_floating_point():
-        raise ValueError(f"levels (t or g) of images (B, 3, H, W) are floating-point of shape (B,), "
-                         f"got {s.dtype} {tuple(s.shape)} for {tuple(x.shape)}")
-
-
-def per_image(s):
-    """(B,) -> (B, 1, 1, 1)"""
-    return s[:, None, None, None]
+def per_image(level):
+    """FM's t or EqM's g (B,) -> (B, 1, 1, 1), which would else broadcast along the width."""
+    return level[:, None, None, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,13 +42,13 @@ def per_image(s):
 
 def fm_mix(x, e, t):
     """x_t: the image at noise level t (B,). ValueError for other shapes."""
-    check_levels(t, x, e)
+    check_same_shape(x, e)
     return (1 - per_image(t)) * x + per_image(t) * e
 
 
 def fm_predict_x(x_t, v, t):
     """One-step estimate x^ = x_t + t v; exact where v = x - e. ValueError for other shapes."""
-    check_levels(t, x_t, v)
+    check_same_shape(x_t, v)
     return x_t + per_image(t) * v
 
 
@@ -95,7 +83,7 @@ class EqM:
 
     def mix(self, x, e, g):
         """x_g: the image at level g (B,). ValueError for other shapes."""
-        check_levels(g, x, e)
+        check_same_shape(x, e)
         return per_image(g) * x + (1 - per_image(g)) * e
 
     def _head(self, g):  # c(g) for g <= a
@@ -111,13 +99,13 @@ class EqM:
 
     def target(self, x, e, g):
         """lam c(g) (e - x), shape of x. ValueError for other shapes."""
-        check_levels(g, x, e)
+        check_same_shape(x, e)
         return self.lam * per_image(self.c(g)) * (e - x)
 
     def predict_x(self, x_g, f, g):
         """One-step estimate x^ = x_g - f (1-g) / (lam c(g)); exact for a perfect field, also at g = 1, where (1-g)/c is
         not 0/0 but its limit. ValueError for other shapes."""
-        check_levels(g, x_g, f)
+        check_same_shape(x_g, f)
         if self.kind == "linear":
             ratio = torch.ones_like(g)
         else:
@@ -128,8 +116,50 @@ class EqM:
 def eqm_loss(f, x, e, g, eqm):
     """mean (f - lam c(g) (e - x))^2, a scalar. f: the network's output at eqm.mix(x, e, g). ValueError for different
     shapes."""
-    check_levels(g, f, x, e)
+    check_same_shape(f, x, e)
     return F.mse_loss(f.float(), eqm.target(x, e, g).float())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training step: what is random in it, and the decoder's own loss
+
+def draw(seed, step, rows, x_shape, z_shape, device, loss, t_mean=0.0, g_power=1.0):
+    """Per sample, from (seed, step, row) alone: noise e (B, *x_shape), posterior noise (B, *z_shape), level (B,).
+
+    The level of loss "fm" is a time t = sigmoid(n), n ~ N(t_mean, 1) (SSDD); that of "eqm" is g = u^g_power,
+    u ~ U(0, 1). t_mean above 0 and g_power above 1 train more on the noise end.
+    """
+    e, eps, level = [], [], []
+    for row in rows:
+        gen = seeded_generator(device, seed, step, row)
+        if loss == "fm":
+            n = torch.randn((), generator=gen, device=device) + t_mean
+            level.append(n.sigmoid())
+        else:
+            level.append(torch.rand((), generator=gen, device=device))
+        eps.append(torch.randn(z_shape, generator=gen, device=device))
+        e.append(torch.randn(x_shape, generator=gen, device=device))
+    level = torch.stack(level)
+    if loss == "eqm":
+        level = level ** g_power
+    return torch.stack(e), torch.stack(eps), level
+
+
+def matching(decoder, eqm, x, e, z, level):
+    """The decoder's own loss on images x with noise e (B, 3, H, W), latents z, at FM's times or EqM's levels (B,):
+    ({name: scalar}, one-step estimate (B, 3, H, W), the decoder's tokens).
+
+    decoder  model.UViT;  eqm  the EqM objective, None for FM
+    """
+    if eqm is None:
+        t = level
+        x_t = fm_mix(x, e, t)
+        v, tokens = decoder.forward_with_tokens(x_t, z, t)
+        return {"fm": fm_loss(v, x, e)}, fm_predict_x(x_t, v.float(), t), tokens
+    g = level
+    x_g = eqm.mix(x, e, g)
+    f, tokens = decoder.forward_with_tokens(x_g, z)
+    return {"eqm": eqm_loss(f, x, e, g, eqm)}, eqm.predict_x(x_g, f.float(), g), tokens
 
 
 def kl_loss(posterior):
@@ -178,10 +208,6 @@ def hinge_loss(real, fake):
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses in the features of a pretrained network
 
-class WeightsUnavailable(FileNotFoundError):
-    """A pretrained network's weights are neither given, nor cached, nor downloadable."""
-
-
 LPIPS_NETS = {  # torchvision model, its weight file, ends of the five slices of .features, smallest side of images
     "vgg": ("vgg16", "vgg16-397923af.pth", (4, 9, 16, 23, 30), 16),
     "alex": ("alexnet", "alexnet-owt-7be5be79.pth", (2, 5, 8, 10, 12), 32),
@@ -209,21 +235,20 @@ class LPIPSLoss(nn.Module):
         name, filename, ends, self.smallest = LPIPS_NETS[net]
         spec = importlib.util.find_spec("lpips")
         if spec is None:
-            raise WeightsUnavailable("LPIPS needs the lpips package for its channel weights: pip install lpips, "
-                                     "or leave LPIPS out (training: --w_lpips 0, and no lpips in --eval_metrics)")
-        lin = torch.load(os.path.join(spec.submodule_search_locations[0], "weights", "v0.1", f"{net}.pth"),
-                         map_location="cpu", weights_only=True)
-        state = _pretrained(filename, weights, "LPIPS", "--lpips_weights FILE",
-                            "leave LPIPS out (training: --w_lpips 0, and no lpips in --eval_metrics)")
+            raise WeightsUnavailable("LPIPS needs the lpips package for its channel weights: pip install lpips")
+        folder = spec.submodule_search_locations[0]
+        lin, _ = read_tensors(os.path.join(folder, "weights", "v0.1", f"{net}.pth"))
+        path = downloaded(f"https://download.pytorch.org/models/{filename}", weights, "--lpips_weights")
+        state, _ = read_tensors(path)
+        import torchvision
         with torch.device("meta"):  # structure only: the weights come from the file
-            features = getattr(import_torchvision().models, name)(weights=None).features
+            features = getattr(torchvision.models, name)(weights=None).features
         try:
             convolutions = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
             features.load_state_dict(convolutions, assign=True)
-            features.float()
         except RuntimeError:
-            raise ValueError(f"{weights or filename} does not hold torchvision's {name} weights, "
-                             "which LPIPS needs") from None
+            raise ValueError(f"{path} does not hold torchvision's {name} weights, which LPIPS needs") from None
+        features.float()
         for m in features:
             if isinstance(m, nn.ReLU):
                 m.inplace = False  # the slices' outputs are kept
@@ -278,30 +303,21 @@ class REPALoss(nn.Module):
     def __init__(self, width, weights=None, largest=256):
         super().__init__()
         self.largest = largest
-        if importlib.util.find_spec("timm") is None:
-            raise WeightsUnavailable("REPA needs the timm package: pip install timm, "
-                                     "or turn the loss off with --w_repa 0")
-        import_torchvision()  # timm imports it
         import timm
         name = "vit_base_patch14_dinov2.lvd142m"
         if weights is not None and not os.path.isfile(weights):
-            raise WeightsUnavailable(f"no DINOv2 weights at {weights}: "
-                                     "give the file with --repa_weights FILE or turn the loss off with --w_repa 0")
+            raise WeightsUnavailable(f"--repa_weights: no weight file {weights}")
         overlay = {"file": str(weights)} if weights else None
         try:
             dino = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True,
                                      pretrained_cfg_overlay=overlay)
         except Exception as error:  # noqa: BLE001 the hub client raises many classes; offline, all mean the same
             if weights:
-                raise ValueError(f"{weights} does not hold DINOv2 ViT-B/14 weights "
-                                 f"({(str(error) or type(error).__name__).splitlines()[0]})") from None
+                raise ValueError(f"{weights} does not hold DINOv2 ViT-B/14 weights ({first_line(error)})") from None
             raise WeightsUnavailable(
-                f"REPA needs DINOv2 weights (timm/{name}), which are not in the Hugging Face cache "
-                f"({os.environ.get('HF_HOME', '~/.cache/huggingface')}) and could not be downloaded: "
-                "give them with --repa_weights FILE or turn the loss off with --w_repa 0") from None
+                f"REPA needs DINOv2 weights (timm/{name}), which are not in the Hugging Face cache and could not be "
+                "downloaded: give them with --repa_weights FILE or turn the loss off with --w_repa 0") from None
         self.dino = dino.eval().requires_grad_(False)
-        if not all(value.isfinite().all() for value in dino.state_dict().values()):
-            raise ValueError(f"{weights or name} holds weights that are not finite: it is damaged")
         self.mlp = repa_projection(width, dino.embed_dim)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
@@ -330,175 +346,3 @@ class REPALoss(nn.Module):
             tokens = F.adaptive_avg_pool2d(tokens.mT.unflatten(2, (rows, columns)), self.grid(x)).flatten(2).mT
         ours, theirs = self.mlp(tokens).float(), self.target(x).float()          # (B, N, 768) each
         return 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
-
-
-DREAMSIM_SIZE = 224                                          # pixels a side, what its `preprocess` resizes to
-
-
-def dreamsim_distance(device):
-    """DreamSim, callable (x, y) -> (b,), on images in [-1, 1]. FileNotFoundError without the package or its weights:
-    in torch.hub's folder, else downloaded."""
-    try:
-        from dreamsim import dreamsim
-        folder = Path(torch.hub.get_dir(), "dreamsim")
-        folder.mkdir(parents=True, exist_ok=True)
-        network, _ = dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
-    except Exception as error:  # noqa: BLE001 no package, no network, an incomplete folder
-        raise FileNotFoundError(f"needs the dreamsim package and its weights: pip install dreamsim ({error})") from None
-
-    def prepared(x):
-        size = (DREAMSIM_SIZE, DREAMSIM_SIZE)
-        return F.interpolate((x + 1) / 2, size, mode="bicubic", antialias=True).clamp(0, 1)
-
-    return lambda x, y: network(prepared(x), prepared(y))
-
-
-def _pretrained(filename, weights, what, flag, off):
-    """State dict of torchvision's `filename`: from the file `weights`, torch hub's cache, or a download."""
-    cached = os.path.join(torch.hub.get_dir(), "checkpoints", filename)
-    path = weights or cached
-    try:
-        if weights is None and not os.path.isfile(cached):
-            return torch.hub.load_state_dict_from_url(f"https://download.pytorch.org/models/{filename}",
-                                                      map_location="cpu", check_hash=True, weights_only=True)
-        return finite_table(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:  # no such file, no network (urllib's errors are OSErrors)
-        raise WeightsUnavailable(f"{what} needs the network weights {filename}, "
-                                 f"which are not at {path} and could not be downloaded: "
-                                 f"give them with {flag} or {off}") from None
-    except BROKEN_FILE as error:
-        raise ValueError(f"{path} is not a readable weight file ({type(error).__name__}): "
-                         f"fetch it again or give another with {flag}") from None
-
-
-def finite_table(state):
-    """What a weight file holds, if that is {name: tensor} of finite numbers; ValueError."""
-    if not isinstance(state, dict):
-        raise ValueError("no table of tensors")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not value.isfinite().all():
-            raise ValueError("weights that are not finite tensors")
-    return state
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Distances between images, one value an image: what evaluate.py measures. Images (B, 3, H, W) in [-1, 1], already
-# through to8bit. Which of these rewards what is said in evaluate.py.
-
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5                            # the paper's Gaussian window, in pixels
-SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2      # the paper's (K1 L)^2 and (K2 L)^2 for 8-bit images
-HIGH_FREQUENCY = 0.25                                        # cycles a pixel: half the Nyquist frequency
-LUMA = (0.299, 0.587, 0.114)                                 # ITU-R BT.601: brightness of R, G, B
-
-
-def to8bit(x):
-    """Clamp to [-1, 1] and round to the 256 levels of an 8-bit image, any shape; stays a float in [-1, 1]."""
-    return (x.float().clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
-
-
-def psnr(mse):
-    """Peak signal-to-noise ratio in dB of a mean squared error on the [-1, 1] scale; at most 100."""
-    # PSNR = 10 log10(peak^2 / MSE), and from -1 to 1 the peak is 2
-    mse = mse.float() if mse.device.type == "mps" else mse.double()  # Apple's GPUs have no float64
-    return 10 * torch.log10(4 / mse.clamp(min=4e-10))
-
-
-def ssim(x, y):
-    """Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004) at every place where the window fits. -> (B,)
-
-    K1 = 0.01, K2 = 0.03, population covariance. Images smaller than the window get the largest odd one that fits.
-    """
-    side = min(SSIM_WINDOW, (min(x.shape[-2:]) - 1) // 2 * 2 + 1)
-    if x.device.type != "mps":  # Apple GPUs have no float64
-        x, y = x.double(), y.double()
-    x, y = (x + 1) * 127.5, (y + 1) * 127.5                                     # [0, 255]
-    distance = torch.arange(side, device=x.device) - side // 2
-    window = torch.exp(-distance.to(x) ** 2 / (2 * SSIM_SIGMA**2))              # (side,)
-    window = window / window.sum()
-
-    # Local means of x, y, x^2, y^2 and x y: the window over all of them at once, along the rows, then the columns.
-    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]        # (15 B, 1, H, W)
-    maps = F.conv2d(maps, window.view(1, 1, 1, side))
-    maps = F.conv2d(maps, window.view(1, 1, side, 1))                           # (15 B, 1, H - side + 1, ...)
-    mx, my, xx, yy, xy = maps.unflatten(0, (5, len(x), 3))                      # (B, 3, 1, ...) each
-
-    # Equation 13: (2 mx my + C1) (2 cov + C2) / ((mx^2 + my^2 + C1) (var x + var y + C2))
-    covariance = xy - mx * my
-    variances = xx - mx * mx + yy - my * my
-    likeness = (2 * mx * my + SSIM_C1) * (2 * covariance + SSIM_C2)
-    largest = (mx * mx + my * my + SSIM_C1) * (variances + SSIM_C2)
-    return (likeness / largest).flatten(1).mean(1)
-
-
-def hf_energy(x):
-    """Energy of the luminance above half the Nyquist frequency. -> (B,)
-
-    The mean is removed and a Hann window laid over the image, or else its borders would count as edges.
-    """
-    luma = LUMA[0] * x[:, 0] + LUMA[1] * x[:, 1] + LUMA[2] * x[:, 2]             # (B, H, W)
-    h, w = luma.shape[1:]
-    window = torch.hann_window(h, device=x.device)[:, None] * torch.hann_window(w, device=x.device)
-    luma = (luma - luma.mean((1, 2), keepdim=True)) * window
-    power = torch.fft.fft2(luma).abs().square()
-    radius = torch.hypot(torch.fft.fftfreq(h, device=x.device)[:, None], torch.fft.fftfreq(w, device=x.device))
-    return (power * (radius > HIGH_FREQUENCY)).sum((1, 2)) / (h * w)
-
-
-def hf_ratio(energy, reference):
-    """Ratio of two sums of hf_energy over a set of images, and its standard error (linearised): (float, float).
-
-    A ratio of sums: the mean of ratios would be ruled by the flattest image. None where the reference has no energy.
-    """
-    if float(reference.sum()) <= 0:
-        return None, None
-    ratio = energy.sum() / reference.sum()
-    _, error = mean_and_error(energy - ratio * reference)
-    return float(ratio), error / float(reference.mean())
-
-
-def cell_steps(x, f):
-    """Mean step between neighbouring pixels across the borders of cells of f x f pixels, and elsewhere: (B,), (B,).
-    NaN across borders where an image is a single cell."""
-    across, elsewhere = [], []
-    for lines in (x, x.mT):
-        steps = lines.diff(dim=3).abs().mean((1, 2))                             # (B, W - 1)
-        border = torch.arange(1, lines.shape[3], device=x.device) % f == 0
-        across.append(steps[:, border])
-        elsewhere.append(steps[:, ~border])
-    return torch.cat(across, dim=1).mean(1), torch.cat(elsewhere, dim=1).mean(1)
-
-
-def cell_ratio(steps, reference):
-    """Step across cell borders over that elsewhere, relative to the originals: a float, None where there is no border.
-
-    steps, reference  cell_steps' pair for a set of images, (N,) each
-    """
-    ratios = []
-    for across, elsewhere in (steps, reference):
-        ratios.append(float(across.sum() / elsewhere.sum()))
-    ours, original = ratios
-    if original == 0 or not math.isfinite(ours / original):
-        return None
-    return ours / original
-
-
-def mean_and_error(values):
-    """Mean of (N,) values and the standard error of that mean (0 for a single image): two floats."""
-    values = values.double()
-    if len(values) == 1:
-        return float(values.mean()), 0.0
-    return float(values.mean()), float(values.std() / len(values) ** 0.5)
-
-
-def shrink_enlarge(x, factor):
-    """The baseline: bilinear with antialiasing to 1/factor of each side, bilinear back."""
-    sides = [side // factor for side in x.shape[2:]]
-    small = F.interpolate(x, size=sides, mode="bilinear", antialias=True)
-    return F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
-
-
-def linear_code(x, f, channels):
-    """The yardstick of every autoencoder: x decoded from the linear code (encoder.LappedCode) with as many numbers an
-    image; at most the 3 f^2 of a cell, which are exact."""
-    code = LappedCode(f, min(channels, 3 * f * f)).to(x.device)
-    return code.decode(code.encode(x))

@@ -12,23 +12,28 @@ between generated images and as many of the part of the data that the latents we
 import copy
 import itertools
 import json
-import os
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
-import train
-from data import TrainBatches, check_numbers, guarded, make_dataset, make_loader, now, save_grid, setup, whole
+from data import TrainBatches, make_dataset, make_loader
 from encoder import start_at_zero
+from evaluate import to8bit
 from fid import Statistics, distance_or_none, load_features, metric_of
-from losses import fm_loss, fm_mix, to8bit
-from model import DCSSDAE, time_embedding, umask
+from losses import draw, fm_loss, fm_mix
+from model import DCSSDAE, time_embedding
+from plumbing.checkpoint import Run, compare_flags, open_run
+from plumbing.files import read_tensors, save_grid, whole
+from plumbing.flags import count, make_parser
+from plumbing.optim import Average, make_optimizers, set_learning_rate, step_if
+from plumbing.process import autocast, data_parallel, guarded, say, summed
 from sampler import euler, image_noise, seeded_generator
-from tools.latents import Latents
+from tools.latents import Latents, encoder_sha256
+from train import evaluation_is_due, learning_rate, millions, run_arguments, start
 
 TIME_FEATURES = 256                                          # cosines and sines of the time, as in DiT
 HEAD_WIDTH = 64                                              # channels of an attention head
@@ -36,20 +41,19 @@ BATCH = 64                                                   # images generated 
 
 
 def get_args(argv=None):
-    p = train.make_parser(__doc__, "DiT-S, B, L, XL: --width 384, 768, 1024, 1152 and --depth 12, 12, 24, 28.")
+    p = make_parser(__doc__, "DiT-S, B, L, XL: --width 384, 768, 1024, 1152 and --depth 12, 12, 24, 28.")
     add = p.add_argument
     add("--latents", dest="data", metavar="DIR", type=str, required=True, help="shards of tools.latents")
-    add("--ckpt", metavar="FILE", type=str, required=True, help="the tokenizer that made them")
-    add("--width", type=int, default=256, help=f"channels of a token, a multiple of {HEAD_WIDTH} [%(default)s]")
-    add("--depth", type=int, default=6, help="transformer blocks [%(default)s]")
-    add("--eval_steps", type=int, default=50, help="of the sampler in the latent space [%(default)s]")
+    add("--ckpt", metavar="FILE", type=str, required=True, help="the tokenizer that made them, or its student")
+    add("--width", type=count, default=256, help=f"channels of a token, a multiple of {HEAD_WIDTH} [%(default)s]")
+    add("--depth", type=count, default=6, help="transformer blocks [%(default)s]")
+    add("--eval_steps", type=count, default=50, help="sampler steps in the latent space [%(default)s]")
     add("--features", metavar="F", type=str, help="of the Frechet distance: inception, dinov2 or a file")
-    train.run_arguments(p)
-    p.set_defaults(out="runs/generator", steps=20_000, batch_size=64, warmup=100, weight_decay=0.0)
+    run_arguments(p)
+    p.set_defaults(out="runs/generator", steps=20_000, batch_size=64, warmup=100, weight_decay=0.0, compile=False)
     args = p.parse_args(argv)
-    check_numbers(args)
-    if args.width < HEAD_WIDTH or args.width % HEAD_WIDTH:
-        raise ValueError(f"--width {args.width} is not a multiple of {HEAD_WIDTH}, the width of an attention head")
+    if args.width % HEAD_WIDTH:
+        p.error(f"--width {args.width} is not a multiple of {HEAD_WIDTH}, the width of an attention head")
     return args
 
 
@@ -85,54 +89,68 @@ class DiT(nn.Module):
 
     def __init__(self, shape, width, depth, classes=0):
         super().__init__()
-        self.arguments = {"shape": list(shape), "width": width, "depth": depth, "classes": classes}
-        c, h, w = shape
+        self.config = {"shape": list(shape), "width": width, "depth": depth, "classes": classes}
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes, width) if classes else None
-        self.token = nn.Linear(c, width)
+        self.token = nn.Linear(shape[0], width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.ada, self.out = nn.Linear(width, 2 * width), nn.Linear(width, c)
+        self.ada, self.out = nn.Linear(width, 2 * width), nn.Linear(width, shape[0])
         start_at_zero(self.ada)
         start_at_zero(self.out)
-        rows, columns = torch.cartesian_prod(torch.arange(h), torch.arange(w)).T                        # (hw,) each
-        places = [time_embedding(axis / 1000, width // 2) for axis in (rows, columns)]  # which multiplies by 1000
-        self.register_buffer("places", torch.cat(places, dim=1), persistent=False)                      # (hw, width)
 
     def forward(self, x, labels, t):
         condition = self.time(time_embedding(t, TIME_FEATURES))
         if self.label is not None:
             condition = condition + self.label(labels)
-        tokens = self.token(x.flatten(2).mT) + self.places                                              # (B, hw, width)
+        tokens = self.token(x.flatten(2).mT) + self.places(*x.shape[2:], x.device)                      # (B, hw, width)
         for block in self.blocks:
             tokens = block(tokens, condition)
         shift, scale = self.ada(F.silu(condition))[:, None].chunk(2, dim=2)
         return self.out(modulated(tokens, shift, scale)).mT.unflatten(2, x.shape[2:])
 
+    def places(self, h, w, device):
+        """Sinusoids of each cell's row and column, which time_embedding takes in thousandths: (hw, width)."""
+        rows, columns = torch.cartesian_prod(torch.arange(h, device=device), torch.arange(w, device=device)).T
+        half = self.config["width"] // 2
+        return torch.cat([time_embedding(axis / 1000, half) for axis in (rows, columns)], dim=1)
+
     def save(self, path):
-        with whole(path) as temporary:
-            save_file(self.state_dict(), temporary, metadata={"config": json.dumps(self.arguments)})
-            os.chmod(temporary, 0o666 & ~umask())  # safetensors makes files that only their owner reads
+        with whole(path) as temporary, open(temporary, "wb") as file:
+            file.write(safetensors.torch.save(self.state_dict(), {"config": json.dumps(self.config)}))
 
     @classmethod
     def load(cls, path):
-        with safe_open(path, framework="pt") as file:
-            model = cls(**json.loads(file.metadata()["config"]))
-        model.load_state_dict(load_file(path))
+        state, metadata = read_tensors(path)
+        model = cls(**json.loads(metadata["config"]))
+        model.load_state_dict(state)
         return model.requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling and its evaluation
 
+def open_latents(args, tokenizer):
+    """The Latents of --latents, if they are those of --ckpt. ValueError."""
+    latents = Latents(args.data)
+    if latents.manifest.get("encoder_sha256") != encoder_sha256(tokenizer):
+        raise ValueError(f"the latents in {args.data} are of another encoder than that in {args.ckpt}, whose decoder "
+                         "cannot read them: give the model that made them, or make them anew with tools.latents")
+    unlabelled = int((latents.labels < 0).sum())
+    if latents.classes and unlabelled:
+        raise ValueError(f"{unlabelled} of the latents in {args.data} have no class, the others have: make them of "
+                         "images that are all in folders of classes, or none")
+    return latents
+
+
 @torch.no_grad()
 def generate(ema, tokenizer, latents, args, rank, world, device, dtype):
-    """Batches of this process's share of --eval_images images (b, 3, H, W); classes take turns."""
-    size = latents.manifest["size"]
+    """Batches of this process's share of --eval_images images (b, 3, H, W); the classes of the latents take turns."""
+    size, classes = latents.manifest["size"], torch.from_numpy(latents.labels).unique()
     numbers = list(range(rank, args.eval_images, world))
     for index in (numbers[k:k + BATCH] for k in range(0, len(numbers), BATCH)):
-        labels = torch.tensor(index, device=device) % latents.classes if latents.classes else None
+        labels = classes[torch.tensor(index) % len(classes)].to(device) if latents.classes else None
         noise = image_noise(args.seed, index, latents.shape).to(device)
-        with train.autocast(device, dtype):
+        with autocast(device, dtype):
             z, _ = euler(ema, noise, labels, args.eval_steps, t_shift=1.0)
             z = z.float() * latents.std.to(device) + latents.mean.to(device)
             pixels = image_noise(args.seed, [k + args.eval_images for k in index], (3, size, size))  # not the latents'
@@ -148,21 +166,28 @@ def statistics_of(images, features, device):
     return statistics
 
 
+def statistics_of_originals(latents, features, args, rank, world, device):
+    """Statistics of --eval_images images of the data that the latents were made of."""
+    made_of = latents.manifest
+    originals = make_dataset(made_of["data"], made_of["size"], False, limit=args.eval_images, crop=made_of["crop"],
+                             split=made_of["part"])
+    loader = make_loader(originals, BATCH * world, train=False, rank=rank, world=world)
+    return statistics_of((x for x, _ in loader), features, device)
+
+
 def validate(run, ema, tokenizer, latents, features, reference, dtype):
     """Generate: samples.png, a line of the log, and given features the distance to the Statistics `reference`."""
-    args, start = run.args, now(run.device)
-    train.save_before(run)
-    images = generate(ema, tokenizer, latents, args, run.rank, run.world, run.device, dtype)
-    first = next(images)
-    values = {"name": "samples"}
-    if features:
-        statistics = statistics_of(itertools.chain([first], images), features, run.device)
-        values[metric_of(args.features)] = distance_or_none(statistics, reference)
-    run.evaluating += now(run.device) - start
-    if run.rank == 0:
-        save_grid(Path(args.out, "samples.png"), [*first.split(8)])
-        train.append_log(run.log_path, run.boards, run.done, eval=[values])
-        run.bar.write(f"step {run.done}: {values}")
+    with run.evaluating():
+        images = generate(ema, tokenizer, latents, run.args, run.rank, run.world, run.device, dtype)
+        first = next(images)
+        values = {"name": "samples"}
+        if features:
+            statistics = statistics_of(itertools.chain([first], images), features, run.device)
+            values[metric_of(run.args.features)] = distance_or_none(statistics, reference)
+        if run.rank == 0:
+            save_grid(Path(run.args.out, "samples.png"), [*first.split(8)])
+            run.log.write(run.done, eval=[values])
+            run.bar.write(f"step {run.done}: {values}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,75 +206,58 @@ def batch_of(latents, keys, seed):
 
 def main():
     args = get_args()
-    rank, world, device = setup(args.device)
-    dtype = train.pick_dtype(args.dtype, device)
-    torch.manual_seed(args.seed)
-    latents = Latents(args.data)
-    tokenizer, size = DCSSDAE.load(args.ckpt, device), latents.manifest["size"]
-    if latents.shape != tokenizer.latent_shape(size, size):
-        raise ValueError(f"{args.data} holds latents {latents.shape}, but {args.ckpt} makes "
-                         f"{tokenizer.latent_shape(size, size)} of {size} px")
-    unlabelled = int((latents.labels < 0).sum())
-    if latents.classes and unlabelled:
-        raise ValueError(f"{unlabelled} of the latents in {args.data} have no class, the others have: make them of "
-                         "images that are all in folders of classes, or none")
-    train.check_shared(args, world)
+    rank, world, device, dtype = start(args)
     if args.eval_images < world:
         raise ValueError(f"--eval_images {args.eval_images} must be at least one for each of the {world} processes")
+    tokenizer = DCSSDAE.load(args.ckpt, device)
+    latents = open_latents(args, tokenizer)
     features = reference = None
     if args.features:
-        features = load_features(args.features, size=size).to(device)
-        of = latents.manifest
-        originals = make_dataset(of["data"], size, False, limit=args.eval_images, crop=of["crop"], split=of["part"])
-        loader = make_loader(originals, BATCH * world, train=False, rank=rank, world=world)
-        reference = statistics_of((x for x, _ in loader), features, device)
+        features = load_features(args.features).to(device)
+        reference = statistics_of_originals(latents, features, args, rank, world, device)
 
-    checkpoint, log_path, evaluated = train.open_run(args, rank, world)
-    train.check_content(checkpoint, latents, args)
+    checkpoint, evaluated = open_run(args, rank, world)
+    if checkpoint:
+        compare_flags(checkpoint, args, ("width", "depth"), len(latents))
     model = DiT(latents.shape, args.width, args.depth, latents.classes).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizers = train.make_optimizers(list(model.parameters()), args, device)
-    parts = {"model": model, "ema": ema, **optimizers}
-    start, skipped = train.restore(parts, checkpoint)
-    del checkpoint
-    averaged = train.paired_tensors(ema, model)
-    parallel = train.data_parallel(model, world)
-    batches = iter(TrainBatches(len(latents.labels), args.batch_size, args.seed, rank, world, start))
-    boards = train.open_boards(args, start) if rank == 0 else []
-    run = train.Run(args, rank, world, device, log_path, boards, parts, start, skipped, latents)
+    trained = list(model.parameters())
+    optimizers = make_optimizers(trained, args.optimizer, args.lr, args.weight_decay, device)
+    parts = {"model": model, "ema": ema, "optimizer": None, "muon": None, **optimizers}
+    run = Run(args, rank, world, device, parts, latents, checkpoint)
+    average = Average(ema, model)
+    parallel = data_parallel(model, world)
+    batches = iter(TrainBatches(len(latents), args.batch_size, args.seed, rank, world, run.done))
     rows = range(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # of this process
-    if rank == 0:
-        print(f"{train.millions(model.parameters()):.1f} M parameters, {latents.shape[1] * latents.shape[2]} tokens of "
-              f"{latents.shape[0]} channels, {latents.content()} -> {args.out}", flush=True)
+    say(f"{millions(trained):.1f} M parameters, {latents.shape[1] * latents.shape[2]} tokens of {latents.shape[0]} "
+        f"channels, {len(latents)} latents of {latents.manifest['data']} -> {args.out}")
 
-    for step in range(start, args.steps + 1):
-        if train.evaluation_is_due(step, args) and step != evaluated:
+    for step in range(run.done, args.steps + 1):
+        if evaluation_is_due(step, args) and step != evaluated:
             validate(run, ema, tokenizer, latents, features, reference, dtype)
         if step == args.steps:
             break
 
-        # Draw: noise e and t ~ U(0, 1)
-        train.set_learning_rate(optimizers.values(), step, args)
-        keys = next(batches)
+        # Draw: noise e and t ~ U(0, 1), which draw has as eqm's level
+        set_learning_rate(optimizers.values(), learning_rate(step, args))
+        keys = run.next_batch(batches)
         x, labels = (value.to(device) for value in batch_of(latents, keys, args.seed))
-        e, _, t = train.draw(args.seed, step, rows, latents.shape, (), device)
+        e, _, t = draw(args.seed, step, rows, latents.shape, (), device, "eqm")
 
         # Forward and backward
-        with train.autocast(device, dtype):
+        with autocast(device, dtype):
             v = parallel(fm_mix(x, e, t), labels, t)
         loss = fm_loss(v, x, e)
         loss.backward()
-        norm = train.clip_gradients(list(model.parameters()), args)
-        stop = train.stop_flag(run)
-        mean_loss, stop = train.summed(torch.cat([loss.detach().to(stop)[None] / world, stop]), world)
+        norm = clip_grad_norm_(trained, args.grad_clip or float("inf"))
+        mean_loss = summed(loss.detach() / world, world)
 
         # Step and average, unless something is not finite
         good = norm.isfinite() & mean_loss.isfinite()
-        train.step_if(good, optimizers.values())
-        train.update_ema(averaged, args.ema, step - args.ema_start, good)
+        step_if(good, optimizers.values())
+        average.update(args.ema, step - args.ema_start, good)
         model.zero_grad()
-        index = torch.tensor([i for _, i in keys])
-        train.finish_step(run, {"loss": mean_loss}, norm.to(stop), stop, good, index)
+        run.finish_step({"loss": mean_loss}, norm, good, torch.tensor([i for _, i in keys]))
 
     run.bar.close()
 

@@ -4,8 +4,8 @@
     python -m tools.bench train --dec S --size 128 --batch_size 24 --dtype bf16
 
 Without names all four. Decoders and encoders stand beside diffusers' KL-VAE and DC-AE if that package is installed.
-Candidates run in turn, round by round; times are medians, ratios are taken within the rounds. "of peak" is the share of
-the fastest matrix product or convolution; MiB is what one call allocates beside the weights.
+Candidates run in turn, round by round; times are medians, ratios are taken within the rounds. MiB is what one call
+allocates beside the weights. A training step is train.py's, without its data and bookkeeping.
 """
 import argparse
 import copy
@@ -20,22 +20,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import (
-    check_compiler,
-    check_numbers,
-    guarded,
-    import_torchvision,
-    make_dataset,
-    now,
-    setup,
-)
+from data import make_dataset
 from encoder import parse_name
-from losses import EqM, LPIPSLoss, eqm_loss, fm_loss, fm_mix, fm_predict_x, kl_loss
+from losses import LPIPSLoss, draw
 from model import DCSSDAE, SIZES, compile_blocks
+from plumbing import flags
+from plumbing.optim import adamw, step_if
+from plumbing.process import autocast, check_compiler, guarded, now, setup
+from train import Objective, weighted_sum
 
 TASKS = ["decode", "encode", "train", "input"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -43,7 +38,6 @@ NARROW = 0.125                                               # width of the enco
 W_KL, W_LPIPS = 1e-6, 0.5                                    # train.py's default weights
 JPEG_SIDES = ((500, 375), (2000, 1500))                      # as in ImageNet, and as a camera's
 JPEG_COUNT, CROP = 16, 128                                   # files of each, and pixels a side of what is made of them
-PEAK_ROUNDS, PEAK_SECONDS = 20, 0.3                          # of each product that gives the peak, whichever ends first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,36 +72,6 @@ def peak_memory(run, device):
     return int(allocated.max(initial=0))
 
 
-def product_rate(dtype, device):
-    """FLOP/s of the fastest of a matrix product and 1x1 and 3x3 convolutions: on CPUs their libraries differ."""
-    n, c = (8192, 512) if device.type == "cuda" else (768, 96)
-    a = torch.randn(n, n, dtype=dtype, device=device)
-    x = torch.randn(4, c, 64, 64, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    w1 = torch.randn(c, c, 1, 1, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    w3 = torch.randn(c, c, 3, 3, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    candidates = [                                           # (FLOP: 2 for a multiplication and an addition, callable)
-        (2 * n**3, lambda: a @ a),
-        (2 * x.numel() * c, lambda: F.conv2d(x, w1)),
-        (2 * x.numel() * c * 9, lambda: F.conv2d(x, w3, padding=1)),
-    ]
-    rates = []
-    for flop, run in candidates:
-        run()
-        seconds = []
-        while len(seconds) < PEAK_ROUNDS and sum(seconds) < PEAK_SECONDS:  # bf16 is slow on CPUs that do not have it
-            start = now(device)
-            run()
-            seconds.append(now(device) - start)
-        rates.append(flop / min(seconds))
-    return max(rates)
-
-
-def count_flop(run):
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 def compiled(network):
     """A copy of the network that is compiled: ours block by block, as train.py does it, another library's in one."""
     network = copy.deepcopy(network)
@@ -119,43 +83,30 @@ def compiled(network):
     return network
 
 
-def fastest(tasks, networks, device, rounds, compile):
-    """Time {name: function(network) -> callable without arguments} on {name: network}, eager and, with `compile`,
-    compiled; whichever is faster counts.
-    -> {name: (rounds,) seconds}, {name: callable, eager}, names of those that are faster compiled"""
-    runs = {name: task(networks[name]) for name, task in tasks.items()}
-    candidates = {(name, "eager"): run for name, run in runs.items()}
-    if compile:
-        for name, task in tasks.items():
-            candidates[name, "compiled"] = task(compiled(networks[name]))
-    measured = interleaved(candidates, device, rounds)
-    seconds, faster_compiled = {}, set()
-    for name in runs:
-        seconds[name] = measured[name, "eager"]
-        if compile and np.median(measured[name, "compiled"]) < np.median(seconds[name]):
-            seconds[name] = measured[name, "compiled"]
-            faster_compiled.add(name)
-    return seconds, runs, faster_compiled
-
-
 def print_bench(title, tasks, networks, part, dtype, device, args, reference=None):
-    """Time tasks (see `fastest`) and print a line for each, with `reference`'s throughput as 1. part: "encoder" or
+    """Time {name: function(network) -> callable without arguments} on {name: network}, eager and, with --compile,
+    compiled, whichever is faster, and print a line for each, with `reference`'s throughput as 1. part: "encoder" or
     "decoder", the part of each network that works and whose parameters count, or None for all."""
-    rate = product_rate(dtype, device)
-    seconds, runs, faster_compiled = fastest(tasks, networks, device, args.rounds, args.compile)
-    title = f"{title}, {str(dtype).removeprefix('torch.')}, {rate / 1e12:.2f} TFLOP/s"
-    print(f"{title:36s} {'params':>8s} {'GFLOP':>8s} {'ms':>9s} {'images/s':>9s} {'of peak':>8s} {'MiB':>8s}")
+    runs = {name: task(networks[name]) for name, task in tasks.items()}
+    candidates = dict(runs)
+    if args.compile:
+        candidates |= {f"{name} compiled": task(compiled(networks[name])) for name, task in tasks.items()}
+    measured = interleaved(candidates, device, args.rounds)
+    labels = {name: min((label for label in candidates if label.removesuffix(" compiled") == name),
+                        key=lambda label: np.median(measured[label])) for name in runs}  # the faster form of each
+    title = f"{title}, {str(dtype).removeprefix('torch.')}"
+    print(f"{title:36s} {'params':>8s} {'GFLOP':>8s} {'ms':>9s} {'images/s':>9s} {'MiB':>8s}")
     for name, run in runs.items():
-        median = float(np.median(seconds[name]))
-        flop = count_flop(run)
+        seconds = measured[labels[name]]
+        median = float(np.median(seconds))
+        with FlopCounterMode(display=False) as counter:
+            run()
         network = getattr(networks[name], part) if part else networks[name]
         millions = sum(p.numel() for p in network.parameters()) / 1e6
-        mebibytes = peak_memory(run, device) / 2**20
-        label = f"{name} compiled" if name in faster_compiled else name
-        line = (f"{label:36s} {millions:6.1f} M {flop / 1e9:8.1f} {1000 * median:9.1f} {args.batch_size / median:9.2f} "
-                f"{flop / median / rate:8.0%} {mebibytes:8.0f}")
+        line = (f"{labels[name]:36s} {millions:6.1f} M {counter.get_total_flops() / 1e9:8.1f} {1000 * median:9.1f} "
+                f"{args.batch_size / median:9.2f} {peak_memory(run, device) / 2**20:8.0f}")
         if reference:
-            line += f"  {float(np.median(seconds[reference] / seconds[name])):.2f} x {reference}"
+            line += f"  {float(np.median(measured[labels[reference]] / seconds)):.2f} x {reference}"
         print(line, flush=True)
 
 
@@ -191,10 +142,6 @@ def our_model(enc, dec, loss, width):
                    linear_decoder=z_dim)
 
 
-def random_latent(args, channels, side, dtype, device):
-    return place(torch.randn(args.batch_size, channels, side, side), dtype, device)
-
-
 def decoding(z, noise=None):
     """A network -> its decoding of z in one step, as a callable; of another library's autoencoder without noise."""
     def prepare(network):
@@ -216,13 +163,14 @@ def bench_decode(args, others, size, dtype, device):
     tasks, networks = {}, {}
     for name, (peer, factor, channels) in others.items():
         networks[name] = place(peer, dtype, device).eval()
-        tasks[name] = decoding(random_latent(args, channels, size // factor, dtype, device))
+        z = torch.randn(args.batch_size, channels, size // factor, size // factor)
+        tasks[name] = decoding(place(z, dtype, device))
     noise = place(torch.randn(args.batch_size, 3, size, size), dtype, device)
     for dec in args.dec:
-        model = place(our_model(args.enc, dec, args.loss, NARROW), dtype, device).eval()
-        z = random_latent(args, model.encoder.z_dim, size // model.downscale, dtype, device)
-        networks[f"U-ViT {dec} {args.enc}"] = model
-        tasks[f"U-ViT {dec} {args.enc}"] = decoding(z, noise)
+        name = f"U-ViT {dec} {args.enc}"
+        networks[name] = place(our_model(args.enc, dec, args.loss, NARROW), dtype, device).eval()
+        z = torch.randn(args.batch_size, *networks[name].latent_shape(size, size))
+        tasks[name] = decoding(place(z, dtype, device), noise)
     print_bench(f"decode, {size} px", tasks, networks, "decoder", dtype, device, args, "KL-VAE" if others else None)
 
 
@@ -240,7 +188,6 @@ def bench_encode(args, others, size, dtype, device):
 
 def random_lpips(device):
     """LPIPS with random weights, which costs the same."""
-    import_torchvision()
     from torchvision.models import vgg16
     with torch.device("meta"):                               # LPIPS leaves out the classifier, nine tenths of it
         features = vgg16(weights=None).features
@@ -253,49 +200,36 @@ def random_lpips(device):
         return LPIPSLoss("vgg", f"{folder}/vgg.pt").to(device)
 
 
+def training_step(model, lpips, batch, size, dtype, device):
+    """One step of train.py on a random batch, with a network of LPIPS or None: a callable."""
+    objective, loss = Objective(model.train(), None), model.config["loss"]
+    optimizer = adamw(objective.parameters(), 1e-4, 1e-3, device)
+    weights = {loss: 1.0, "lpips": W_LPIPS, "kl": W_KL}
+    x = place(torch.randn(batch, 3, size, size), torch.float32, device)
+    e, eps, level = draw(0, 0, range(batch), x.shape[1:], model.latent_shape(size, size), device, loss)
+    good = torch.tensor(True, device=device)
+
+    def step():
+        with autocast(device, dtype if dtype is torch.bfloat16 else None):
+            terms, _, estimate = objective(x, e, eps, level)
+            if lpips is not None:
+                terms["lpips"] = lpips(x, estimate).mean()
+        weighted_sum(terms, weights).backward()
+        step_if(good, [optimizer])
+        optimizer.zero_grad()
+    return step
+
+
 def bench_train(args, lpips, size, dtype, device):
     """A step of train.py, of either loss, with and without LPIPS."""
     tasks, networks = {}, {}
     for dec, loss, perceptual in itertools.product(args.dec, ("fm", "eqm"), (None, lpips)):
-        name = f"U-ViT {dec} {loss}"
-        if perceptual:
-            name += " + LPIPS"
-        network = our_model(args.enc, dec, loss, args.enc_width)
-        networks[name] = network.to(device, memory_format=torch.channels_last)
+        name = f"U-ViT {dec} {loss}" + (" + LPIPS" if perceptual else "")
+        networks[name] = place(our_model(args.enc, dec, loss, args.enc_width), torch.float32, device)
         networks[name].decoder.checkpointing = args.checkpointing
         tasks[name] = functools.partial(training_step, lpips=perceptual, batch=args.batch_size, size=size, dtype=dtype,
                                         device=device)
     print_bench(f"training step, {size} px", tasks, networks, None, dtype, device, args)
-
-
-def training_step(model, lpips, batch, size, dtype, device):
-    """One step of train.py on a random batch, without its data and bookkeeping: a callable."""
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    e = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    s = torch.rand(batch, device=device)                     # FM's t, EqM's g
-    eqm = EqM()
-
-    def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            posterior = model.encode(x)
-            z = posterior.sample()
-            if model.config["loss"] == "fm":
-                x_s = fm_mix(x, e, s)
-                v = model.decoder(x_s, z, s)
-                loss, estimate = fm_loss(v, x, e), fm_predict_x(x_s, v.float(), s)
-            else:
-                x_s = eqm.mix(x, e, s)
-                f = model.decoder(x_s, z)
-                loss, estimate = eqm_loss(f, x, e, s, eqm), eqm.predict_x(x_s, f.float(), s)
-            loss = loss + W_KL * kl_loss(posterior)
-            if lpips:
-                loss = loss + W_LPIPS * lpips(x, estimate).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,7 +245,6 @@ def write_jpegs(folder, width, height):
 
 def plain_loader(folder):
     """What a loader for training usually is: torchvision's ImageFolder, resized and cropped at random."""
-    import_torchvision()
     from torchvision import datasets
     from torchvision import transforms as T
 
@@ -337,44 +270,35 @@ def bench_input(rounds):
             def read_ours(dataset=ours):
                 return dataset.__getitems__(range(JPEG_COUNT))
 
-            runs = {"ImageFolder": read_theirs, "ours": read_ours}
-            seconds = interleaved(runs, torch.device("cpu"), rounds)
+            seconds = interleaved({"ImageFolder": read_theirs, "ours": read_ours}, torch.device("cpu"), rounds)
         rates = [f"{name} {JPEG_COUNT / float(np.median(t)):.0f} images/s" for name, t in seconds.items()]
         ratio = float(np.median(seconds["ImageFolder"] / seconds["ours"]))
         print(f"input, JPEG {width} x {height} to {CROP} px, one worker: {', '.join(rates)}, {ratio:.2f} x")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-def parse_arguments():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("tasks", nargs="*", metavar="TASK", help=f"of {' '.join(TASKS)}; default: all")
-    add("--size", type=int, nargs="+", default=[256], help="image sides in pixels %(default)s")
+    add("--size", type=flags.count, nargs="+", default=[256], metavar="N", help="image sides in pixels %(default)s")
     add("--dtype", choices=list(DTYPES), nargs="+", default=["float32"], help="of weights and maps %(default)s; in the "
         "training step of autocast")
-    add("--batch_size", type=int, default=1, help="images at a time [%(default)s]")
-    add("--rounds", type=int, default=7, help="timed calls of each; their median counts [%(default)s]")
+    add("--batch_size", type=flags.count, default=1, metavar="N", help="images at a time [%(default)s]")
+    add("--rounds", type=flags.count, default=7, metavar="N", help="timed calls of each [%(default)s]")
     add("--device", metavar="NAME", help="default: cuda, mps or cpu, the first that is there")
     add("--dec", nargs="+", choices=list(SIZES), default=["S", "M"], help="decoder sizes [S M]")
-    add("--enc", default="dc_f32c32", help="encoder, and the latents of the decoders [%(default)s]")
-    add("--enc_width", type=float, default=0.125, help="encoder width in the training step [%(default)s]")
+    add("--enc", default="dc_f32c32", metavar="NAME", help="encoder, and the latents of the decoders [%(default)s]")
+    add("--enc_width", type=flags.positive, default=0.125, metavar="X", help="encoder width in the training step "
+        "[%(default)s]")
     add("--loss", choices=["fm", "eqm"], default="eqm", help="the decoder that is timed [%(default)s]")
     add("--compile", action="store_true", help="also time torch.compile, and report the faster")
     add("--checkpointing", action="store_true", help="train with activation checkpointing")
     args = parser.parse_args()
-    for task in args.tasks:
-        if task not in TASKS:
-            raise ValueError(f"there is no {task} to time: give some of {' '.join(TASKS)}")
-    args.tasks = args.tasks or TASKS
-    check_numbers(args)
-    return args
-
-
-def main():
-    args = parse_arguments()
-    rank, _, device = setup(args.device)
-    if rank > 0:
-        return
+    tasks = args.tasks or TASKS
+    if not set(tasks) <= set(TASKS):
+        parser.error(f"tasks are {' '.join(TASKS)}")
+    _, _, device = setup(args.device)
     if args.compile:
         check_compiler(device)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
@@ -382,17 +306,17 @@ def main():
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}, "
           "channels_last")
     combinations = list(itertools.product([DTYPES[name] for name in args.dtype], args.size))
-    others = peers() if "decode" in args.tasks or "encode" in args.tasks else {}
+    others = peers() if "decode" in tasks or "encode" in tasks else {}
     with torch.no_grad():
         for task, bench in (("decode", bench_decode), ("encode", bench_encode)):
-            if task in args.tasks:
+            if task in tasks:
                 for dtype, size in combinations:
                     bench(args, others, size, dtype, device)
-    if "train" in args.tasks:
+    if "train" in tasks:
         lpips = random_lpips(device)
         for dtype, size in combinations:
             bench_train(args, lpips, size, dtype, device)
-    if "input" in args.tasks:
+    if "input" in tasks:
         bench_input(args.rounds)
 
 

@@ -1,10 +1,9 @@
-"""The first two minutes on a new machine: does everything compute the right thing there, and without waiting?
+"""The first two minutes on a new machine: does everything compute the right thing there, and how fast?
 
     python -m tools.check                       # on the best device there is
-    python -m tools.check values traffic --device cpu
+    python -m tools.check values speed --device cpu
 
   values   a decode and its gradients, in float32 and bf16, against float64 on the CPU
-  traffic  copies from the host and reads by it, in a second decode and in a training step
   ranks    the first steps of a run on two GPUs against one; left out where there are fewer
   speed    images/s of a training step, eager and compiled
 The last line says "healthy", or what is not; then the exit status is 1.
@@ -17,60 +16,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import guarded, now, setup
 from model import compile_blocks
+from plumbing.process import autocast, first_line, guarded, now, setup
 from tools.bench import our_model, training_step
 
-TASKS = ("values", "traffic", "ranks", "speed")
+TASKS = ("values", "ranks", "speed")
 # Largest errors relative to float64 of outputs and of gradients: some times what rounding alone was seen to cost.
 LIMITS = {"float32": (1e-4, 1e-3), "bf16": (0.05, 0.15)}
 SIZE = 32                                                    # pixels a side of the checks of values
 STEPS = 3                                                    # of the runs on one and two GPUs
 RANKS_LIMIT = 1e-3                                           # between their losses, relative: sums in another order
-READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique2", "_unique2")  # wait for the device
-
-
-class HostTraffic(TorchDispatchMode):
-    """Counts, while it is active, what would make a GPU and its host wait for each other. The operations are the same
-    on every device, so this can be counted on the CPU too.
-
-    copies  tensors made of Python numbers or moved between devices
-    reads   values read back: item(), bool(), tolist(), indexing by a mask, copies to the CPU
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.copies, self.reads, self.paused = [], [], False
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        out = function(*arguments, **(options or {}))
-        if self.paused:
-            return out
-        name = function.overloadpacket.__name__
-        if name == "lift_fresh":  # torch.tensor([...])
-            self.copies.append(name)
-        elif name in READS:
-            self.reads.append(name)
-        elif name in ("index", "index_put_") and any(is_slow_index(i, arguments[0]) for i in arguments[1]):
-            self.reads.append(name)
-        elif name in ("_to_copy", "copy_"):
-            target, source = (out, arguments[0]) if name == "_to_copy" else arguments[:2]
-            if source.device != target.device:
-                (self.reads if target.device.type == "cpu" else self.copies).append(name)
-        return out
-
-
-def is_slow_index(index, t):
-    """Whether a GPU would have to wait for this index of t: a mask, whose number of hits the host must know, or indices
-    that lie elsewhere."""
-    return index is not None and (index.dtype is torch.bool or index.device != t.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +51,7 @@ def outputs_and_gradients(network, x, noise, dtype):
     """Latent and decoded image of x, and the gradient of the image's mean square by all weights, in float64 on the
     CPU. dtype: of autocast, or None."""
     network.zero_grad()
-    with torch.autocast(x.device.type, dtype) if dtype else nullcontext():
+    with autocast(x.device, dtype):
         z = network.encode(x).mode()
         y = network.decode(z, 2, noise)
     y.square().mean().backward()
@@ -118,29 +78,6 @@ def check_values(device):
             values_limit, gradient_limit = LIMITS[name]
             if not (max(latent, image) < values_limit and gradient < gradient_limit):
                 problems.append(f"{enc} {loss} in {name} is {max(latent, image, gradient):.1e} off")
-    return problems
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Traffic between host and device
-
-def check_traffic(device):
-    network = small_model("dc_f8c4", "eqm").to(device, memory_format=torch.channels_last)
-    z, noise = torch.randn(2, 4, SIZE // 8, SIZE // 8, device=device), torch.randn(2, 3, SIZE, SIZE, device=device)
-
-    def decode():
-        with torch.no_grad():
-            network.decode(z, 2, noise)
-
-    problems = []
-    step = training_step(copy.deepcopy(network), None, 2, SIZE, torch.float32, device)
-    for name, run in (("decode", decode), ("training step", step)):
-        run()
-        with HostTraffic() as traffic:
-            run()
-        print(f"traffic  {name}: {len(traffic.copies)} copies from the host, {len(traffic.reads)} reads by it")
-        if traffic.copies or traffic.reads:
-            problems.append(f"a {name} waits for the host or the device ({', '.join(traffic.copies + traffic.reads)})")
     return problems
 
 
@@ -193,8 +130,7 @@ def check_speed(device):
                 step()
                 seconds.append(now(device) - start)
         except Exception as error:  # noqa: BLE001 compilers raise many classes, for want of Triton or a C compiler
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            problems.append(f"the {name} step fails ({reason})")
+            problems.append(f"the {name} step fails ({first_line(error)})")
             continue
         rate = batch / statistics.median(seconds)
         print(f"speed    {name}: {rate:.1f} images/s at {size} px, first step {first:.1f} s")
@@ -208,14 +144,13 @@ def main():
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {' '.join(TASKS)}; default: all")
     parser.add_argument("--device", metavar="NAME", help="default: cuda, mps or cpu, the first that is there")
     args = parser.parse_args()
-    for task in args.tasks:
-        if task not in TASKS:
-            raise ValueError(f"there is no {task} to check: give some of {' '.join(TASKS)}")
+    if not set(args.tasks) <= set(TASKS):
+        parser.error(f"tasks are {' '.join(TASKS)}")
     _, _, device = setup(args.device)
     torch.backends.cudnn.allow_tf32 = False                  # float32 means float32
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     print(f"torch {torch.__version__} on {name}")
-    checks = {"values": check_values, "traffic": check_traffic, "ranks": check_ranks, "speed": check_speed}
+    checks = {"values": check_values, "ranks": check_ranks, "speed": check_speed}
     problems = []
     for task in args.tasks or TASKS:
         problems += checks[task](device)

@@ -8,15 +8,17 @@ estimate from each; the field there, where 0 is grey, over twice its rms at the 
 """
 import argparse
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data import check_numbers, guarded, make_dataset, ready_folder, save_grid, setup
-from evaluate import load_model, shared_arguments
-from losses import fm_mix, fm_predict_x, psnr, to8bit
-from model import T_MIN, folder_beside
+from data import make_dataset
+from evaluate import load_model, out_folder, psnr, shared_arguments, to8bit
+from losses import fm_mix, fm_predict_x
+from model import T_MIN
+from plumbing import flags
+from plumbing.files import save_grid
+from plumbing.process import guarded, setup
 from sampler import euler, image_noise
 
 LEVELS = 6                                                   # columns, from pure noise to data
@@ -68,7 +70,7 @@ def decibels(y, x):
 @torch.no_grad()
 def show_field(model, dataset, i, seed, device, out):
     """field.png of image i in the folder `out`, and a line of numbers for each column."""
-    if not 0 <= i < len(dataset) or dataset[i] is None:
+    if i >= len(dataset) or dataset[i] is None:
         raise ValueError(f"--image {i}: {dataset.name} has no readable image of this number, of {len(dataset)}")
     image, _ = dataset[i]
     x = image[None].to(device)                               # (1, 3, H, W)
@@ -97,18 +99,14 @@ def show_field(model, dataset, i, seed, device, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared_arguments(parser)
-    parser.add_argument("--image", type=int, default=0, metavar="I", help="number in the data [%(default)s]")
-    parser.add_argument("--out", metavar="DIR", help="folder of field.png; default: the checkpoint's")
+    parser.add_argument("--image", type=flags.natural, default=0, metavar="I", help="number in the data [%(default)s]")
     args = parser.parse_args()
-    check_numbers(args)
-    rank, _, device = setup(args.device)
+    _, _, device = setup(args.device)
     model, size = load_model(args, device)
-    out = Path(args.out or folder_beside(args.ckpt))
-    if rank == 0:
-        ready_folder(out, "field.png")
+    out = out_folder(args)
+    out.mkdir(parents=True, exist_ok=True)
     dataset = make_dataset(args.data, size, train=False, limit=args.limit, crop=args.crop, split=args.part)
-    if rank == 0:
-        show_field(model, dataset, args.image, args.seed, device, out)
+    show_field(model, dataset, args.image, args.seed, device, out)
 
 
 if __name__ == "__main__":

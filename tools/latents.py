@@ -5,8 +5,8 @@
 
 latents_K.npy  (n, c, h, w) float16, with --flip (n, 2, c, h, w), the second of the mirrored image
 labels_K.npy   (n,) int64, -1: no class; images that cannot be decoded are left out of both
-manifest.json  what is encoded, with the classes' names in the order of their labels; when all is done also shards, mean
-               and standard deviation
+manifest.json  what is encoded, with the classes' names in the order of their labels and a hash of the encoder's
+               weights; when all is done also shards, mean and standard deviation
 Shard K holds the images K * --shard ... of the data set; process K % world writes it. Files appear whole; a shard that
 is there is kept: run the same command again to go on. The files do not depend on the number of processes. `Latents`
 reads them.
@@ -19,73 +19,73 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
-from data import (
-    BROKEN_ARCHIVE,
-    check_numbers,
-    gathered,
-    guarded,
-    lock_folder,
-    make_dataset,
-    make_loader,
-    ready_folder,
-    setup,
-    write_json,
-    write_whole,
-)
+from data import make_dataset, make_loader
 from evaluate import load_model, loader_arguments, shared_arguments
-from model import local_file, read_weights
+from model import DCSSDAE
+from plumbing import flags, log
+from plumbing.files import read_tensors, whole, write_json
+from plumbing.process import gathered, guarded, raise_together, setup
 from sampler import image_noise
 
 LARGEST_HALF = 65504                                         # where float16 ends
+OPENED = 256                                                 # shards that Latents keeps open: systems allow about 1,000
+ROUNDING = 1e-12                                             # E[z^2] - E[z]^2 of a constant, as a part of E[z^2]
+
+
+def encoder_sha256(model):
+    """-> str that says whose latents these are: of the encoder's weights, and of nothing else in a model's file."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.encoder.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 class Latents(torch.utils.data.Dataset):
-    """The finished shards of a folder, mapped into memory: [i] -> latent (c, h, w) float32, with --flip (2, c, h, w);
-    label, -1: no class. ValueError.
+    """The finished shards of a folder, mapped into memory when they are used: [i] -> latent (c, h, w) float32, with
+    --flip (2, c, h, w); label, -1: no class. ValueError.
 
-    shape      (c, h, w);  mean, std  of the channels, (c, 1, 1)
+    shape      (c, h, w);  mean, std  of the channels, (c, 1, 1), std 1 for a channel that is the same everywhere
     classes    number of classes;  labels  (n,) int64
     """
 
     def __init__(self, folder):
-        folder = Path(folder)
+        self.folder, self.opened = Path(folder), {}          # {number of a shard: its array}
         try:
-            self.manifest = json.loads((folder / "manifest.json").read_text())
-            shards = self.manifest["shards"]
-            self.shards = [np.load(folder / shard["latents"], mmap_mode="r") for shard in shards]
-            self.labels = np.concatenate([np.load(folder / shard["labels"]) for shard in shards])
-            self.mean, self.std = (torch.tensor(self.manifest[key])[:, None, None] for key in ("mean", "std"))
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{folder} holds no finished latents ({type(error).__name__}: {error}): run tools.latents "
-                             "on it, once more if it was stopped") from None
+            self.manifest = json.loads((self.folder / "manifest.json").read_text())
+            self.shards = self.manifest["shards"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{folder} holds no finished latents ({error}): run tools.latents on it, once more if it "
+                             "was stopped") from None
+        self.labels = np.concatenate([np.load(self.folder / shard["labels"]) for shard in self.shards])
+        self.ends = np.cumsum([shard["count"] for shard in self.shards])
         self.classes = len(self.manifest["classes"])
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.shape = self.shards[0].shape[-3:]
+        self.shape = tuple(self.manifest["shape"][-3:])
+        self.mean, std = (torch.tensor(self.manifest[key])[:, None, None] for key in ("mean", "std"))
+        self.std = torch.where(std > 0, std, 1.0)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
-        k = np.searchsorted(self.ends, i, side="right")
-        z = self.shards[k][i - self.ends[k]]                 # counted from the shard's end
+        k = int(np.searchsorted(self.ends, i, side="right"))
+        if k not in self.opened:
+            if len(self.opened) == OPENED:
+                del self.opened[next(iter(self.opened))]     # the one that was opened first
+            self.opened[k] = np.load(self.folder / self.shards[k]["latents"], mmap_mode="r")
+        z = self.opened[k][i - self.ends[k]]                 # counted from the shard's end
         return torch.from_numpy(z.astype(np.float32)), int(self.labels[i])
-
-    def content(self):
-        """-> str that says which latents these are, wherever they lie."""
-        return f"{len(self)} latents of {self.manifest['data']}, model {self.manifest['model_sha256'][:16]}"
 
     def name_of(self, i):
         return f"latent {i}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is encoded
+# Encoding
 
 def contents(args, model, dataset):
     """The first part of manifest.json: everything that the shards depend on."""
@@ -93,7 +93,7 @@ def contents(args, model, dataset):
     shape = [model.encoder.z_dim, side, side]
     values = f"sample, seed {args.seed}" if args.sample or args.z_stats else "mean"
     return {
-        "model_sha256": hashlib.sha256(Path(local_file(args.ckpt)).read_bytes()).hexdigest(),
+        "encoder_sha256": encoder_sha256(DCSSDAE.load(args.ckpt)),  # in float32, whatever it computes in
         "data": args.data, "part": args.part, "size": dataset.size, "crop": args.crop,
         "images": len(dataset), "shard": args.shard, "classes": dataset.classes,
         "images_sha256": hashlib.sha256(dataset.images.tobytes()).hexdigest(),
@@ -102,34 +102,23 @@ def contents(args, model, dataset):
     }
 
 
-def open_folder(folder, what, rank, world):
+def open_folder(folder, what):
     """Make the folder with its manifest, or see that it holds a part of the same. ValueError: it holds another."""
     folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        lock_folder(folder)
     manifest = folder / "manifest.json"
-    is_new = not manifest.is_file()
-    if not is_new:
-        try:
-            found = dict(json.loads(manifest.read_text()))
-        except (ValueError, TypeError, RecursionError):  # a wrong encoding is a ValueError, too
-            raise ValueError(f"{manifest} is damaged: give --out another folder, or remove this one") from None
-        changed = [key for key in what if found.get(key) != what[key]]
-        if changed:
-            raise ValueError(f"{folder} holds latents of another {', '.join(changed)}: give --out another folder")
-    if world > 1:
-        dist.barrier()  # all have read it
-    if rank == 0:
-        for unfinished in folder.glob("*.tmp"):
-            unfinished.unlink()
-    if world > 1:
-        dist.barrier()  # the others write only now
-    if rank == 0 and is_new:
+    if not manifest.exists():
+        if any(folder.glob("latents_*.npy")):
+            raise ValueError(f"{folder} holds latents without their manifest.json: give --out another folder")
         write_json(manifest, what)
+        return
+    try:
+        found = dict(json.loads(manifest.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{manifest} is damaged, or not of tools.latents: give --out another folder") from None
+    changed = [key for key in what if found.get(key) != what[key]]
+    if changed:
+        raise ValueError(f"{folder} holds latents of another {', '.join(changed)}: give --out another folder")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding
 
 def encode(model, x, index, what, args, device):
     """Latents of images x (b, 3, s, s) of these numbers: (b, c, h, w) on the CPU, with --flip (b, 2, c, h, w)."""
@@ -157,7 +146,7 @@ def encode_shard(model, dataset, k, what, args, device):
     """Latents of shard k, float16 for --out, and their labels. Unreadable images are left out of both."""
     first = k * args.shard
     part = dataset.subset(slice(first, first + args.shard))
-    loader = make_loader(part, args.batch_size, train=False, workers=args.workers, may_be_empty=True)
+    loader = make_loader(part, args.batch_size, train=False, workers=args.workers)
     latents, kept = [], []
     for x, index in loader:
         z = encode(model, x, index + first, what, args, device)
@@ -177,53 +166,24 @@ def channel_sums(z):
     return torch.stack([count, z.sum(1), z.square().sum(1)])
 
 
+def save_array(path, array):
+    with whole(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+
+
 def finish_shard(model, dataset, k, what, args, device):
     """Encode and write shard k, unless it is there already. -> (number of its images, channel_sums)"""
     if args.z_stats:
         z, _ = encode_shard(model, dataset, k, what, args, device)
         return len(z), channel_sums(z)
     path = Path(args.out, f"latents_{k:05d}.npy")
-    labels_path = path.with_name(f"labels_{k:05d}.npy")
-    z = whole_shard(path, labels_path, what) if path.exists() else None
-    if z is None:
+    if path.exists():
+        z = torch.from_numpy(np.load(path))
+    else:
         z, labels = encode_shard(model, dataset, k, what, args, device)
-        write_whole(labels_path, labels)
-        write_whole(path, z.numpy())  # last: a shard is done where this is
+        save_array(path.with_name(f"labels_{k:05d}.npy"), labels)
+        save_array(path, z.numpy())  # last: a shard is done where this is
     return len(z), channel_sums(z)
-
-
-def whole_shard(path, labels_path, what):
-    """Latents of a shard of an earlier call, or None, with a warning, where it is to be encoded again: unreadable,
-    empty, of another shape or size, with values that are not finite, or without a label for each image."""
-    try:
-        z, labels = np.load(path), np.load(labels_path)
-        is_labelled = labels.dtype == np.int64 and labels.shape == z.shape[:1]
-        is_shard = z.dtype == np.float16 and [*z.shape[1:]] == what["shape"] and 0 < len(z) <= what["shard"]
-        if is_labelled and is_shard and np.isfinite(z).all():
-            return torch.from_numpy(z)
-    except (*BROKEN_ARCHIVE, MemoryError):
-        pass  # as damaged as one with other contents
-    tqdm.write(f"warning: {path} or its labels are damaged or empty: encoding these images again")
-    return None
-
-
-def finish_all(model, dataset, what, args, rank, world, device):
-    """Every shard, shared out among the processes: {k: (number of images, channel_sums)} in order, the same in all."""
-    shards = math.ceil(len(dataset) / args.shard)
-    found, problem = {}, None
-    try:
-        for k in tqdm(range(rank, shards, world), unit="shard", disable=rank > 0):
-            found[k] = finish_shard(model, dataset, k, what, args, device)
-    except (ValueError, OSError) as error:
-        if world == 1:
-            raise
-        problem = str(error)
-    merged = {}
-    for part, its_problem in gathered((found, problem), world):
-        if its_problem:
-            raise ValueError(its_problem)  # in all processes, whoever met it
-        merged |= part
-    return dict(sorted(merged.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,102 +195,92 @@ def moments(sums):
     n, total, squares = torch.cat([sums, of_all], 1)         # (c + 1,) each, the last of all channels
     mean = total / n
     # Var z = E[z^2] - E[z]^2
-    std = (squares / n - mean.square()).clamp(min=0).sqrt()
+    variance = squares / n - mean.square()
+    std = torch.where(variance > ROUNDING * squares / n, variance, 0.0).sqrt()
     *means, mean_all = mean.tolist()
     *stds, std_all = std.tolist()
     return {"mean": means, "std": stds, "mean_all": mean_all, "std_all": std_all, "values_per_channel": int(n[0])}
 
 
-def file_of_statistics(args):
-    """Where --z_stats stores the model with its statistics: in --out, else in the model's own file; where that has no
-    configuration, being a published one, or is an hf:// address: here. -> path"""
-    _, metadata = read_weights(args.ckpt)
-    is_ours = "config" in metadata and not args.ckpt.startswith("hf://")
-    if is_ours and not args.out:
-        return Path(args.ckpt)
-    return Path(args.out or ".", "model.safetensors")
-
-
 def store_in_model(model, args, statistics):
-    """-> path. ValueError where the latents are not finite or the same everywhere, as a model's statistics must not."""
-    numbers = statistics["mean"] + statistics["std"]
-    if not all(map(math.isfinite, numbers)):
+    """The model with its latents' statistics in --out, else in its own file; a published file stays as it is, and the
+    model goes here. -> path. ValueError where the latents are not finite, or a channel the same everywhere."""
+    if not all(map(math.isfinite, statistics["mean"] + statistics["std"])):
         raise ValueError("the latents are not finite: the model's file stays as it is")
     if min(statistics["std"]) <= 0:
         raise ValueError("a channel of the latents is the same everywhere, so that nothing can be divided by its "
                          "deviation: the model's file stays as it is; give more images")
-    path = file_of_statistics(args)
+    _, metadata = read_tensors(args.ckpt)
+    is_ours = "config" in metadata and not args.ckpt.startswith("hf://")
+    path = Path(args.ckpt) if is_ours and not args.out else Path(args.out or ".", "model.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
     model.config["latents"] = statistics | {"data": args.data}
     model.save(path)
     return path
 
 
-def store_in_manifest(args, what, found, statistics):
-    """The manifest with everything in it, which says that all shards are done. -> path"""
-    shards = []
-    for k, (count, _) in found.items():
-        if count:
-            shards.append({"latents": f"latents_{k:05d}.npy", "labels": f"labels_{k:05d}.npy", "count": count})
-    path = Path(args.out, "manifest.json")
-    write_json(path, what | {"shards": shards} | statistics)
-    return path
-
-
 @torch.no_grad()
-def store_latents(model, dataset, args, rank, world, device):
-    """Shards into --out, or with --z_stats only mean and standard deviation into the model's file. ValueError: another
-    content in the folder, or a latent beyond float16."""
-    what = contents(args, model, dataset)
-    if not args.z_stats:
-        open_folder(Path(args.out), what, rank, world)
-    found = finish_all(model, dataset, what, args, rank, world, device)
-    sums = sum(sums for _, sums in found.values())           # shard by shard: the same for any number of processes
-    if not sums.any():
-        raise dataset.nothing_readable()
-    if rank > 0:
-        return
-    statistics = moments(sums)
-    if args.z_stats:
-        path = store_in_model(model, args, statistics)
-    else:
-        path = store_in_manifest(args, what, found, statistics)
-    readable = sum(count for count, _ in found.values())
-    print(f"latents of {readable} of {len(dataset)} images of {args.data} ({what['values']}): mean "
-          f"{statistics['mean_all']:.4f}, standard deviation {statistics['std_all']:.4f}, per channel "
-          f"{min(statistics['std']):.4f} to {max(statistics['std']):.4f}; stored in {path}")
-
-
-def parse_arguments():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared_arguments(parser)
     loader_arguments(parser)
     parser.set_defaults(part=None)
     add = parser.add_argument
-    add("--out", metavar="DIR", help="folder of the shards, new or to go on with")
     add("--z_stats", action="store_true", help="no shards: measure mean and std of posterior samples, and store them "
         "in the model's file, or with --out in a copy there, model.safetensors")
     add("--sample", action="store_true", help="samples of the posterior instead of its mean")
     add("--flip", action="store_true", help="of the mirrored images as well")
-    add("--shard", type=int, default=4096, help="images a shard [%(default)s]")
+    add("--shard", type=flags.count, default=4096, metavar="N", help="images a shard [%(default)s]")
     args = parser.parse_args()
     if not args.out and not args.z_stats:
-        raise ValueError("give --out DIR for shards of latents, or --z_stats for their mean and standard deviation")
-    check_numbers(args)
-    args.part = args.part or ("val" if args.z_stats else "train")
+        parser.error("give --out DIR for shards of latents, or --z_stats for their mean and standard deviation")
     if args.z_stats and args.dtype != "float32":
-        raise ValueError("--z_stats stores the model again, with all its digits: leave --dtype out")
-    return args
-
-
-def main():
-    args = parse_arguments()
+        parser.error("--z_stats stores the model again, with all its digits: leave --dtype out")
+    args.part = args.part or ("val" if args.z_stats else "train")
     rank, world, device = setup(args.device)
     model, size = load_model(args, device)
-    if rank == 0:
-        target = file_of_statistics(args) if args.z_stats else Path(args.out, "manifest.json")
-        ready_folder(target.parent, target.name)
     dataset = make_dataset(args.data, size, train=False, limit=args.limit, crop=args.crop, split=args.part)
-    store_latents(model, dataset, args, rank, world, device)
+    what, problem = contents(args, model, dataset), None
+
+    # Every shard, shared out among the processes, which all end where one of them fails
+    found = {}                                               # {k: (number of images, channel_sums)}
+    try:
+        if rank == 0 and not args.z_stats:
+            open_folder(Path(args.out), what)
+    except (OSError, ValueError) as error:
+        problem = error
+    raise_together(problem, world)
+    shards = range(rank, math.ceil(len(dataset) / args.shard), world)
+    bar = log.progress(len(shards), "shard", disable=rank > 0)
+    try:
+        for k in shards:
+            found[k] = finish_shard(model, dataset, k, what, args, device)
+            bar.update()
+    except (OSError, ValueError) as error:
+        problem = error
+    bar.close()
+    raise_together(problem, world)
+    for part in gathered(found, world):
+        found |= part
+    counts = {k: count for k, (count, _) in sorted(found.items())}
+    sums = sum(sums for _, (_, sums) in sorted(found.items()))  # shard by shard: the same for any number of processes
+    if not any(counts.values()):
+        raise ValueError(f"none of the {len(dataset)} images of {args.data} can be decoded")
+    if rank > 0:
+        return
+
+    # What is known when all is done
+    statistics = moments(sums)
+    if args.z_stats:
+        path = store_in_model(model, args, statistics)
+    else:
+        path = Path(args.out, "manifest.json")
+        finished = [{"latents": f"latents_{k:05d}.npy", "labels": f"labels_{k:05d}.npy", "count": count}
+                    for k, count in counts.items() if count]
+        write_json(path, what | {"shards": finished} | statistics)
+    print(f"latents of {sum(counts.values())} of {len(dataset)} images of {args.data} ({what['values']}): mean "
+          f"{statistics['mean_all']:.4f}, standard deviation {statistics['std_all']:.4f}, per channel "
+          f"{min(statistics['std']):.4f} to {max(statistics['std']):.4f}; stored in {path}")
 
 
 if __name__ == "__main__":

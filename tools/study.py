@@ -4,7 +4,7 @@
     python -m tools.study depth --print                     # from the CSV, without training
 
 Every run is a command of train.py or distill.py (RUNS), every line of a table an evaluation of one (TABLES). A run
-whose metrics.json is there is done; one with a checkpoint is resumed. The CSV has a line for each evaluation of each
+whose metrics.json is there is done; one that was stopped is resumed. The CSV has a line for each evaluation of each
 seed; a table shows means over the seeds, +- standard errors where there are several. Lines of runs that are not in
 --runs stay in the CSV as they are.
 """
@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from data import guarded, make_dataset, make_loader, ready_file, save_grid, write_whole
-from evaluate import evaluate
-from losses import mean_and_error
+from data import make_dataset, make_loader
+from evaluate import evaluate, mean_and_error
 from model import DCSSDAE
+from plumbing.files import save_grid, write_text
+from plumbing.process import guarded
 from tools.compare import read_run
 
 # Runs: {name: command, after "python"}. {photos}, {crops}, {vgg} and {runs} stand for those flags of the command line,
@@ -48,7 +49,6 @@ RUNS = {
     "deep_f32c64_fm": f"{DEEP} --enc dc_f32c64 --loss fm",
     "deep_f32c32_fm": f"{DEEP} --enc dc_f32c32 --loss fm",
     "deep_adamw": f"{DEEP} --enc dc_f32c32 --optimizer adamw",
-    **{f"without_{way}": f"{DEEP} --enc dc_f32c64 --without {way}" for way in ("context", "norm_z")},
     "tiny_adamw": f"{TINY} --optimizer adamw",
     "tiny_eqm": TINY,
     "tiny_fm": f"{TINY} --loss fm",
@@ -102,10 +102,6 @@ TABLES = {
         ("as published", "part_published", ""),
         ("f8c4: both", "deep_f8c4", ""),
         ("f8c4: neither", "plain_f8c4", "")]),
-    "ways": (BUILT_IN, [
-        ("all ways", "deep_f32c64", ""),
-        ("none to the norms", "without_context", ""),
-        ("latent not normalised", "without_norm_z", "")]),
     "optimizers": (BUILT_IN, [
         ("f32c32: AdamW", "deep_adamw", ""),
         ("f32c32: Muon", "deep_f32c32", ""),
@@ -170,10 +166,7 @@ def ensure_run(run, seed, args):
     folder = folder_of(run, seed, args)
     if (folder / "metrics.json").exists():
         return
-    command = [*words_of(RUNS[run], seed, args), "--seed", str(seed), "--out", str(folder)]
-    if (folder / "latest.pt").exists():
-        command.append("--resume")
-    execute(command)
+    execute([*words_of(RUNS[run], seed, args), "--seed", str(seed), "--out", str(folder), "--resume"])
 
 
 def ensure_evaluation(run, seed, flags, args):
@@ -273,7 +266,7 @@ def collect(args):
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(result.values())
-    write_whole(args.csv, text.getvalue())
+    write_text(args.csv, text.getvalue())
     return result
 
 
@@ -347,7 +340,6 @@ def main():
             raise FileNotFoundError(f"--print: there is no file {args.csv}")
         known = read_csv(args.csv)
     else:
-        ready_file(args.csv)
         for name in args.tables:
             for seed in args.seeds:
                 for _, run, flags in lines_of_table(name):

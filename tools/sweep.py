@@ -9,28 +9,27 @@ the best sampler at the largest number of steps, with several tolerances. Writes
 evaluate.py's files. Squared error rewards blur: read PSNR with the HF ratio.
 """
 import argparse
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 
-from data import (
-    check_numbers,
-    guarded,
-    make_dataset,
-    make_loader,
-    only_warns,
+from data import make_dataset, make_loader
+from evaluate import (
+    evaluate,
+    load_model,
+    load_networks,
+    loader_arguments,
+    metric_arguments,
+    out_folder,
     ready_folder,
-    save_figure,
-    setup,
-    strict,
-    write_whole,
+    report,
+    shared_arguments,
 )
-from evaluate import evaluate, load_model, loader_arguments, report, shared_arguments
-from fid import check_metrics, load_networks, metric_arguments
-from model import folder_beside
+from plumbing import flags
+from plumbing.files import strict, write_text
+from plumbing.process import guarded, setup
 from sampler import default_steps
+from tools.compare import check_plot, save_figure
 
 COUNTS = [1, 2, 3, 4, 8, 16, 25]                             # numbers of steps
 MOMENTA = (0.3, 0.6, 0.9)                                    # Nesterov's mu
@@ -133,13 +132,10 @@ def csv_text(rows):
     return "\n".join(lines) + "\n"
 
 
-def is_number(value):
-    return value is not None and math.isfinite(value)
-
-
 def plot_sweep(rows, path):
     """PNG: quality against network evaluations, one curve a sampler, the references grey."""
     from matplotlib.figure import Figure
+    rows = strict(rows)  # without numbers that are not finite
     references = [row for row in rows if row["steps"] == 0]
     others = [row for row in rows if row["steps"] > 0]
     curves = {}
@@ -147,15 +143,15 @@ def plot_sweep(rows, path):
         sampler = row.get("method", "euler")
         name = f"adaptive {sampler}" if "tol" in row else sampler
         curves.setdefault(name, []).append(row)
-    labels = {key: label for key, label in PLOTTED.items() if is_number(references[0].get(key))}
+    labels = {key: label for key, label in PLOTTED.items() if references[0].get(key) is not None}
     figure = Figure(figsize=(4.5 * len(labels), 4), layout="constrained")
     axes = figure.subplots(1, len(labels), squeeze=False)[0]
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
         for name, curve in curves.items():
-            shown = [row for row in curve if is_number(row.get(key))]
+            shown = [row for row in curve if row.get(key) is not None]
             axis.plot([row["nfe"] for row in shown], [row[key] for row in shown], marker="o", label=name)
         for row, style in zip(references, ("--", ":")):
-            if is_number(row.get(key)):
+            if row.get(key) is not None:
                 axis.axhline(row[key], color="grey", linestyle=style, label=row["name"])
         axis.set(xlabel="network evaluations an image", ylabel=label, xscale="log")
     axes[-1].legend()
@@ -178,56 +174,41 @@ def split_images(dataset, calibrate, limit):
     return dataset.subset(held), dataset.subset(rest[np.arange(m) * (n - k) // m])
 
 
-def parse_arguments():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared_arguments(parser)
     loader_arguments(parser)
     add = parser.add_argument
-    add("--out", metavar="DIR", help="folder of what is written; default: the checkpoint's")
-    add("--steps", type=int, nargs="+", default=COUNTS, help="numbers of steps %(default)s")
-    add("--calibrate", type=int, default=64, metavar="N", help="choose step sizes on N images, at most half of all "
-        "[%(default)s]")
+    add("--steps", type=flags.count, nargs="+", default=COUNTS, metavar="N", help="numbers of steps %(default)s")
+    add("--calibrate", type=flags.count, default=64, metavar="N", help="choose step sizes on N images, at most half of "
+        "all [%(default)s]")
     add("--plot", action="store_true", help="also sweep.png (needs matplotlib)")
     metric_arguments(parser)
     args = parser.parse_args()
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs the matplotlib package: pip install matplotlib")
-    check_numbers(args)
-    check_metrics(args)
-    args.steps = sorted(set(args.steps))
-    return args
-
-
-def main():
-    args = parse_arguments()
+    check_plot(args)
     rank, world, device = setup(args.device)
     model, size = load_model(args, device)
-    out = Path(args.out or folder_beside(args.ckpt))
-    if rank == 0:
-        ready_folder(out, "metrics.json", "reconstructions.png", "sweep.csv", "sweep.png")
+    out = out_folder(args)
+    ready_folder(out)
     dataset = make_dataset(args.data, size, train=False, crop=args.crop, split=args.part)
-    networks = load_networks(args, size, device, world)
     calibration, others = split_images(dataset, args.calibrate, args.limit)
+    networks = load_networks(args, size, device, world)
 
     def measure(runs):
         loader = make_loader(calibration, args.batch_size * world, False, args.workers, rank=rank, world=world)
         seed = args.seed + 1  # another noise than the evaluation's
         result = evaluate(model, loader, device, runs, seed=seed, rank=rank, world=world, pictures=0)
-        rows = [row for row in result["rows"] if row["steps"] > 0]  # without the references
-        return rows
+        return [row for row in result["rows"] if row["steps"] > 0]  # without the references
 
-    runs = sweep_runs(calibrate(model, args.steps, measure))
+    runs = sweep_runs(calibrate(model, sorted(set(args.steps)), measure))
     sampler = f"options of least squared error on {len(calibration)} other images"
     result = report(args, model, others, networks, runs, sampler, out, rank, world, device)
     if rank > 0:
         return
-    write_whole(out / "sweep.csv", csv_text(result["rows"]))
-    written = "sweep.csv"
+    write_text(out / "sweep.csv", csv_text(result["rows"]))
     if args.plot:
-        with only_warns("sweep.png"):
-            plot_sweep(result["rows"], out / "sweep.png")
-            written += " and sweep.png"
-    print(f"wrote {written} to {out}")
+        plot_sweep(result["rows"], out / "sweep.png")
+    print(f"wrote sweep.csv{' and sweep.png' if args.plot else ''} to {out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Group norm, scale, shift and SiLU in one operation for GPUs, in Triton; model.norm_silu calls it there.
+"""Group norm, scale, shift and SiLU in one operation for GPUs, in Triton; plumbing.fast.norm_silu calls it there.
 
 PyTorch's own kernels would go over each map about ten times, and more often backwards. Here the forward pass reads a
 map twice (statistics, result) and the backward pass twice (sums, gradient). Only x is kept for it, and all arithmetic
@@ -193,7 +193,7 @@ def on_device_of(t):
 
 
 class GpuNormSiLU(torch.autograd.Function):
-    """silu(GroupNorm(x) * scale + shift), arguments and values as model.NormSiLU's."""
+    """silu(GroupNorm(x) * scale + shift), arguments and values as plumbing.fast.NormSiLU's."""
 
     @staticmethod
     def forward(ctx, x, scale, shift, groups, eps):
