@@ -75,7 +75,8 @@ class OneStep(nn.Module):
         """z latents, e noise (B, 3, H, W), target x_T (B, 3, H, W) -> ({name: scalar}, one-step estimate)."""
         # Pure noise is level t = 1 of FM, g = 0 of EqM.
         level = torch.full((len(e),), 1.0 if self.eqm is None else 0.0, device=e.device)
-        terms, estimate, tokens = matching(self.decoder, self.eqm, target, e, z, level)
+        losses, estimate, tokens = matching(self.decoder, self.eqm, target, e, z, level)
+        terms = {"fm" if self.eqm is None else "eqm": losses.mean()}
         if self.repa is not None:
             terms["repa"] = self.repa(tokens, target)
         return terms, estimate

@@ -455,7 +455,7 @@ class DCEncoder(nn.Module):
         if self.deterministic and widths[-1] % z_dim:
             raise ValueError(f"a dcae encoder averages {widths[-1]} channels to c, which must divide them, not {z_dim}")
         if self.deterministic and linear:
-            raise ValueError("dcae encoders cannot start as the linear code: use --linear decoder or off")
+            start_at_zero(self.conv_out)
 
     def forward(self, x):
         """x (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over (B, z_dim, H/f, W/f), of (almost) no width for dcae."""
@@ -463,8 +463,11 @@ class DCEncoder(nn.Module):
         for stage in self.stages:
             h = stage(h)
         if self.deterministic:
-            shortcut = h.unflatten(1, (self.z_dim, -1)).mean(dim=2)
-            mean = (self.conv_out(h) + shortcut).float()
+            mean = self.conv_out(h).float()
+            if self.code is not None:
+                mean = mean + self.code.encode(x)
+            else:
+                mean = mean + h.unflatten(1, (self.z_dim, -1)).mean(dim=2).float()           # DC-AE's shortcut
             return DiagonalGaussian(mean, torch.full_like(mean, LOGVAR_RANGE[0]))
         mean, logvar = self.conv_out(h).float().chunk(2, dim=1)
         if self.code is not None:

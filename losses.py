@@ -53,9 +53,10 @@ def fm_predict_x(x_t, v, t):
 
 
 def fm_loss(v, x, e):
-    """mean (v - (x - e))^2, a scalar. v: the network's output at fm_mix(x, e, t). ValueError for different shapes."""
+    """(v - (x - e))^2, each image's mean: (B,). v: the network's output at fm_mix(x, e, t). ValueError for different
+    shapes."""
     check_same_shape(v, x, e)
-    return F.mse_loss(v.float(), (x - e).float())
+    return (v.float() - (x - e).float()).square().mean((1, 2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,10 +115,10 @@ class EqM:
 
 
 def eqm_loss(f, x, e, g, eqm):
-    """mean (f - lam c(g) (e - x))^2, a scalar. f: the network's output at eqm.mix(x, e, g). ValueError for different
-    shapes."""
+    """(f / lam - c(g) (e - x))^2, each image's mean: (B,). f: the network's output at eqm.mix(x, e, g). Divided by
+    lam^2, so that the other terms weigh the same with every lam. ValueError for different shapes."""
     check_same_shape(f, x, e)
-    return F.mse_loss(f.float(), eqm.target(x, e, g).float())
+    return (f.float() - eqm.target(x, e, g).float()).square().mean((1, 2, 3)) / eqm.lam**2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,21 +146,40 @@ def draw(seed, step, rows, x_shape, z_shape, device, loss, t_mean=0.0, g_power=1
     return torch.stack(e), torch.stack(eps), level
 
 
-def matching(decoder, eqm, x, e, z, level):
-    """The decoder's own loss on images x with noise e (B, 3, H, W), latents z, at FM's times or EqM's levels (B,):
-    ({name: scalar}, one-step estimate (B, 3, H, W), the decoder's tokens).
+T_MIN = 0.05  # FM beside a linear base divides the estimate's error by at least this, as JiT (arXiv 2511.13720)
 
-    decoder  model.UViT;  eqm  the EqM objective, None for FM
+
+def matching(decoder, eqm, x, e, z, level):
+    """The decoder's own loss on images x (B, 3, H, W), latents z, at FM's times or EqM's levels (B,):
+    (each image's loss (B,), one-step estimate (B, 3, H, W), the decoder's tokens).
+
+    decoder  model.UViT;  eqm  the EqM objective, None for FM;  e  standard normal noise (B, 3, H, W), of which the
+    decoder makes the noise end
     """
+    condition = decoder.condition(z, *x.shape[-2:])
+    e = decoder.noise_end(e, condition)
     if eqm is None:
         t = level
         x_t = fm_mix(x, e, t)
-        v, tokens = decoder.forward_with_tokens(x_t, z, t)
-        return {"fm": fm_loss(v, x, e)}, fm_predict_x(x_t, v.float(), t), tokens
+        v, tokens = decoder.forward_with_tokens(x_t, t=t, condition=condition)
+        losses = fm_loss(v, x, e)
+        if decoder.base is not None:  # v = (D - x_t) / t: this is |D - x|^2 / t^2, and becomes it over max(t, T_MIN)^2
+            losses = losses * (t / T_MIN).clamp(max=1).square()
+        return losses, fm_predict_x(x_t, v.float(), t), tokens
     g = level
     x_g = eqm.mix(x, e, g)
-    f, tokens = decoder.forward_with_tokens(x_g, z)
-    return {"eqm": eqm_loss(f, x, e, g, eqm)}, eqm.predict_x(x_g, f.float(), g), tokens
+    f, tokens = decoder.forward_with_tokens(x_g, condition=condition)
+    return eqm_loss(f, x, e, g, eqm), eqm.predict_x(x_g, f.float(), g), tokens
+
+
+LEVELS = 4  # bins of t or g, by which the log shows the loss
+
+
+def level_sums(losses, level, dtype):
+    """losses (B,) at FM's times or EqM's levels (B,) -> their sums by bins of the level, and how many are in each:
+    (2, LEVELS)."""
+    bins = F.one_hot((level * LEVELS).long().clamp(max=LEVELS - 1), LEVELS).to(dtype)       # (B, LEVELS)
+    return torch.stack([losses.to(dtype) @ bins, bins.sum(0)])
 
 
 def kl_loss(posterior):
@@ -285,8 +305,8 @@ def unit_length(h):
 
 
 def repa_projection(width, target_width=768):
-    """REPA's MLP, from the decoder's tokens to DINOv2 ViT-B's."""
-    return nn.Sequential(nn.Linear(width, target_width), nn.SiLU(), nn.Linear(target_width, target_width))
+    """REPA's MLP, from the decoder's tokens to DINOv2 ViT-B's, as wide as the tokens."""
+    return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, target_width))
 
 
 class REPALoss(nn.Module):

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sampler
 from encoder import DCDown, DCResBlock, GatedConv, LappedCode, LinearAttention, VQResBlock, make_encoder, start_at_zero
-from losses import EqM
+from losses import EqM, per_image
 from plumbing import fast, published
 from plumbing.files import read_tensors, whole
 
@@ -49,12 +49,11 @@ OUTPUT_GAIN = 3.0         # The network adds its output times this and times the
 #                           leaves out is about one contrast (docs/results.md).
 CONTRAST_CELL = 8         # Contrast is measured on 16 x 16 pixels around the middle of every cell of 8 x 8.
 LEAST_CONTRAST = 1 / 255  # It is at least half a level of 8 bits.
-INPUT_GAIN = 0.1          # The noisy image is faint at the input: noise tells nothing about the image.
-T_MIN = 0.05    # FM in training: the velocity (D - x_t) / t divides by at least this, as in JiT (arXiv 2511.13720).
-T_LEAST = 1e-4  # In sampling by this: with T_MIN the last steps would stop short of D and leave a part of the noise.
+INPUT_GAIN = 0.1          # Noise from N(0, I) is faint at the input: it tells nothing about the image.
+AVERAGE_CONTRAST = 0.2    # The local contrast of an average picture: see DCSSDAE.retargeted.
+T_LEAST = 1e-4            # FM's velocity (D - x_t) / t divides by at least this.
 
-RIDGE = 1e-4  # The linear decoder's fit adds this to the diagonal, times the latents' mean square: fewer cells than
-#               channels still have a fit.
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)  # What fit_linear_decoder tries, times the latents' mean square.
 FORMAT = 5    # Files that DCSSDAE.save writes say this, and those of another format are refused.
 
 
@@ -267,25 +266,30 @@ class UViT(nn.Module):
                (encoder.LappedCode) read from the latent by a 1x1 convolution; the network adds to it what these leave
                out (`addition`), is silent at first, and sees it beside the noisy image, the latent itself not at first;
                see GROUP_SIZE, INPUT_GAIN
+    source     with `base`: the noise end is base + source * local contrast * N(0, I), see `noise_end`; best about what
+               the base leaves out: 0.5 at f8c16, 1.2 at f32c32; 0: N(0, I)
     joint_input  one input convolution on image and latent together, the latent not normalised: SSDD as published
     raises     ValueError for an unknown size, and for a base without field_at_noise or with joint_input
     """
 
     def __init__(self, size="S", z_dim=32, time_cond=True, depth=None, window=17, field_at_noise=None,
-                 joint_input=False, base=None):
+                 joint_input=False, base=None, source=0.0):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"unknown decoder size '{size}': expected one of {', '.join(SIZES)}")
         if base and (joint_input or field_at_noise is None):
             raise ValueError("a linear decoder needs the input skip, and no joint_input: its field is field_at_noise * "
                              "(noisy image - estimate)")
+        if source and not base:
+            raise ValueError("noise around the linear image needs a linear base")
         if depth is None:
             depth = SIZES[size][2]
         widths = level_widths(size)
         c, top = widths[0], widths[-1]
         temb = 4 * c if time_cond else None
         group_size = GROUP_SIZE if base else None
-        self.channels, self.z_dim, self.time_cond, self.field_at_noise = c, z_dim, time_cond, field_at_noise
+        self.channels, self.z_dim, self.time_cond = c, z_dim, time_cond
+        self.field_at_noise, self.source = field_at_noise, source
         self.checkpointing = False  # True: training keeps only the residual blocks' inputs, and computes the rest twice
         if time_cond:
             self.time = nn.Sequential(nn.Linear(c, temb), nn.SiLU(), nn.Linear(temb, temb))
@@ -395,14 +399,36 @@ class UViT(nn.Module):
         input_map = fast.convolved_blocks(normalised, self.conv_in_z, self.conv_in)                     # (B, C, 5h, 5w)
         return Condition(input_map, adagn, adaln, attention_bias, base, base_map, contrast)
 
+    def noise_end(self, e, condition):
+        """Where the path to the image begins, from standard normal e (B, 3, H, W): e itself, or around the linear image
+        base + source * contrast * e.
+
+        Noise of deviation 1 is 5 to 100 times what the linear image lacks: on nearly the whole path the noisy image
+        would say nothing. (Kin: PriorGrad, Lee et al. 2021, arXiv 2106.06406.)
+        """
+        if self.source == 0:
+            return e
+        # Without a gradient: a worse base would let more of the image shine through the noise.
+        return condition.base.detach() + self.source * condition.contrast * e
+
+    @torch.no_grad()
+    def noise_level(self, x, condition):
+        """How far x (B, 3, H, W) is on the way from the image, 0, to the noise end, 1: (B,). The latent says what the
+        coefficients of the code are; what they are in x beside that is noise, and all noise has its share there."""
+        with torch.autocast(x.device.type, enabled=False):
+            noise = self.code.decode(self.code.encode(x.float() - condition.base))
+        dimensions = self.base.out_channels / (3 * self.code.f**2)  # the code's share of all
+        variance = noise.square().mean((1, 2, 3)) / condition.contrast.square().mean((1, 2, 3)) / dimensions
+        return (variance.sqrt() / self.source).clamp(max=1)
+
     def base_image(self, z):
         """z (B, z_dim, h, w) -> linear image (B, 3, h f, w f)."""
         with torch.autocast(z.device.type, enabled=False):
             return self.code.decode(F.conv2d(z.float(), self.base.weight.float(), self.base.bias.float()))
 
     def forward_with_tokens(self, x, z=None, t=None, condition=None):
-        """As forward, and the tokens (B, H/8 * W/8, width) after transformer block min(4, depth // 2), which REPA
-        aligns."""
+        """As forward, and the tokens (B, H/8 * W/8, width) after transformer block min(4, depth // 2), counted from 0,
+        which REPA aligns: of 8 the fifth."""
         if (t is None) == self.time_cond:
             raise ValueError("this decoder needs t" if self.time_cond else "this decoder has no time: leave t out")
         if condition is None:
@@ -442,8 +468,12 @@ class UViT(nn.Module):
         if condition.base is None:
             h = self.conv_in_x(x.to(dtype))
         else:
+            if self.source == 0:
+                seen = INPUT_GAIN * x
+            else:  # deviation of about 1 at every level
+                seen = (x - condition.base.detach()) / (self.source * condition.contrast)
             weight = self.conv_in_x.weight[:, :3]
-            h = F.conv2d((INPUT_GAIN * x).to(dtype), weight, self.conv_in_x.bias, padding=1) + condition.base_map
+            h = F.conv2d(seen.to(dtype), weight, self.conv_in_x.bias, padding=1) + condition.base_map
         weight = self.conv_in.weight[:, :h.shape[1]]
         return F.conv2d(h, weight, padding=1).add_(fast.spread(condition.input_map, *x.shape[-2:]))
 
@@ -459,7 +489,7 @@ class UViT(nn.Module):
             return u, tokens
         windows = fast.windows_for(*u.shape[2:], self.blocks[0].attn.window, u.device)
         mods = condition.adaln.chunk(depth, dim=1)
-        for number, (block, mod, bias) in enumerate(zip(self.blocks, mods, condition.bias), start=1):
+        for number, (block, mod, bias) in enumerate(zip(self.blocks, mods, condition.bias)):
             u = block(u, mod, windows, bias)
             if number == min(4, depth // 2):
                 tokens = u
@@ -470,19 +500,33 @@ class UViT(nn.Module):
 
         Beside a linear base it is field_at_noise * (x - D), where D = base - addition / field_at_noise is the estimate
         of the image; FM divides it by t.
+
+        With a source the estimate starts from what the best linear one makes of the noisy image. That shows
+        (1 - l) r + l e at the noise level l, in units of source * contrast, where r, of deviation about 1, is what the
+        base leaves out: share = (1 - l) / ((1 - l)^2 + l^2) of it. The network adds in proportion to the deviation that
+        then remains (EDM, Karras et al. 2022, arXiv 2206.00364, section 5), or else it would first have to learn to
+        carry the noisy image to its output.
         """
         if self.field_at_noise is None:
             return out.to(x.dtype)
         if condition.base is None:
             return out + self.field_at_noise * x
-        field = self.field_at_noise * (x - condition.base) + self.addition(out, condition.contrast)
+        rest = x - condition.base
+        if self.source == 0:
+            added = self.addition(out, condition.contrast)
+        else:
+            level = t if self.time_cond else self.noise_level(x, condition)                         # (B,)
+            variance = (1 - level).square() + level.square()
+            share, gain = per_image((1 - level) / variance), per_image(level * variance.rsqrt())
+            added = self.addition(out, condition.contrast, gain, -self.field_at_noise * share * rest.detach())
+        field = self.field_at_noise * rest + added
         if self.time_cond:  # FM: v = (D - x_t) / t, D the estimate of the image
-            field = field / t.clamp(min=T_MIN if self.training else T_LEAST)[:, None, None, None]
+            field = field / per_image(t.clamp(min=T_LEAST))
         return field
 
-    def addition(self, out, contrast):
-        """What the network adds to the field beside a linear base, from its output (B, 3, H, W) and the base's local
-        contrast (B, 1, H, W).
+    def addition(self, out, contrast, gain=1.0, linear=0.0):
+        """What is added to the field beside a linear base, from the network's output (B, 3, H, W) and the base's local
+        contrast (B, 1, H, W). gain multiplies the output; `linear` is added to it, as a guess without a network.
 
         The latent says what the code's coefficients are. From the network comes what the code leaves out, the part of
         its output in the code's null space (the decomposition of DDNM, Wang, Yu, Zhang 2022, arXiv 2212.00490), and of
@@ -498,6 +542,7 @@ class UViT(nn.Module):
                 # Contrast is in the error, and would be in the gradient a second time: the network would learn from
                 # the strongest edges alone. So the gradient passes unscaled, as of a loss over contrast.
                 scaled = out + (scaled - out).detach()
+            scaled = gain * scaled + linear
             coefficients = self.code.encode(scaled)                                                     # (B, ., h, w)
             return scaled - self.code.decode((1 - self.revision.float()) * coefficients)
 
@@ -534,6 +579,8 @@ class DCSSDAE(nn.Module):
     linear_decoder               the number of lapped coefficients that a 1x1 convolution reads from the latent, for an
                                  image that the network starts from (UViT's base); 0: none. z_dim with linear_encoder:
                                  an untrained model is then the linear code; more after fit_linear_decoder
+    source                       with linear_decoder: the noise end is the linear image plus normal noise of this many
+                                 times its local contrast (UViT.noise_end); 0: N(0, I)
     latents                      {"mean": [c], "std": [c], ...} per channel, from tools.latents --z_stats, for normalize
     notes                        anything else worth keeping in the saved file: training size, losses left out, ...
     raises                       ValueError for unknown names
@@ -541,7 +588,7 @@ class DCSSDAE(nn.Module):
 
     def __init__(self, enc="dc_f32c32", dec="S", loss="eqm", enc_width=1.0, enc_options=None, depth=None, window=17,
                  c="linear", a=0.8, b=1.4, lam=1.0, input_skip=False, joint_input=False, latents=None, notes=None,
-                 linear_encoder=False, linear_decoder=0):
+                 linear_encoder=False, linear_decoder=0, source=0.0):
         super().__init__()
         if loss not in ("fm", "eqm"):
             raise ValueError(f"unknown loss '{loss}': expected fm or eqm")
@@ -549,7 +596,7 @@ class DCSSDAE(nn.Module):
         self.config = {"enc": enc, "dec": dec, "loss": loss, "enc_width": enc_width, "enc_options": enc_options,
                        "depth": depth, "window": window, "c": c, "a": a, "b": b, "lam": lam, "input_skip": input_skip,
                        "joint_input": joint_input, "latents": latents, "notes": notes,
-                       "linear_encoder": linear_encoder, "linear_decoder": linear_decoder}
+                       "linear_encoder": linear_encoder, "linear_decoder": linear_decoder, "source": source}
         if linear_encoder:
             enc_options = enc_options | {"linear": True}
         self.encoder = make_encoder(enc, enc_width, **enc_options)
@@ -558,11 +605,36 @@ class DCSSDAE(nn.Module):
         self.field_at_noise = -1.0 if self.eqm is None else self.eqm.at_noise
         self.decoder = UViT(dec, self.encoder.z_dim, loss == "fm", depth, window,
                             field_at_noise=self.field_at_noise if input_skip else None, joint_input=joint_input,
-                            base=(self.downscale, linear_decoder) if linear_decoder else None)
+                            base=(self.downscale, linear_decoder) if linear_decoder else None, source=source)
 
     @property
     def downscale(self):
         return self.encoder.downscale
+
+    @torch.no_grad()
+    def retargeted(self, loss, source):
+        """A copy to be trained on for another loss, which it fits at once but for a new time's use, or from another
+        source, which it fits roughly. ValueError without a linear decoder."""
+        if not self.config["linear_decoder"]:
+            raise ValueError("only a model with a linear decoder can go on with another loss or source")
+        model = DCSSDAE(**self.config | {"loss": loss, "source": source})
+        for module in model.modules():
+            if isinstance(module, ResBlock) and module.time is not None:
+                start_at_zero(module.time)
+        known = self.state_dict()
+        for name, value in model.state_dict().items():
+            if name in known:
+                value.copy_(known[name])
+        old, new = self.decoder, model.decoder
+        for weight in new.conv_out.parameters():
+            weight *= new.field_at_noise / old.field_at_noise  # D = base - addition / field_at_noise
+        if old.source == 0 and source > 0:
+            # INPUT_GAIN x = INPUT_GAIN (base + contrast seen), with an average contrast
+            noisy, base = new.conv_in_x.weight.split(3, dim=1)
+            noisy *= INPUT_GAIN
+            base += noisy
+            noisy *= AVERAGE_CONTRAST * source
+        return model.eval()
 
     def forward(self, x, **options):
         """The same as `reconstruct`."""
@@ -587,13 +659,14 @@ class DCSSDAE(nn.Module):
     def sample(self, z, steps=1, noise=None, generator=None, **options):
         """As decode, and the number of network evaluations of every sample: (x, nfe (B,)).
 
-        noise    starting point (B, 3, h*f, w*f); drawn from `generator` where None
-        options  FM: method "euler", t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta, last_eta, mu, tol
-                 (sampler.gradient_descent, sampler.nesterov)
+        noise    standard normal (B, 3, h*f, w*f), of which UViT.noise_end makes the starting point; drawn from
+                 `generator` where None
+        options  FM: method "euler", t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta or t_shift
+                 (c = linear), last_eta, mu, tol (sampler.gradient_descent, sampler.nesterov)
         raises   ValueError for options of the other loss or sampler, and for noise of another shape
         """
         loss, shape = self.config["loss"], self._image_shape(z)
-        allowed = {"fm": ("method", "t_shift"), "eqm": ("method", "eta", "last_eta", "mu", "tol")}[loss]
+        allowed = {"fm": ("method", "t_shift"), "eqm": ("method", "t_shift", "eta", "last_eta", "mu", "tol")}[loss]
         unknown = sorted(set(options) - set(allowed))
         if unknown:
             raise ValueError(f"a decoder trained with --loss {loss} takes the sampler options "
@@ -611,17 +684,19 @@ class DCSSDAE(nn.Module):
         def field(x, condition, t=None):
             return self.decoder(x, t=t, condition=condition)
 
+        start, is_near = self.decoder.noise_end(noise, condition), self.decoder.source > 0
         if loss == "fm":
+            options = {"t_shift": sampler.NEAR_SHIFT if is_near else sampler.T_SHIFT} | options
             if options.pop("method", "euler") != "euler":
                 raise ValueError("flow matching is sampled with the method euler alone")
-            return sampler.euler(field, noise, condition, steps, **options)
+            return sampler.euler(field, start, condition, steps, **options)
         method = options.pop("method", "nesterov" if "mu" in options else "gd")
         if method not in ("gd", "nesterov") or (method == "gd" and "mu" in options):
             raise ValueError(f"unknown sampling method '{method}': expected gd, or nesterov, which alone takes mu")
-        if "eta" not in options:
-            options = sampler.default_steps(self.eqm, steps) | options
+        t_shift = options.pop("t_shift", sampler.NEAR_SHIFT if is_near else None)
+        options = sampler.default_steps(self.eqm, steps, t_shift) | options
         descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
-        return descend(field, noise, condition, steps, lam=self.eqm.lam, **options)
+        return descend(field, start, condition, steps, lam=self.eqm.lam, **options)
 
     def _image_shape(self, z):
         return (len(z), 3, z.shape[2] * self.downscale, z.shape[3] * self.downscale)
@@ -689,34 +764,33 @@ class DCSSDAE(nn.Module):
         images   iterable of batches (b, 3, H, W) in [-1, 1]
         Ridge regression with bias in float64, one for all cells: W = (Z'Z + r I)^-1 Z'C, Z (cells, c + 1) latents and
         ones, C (cells, linear_decoder) lapped coefficients. As the lapped vectors are orthonormal, least squares of
-        the coefficients is least squares of the pixels.
-        raises   ValueError without a linear decoder or images
+        the coefficients is least squares of the pixels. Every fourth batch is held out: r is the one of RIDGES that
+        explains these best, and what it leaves unexplained there is the network's share.
+        raises   ValueError without a linear decoder or at least 4 batches
         """
         decoder = self.decoder
         if decoder.base is None:
             raise ValueError("this model has no linear decoder to fit")
-        gram, cross, energy, cells = 0, 0, 0, 0
-        for x in images:
+        fitted, held_out = [0, 0, 0], [0, 0, 0]
+        for number, x in enumerate(images):
             x = x.to(next(self.parameters()).device)
             z = self.encode(x).mode()                                                            # (b, c, h, w)
             rows = z.permute(0, 2, 3, 1).flatten(0, 2).double()                                  # (cells, c)
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)                         # (cells, c + 1)
             target = decoder.code.encode(x).permute(0, 2, 3, 1).flatten(0, 2).double()           # (cells, count)
-            gram = gram + rows.T @ rows
-            cross = cross + rows.T @ target
-            energy = energy + target.square().sum(0)                                             # (count,)
-            cells += len(rows)
-        if cells == 0:
-            raise ValueError("no image to fit the linear decoder on")
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weight = torch.linalg.solve(gram + ridge, cross).T                                       # (count, c + 1)
+            sums = held_out if number % 4 == 3 else fitted
+            for k, new in enumerate((rows.T @ rows, rows.T @ target, target.square().sum(0))):
+                sums[k] = sums[k] + new
+        if isinstance(held_out[0], int):
+            raise ValueError("too few images to fit the linear decoder on: at least 4 batches are needed")
+        pixels = decoder.code.tables(x.device).deviation.flatten().double().square()  # a coefficient's in pixels
+        best = min(RIDGES, key=lambda ridge: float(residual(ridge_fit(ridge, *fitted), *held_out) @ pixels))
+        unexplained = residual(ridge_fit(best, *fitted), *held_out) / variance(*held_out)
+        everything = [a + b for a, b in zip(fitted, held_out)]
+        weight = ridge_fit(best, *everything)                                                    # (count, c + 1)
         decoder.base.weight.copy_(weight[:, :-1, None, None])
         decoder.base.bias.copy_(weight[:, -1])
-        # Residual over variance, 1 - R^2, of every coefficient.
-        residual = energy - 2 * (weight.T * cross).sum(0) + (weight @ gram * weight).sum(1)
-        variance = energy - cross[-1].square() / cells                                           # the last row: ones
-        unexplained = (residual / variance.clamp(min=torch.finfo(variance.dtype).tiny)).clamp(0, 1)
-        decoder.revision.copy_(unexplained[:, None, None])
+        decoder.revision.copy_(unexplained.clamp(0, 1)[:, None, None])
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -797,6 +871,27 @@ class DCSSDAE(nn.Module):
             raise ValueError(f"{path} does not fit this model: it holds {published.describe(state, LEVELS)}, expected "
                              f"was {published.describe(own, LEVELS)}; {'; '.join(words)}")
         self.load_state_dict(state, strict=False)
+
+
+# Least squares from sums over cells: gram Z'Z (c + 1, c + 1), cross Z'C (c + 1, count), energy sum C^2 (count,).
+
+def ridge_fit(ridge, gram, cross, energy):
+    """(count, c + 1) weights; `ridge` is in units of the latents' mean square, and the bias, the last one, free of it.
+    """
+    penalty = ridge * gram.diagonal()[:-1].mean() * torch.ones_like(gram[0])
+    penalty[-1] = 0
+    return torch.linalg.solve(gram + penalty.diag(), cross).T
+
+
+def residual(weight, gram, cross, energy):
+    """Sum of the squared errors of each coefficient: (count,)."""
+    return energy - 2 * (weight.T * cross).sum(0) + (weight @ gram * weight).sum(1)
+
+
+def variance(gram, cross, energy):
+    """Sum of squares of each coefficient about its mean: (count,), above 0."""
+    cells = gram[-1, -1]
+    return (energy - cross[-1].square() / cells).clamp(min=torch.finfo(energy.dtype).tiny)
 
 
 LEVELS = {size: (level_widths(size), SIZES[size][2]) for size in SIZES}  # What tells a published decoder's size.

@@ -20,21 +20,26 @@ import math
 
 import torch
 
+T_SHIFT = 4.0     # from N(0, I), as SSDD: most of its path says nothing about the image
+NEAR_SHIFT = 1.5  # from noise around the linear image (model.UViT.noise_end)
 
-def euler(field, x, z, steps=1, t_shift=4.0):
-    """Euler steps of dx/dt = -v, where v = x_data - noise is the network's target, on times
-    linspace(1, 0, steps + 1) ** t_shift.
 
-    steps    number of evaluations, >= 1
-    t_shift  > 1 makes the steps near the data finer (SSDD, arXiv 2510.04961); one step does not depend on it
-    ValueError unless t_shift is positive and finite
-    """
+def noise_times(steps, t_shift):
+    """steps + 1 times from 1 (noise) to 0 (data), t_k = (1 - k / steps) ^ t_shift: floats. ValueError unless t_shift is
+    positive and finite."""
     if not 0 < t_shift < math.inf:
         raise ValueError(f"the sampler needs t_shift > 0, got t_shift={t_shift}")
+    return torch.linspace(1.0, 0.0, _at_least_one(steps) + 1, dtype=torch.float64).pow(float(t_shift)).tolist()
+
+
+def euler(field, x, z, steps=1, t_shift=T_SHIFT):
+    """Euler steps of dx/dt = -v, where v = x_data - noise is the network's target, on noise_times.
+
+    steps    number of evaluations, >= 1
+    t_shift  > 1 makes the steps near the data finer; one step does not depend on it
+    """
     _check_start(x)
-    # t_k = (1 - k / steps) ^ t_shift
-    times = torch.linspace(1.0, 0.0, _at_least_one(steps) + 1, dtype=torch.float64).pow(float(t_shift)).tolist()
-    for t, t_next in itertools.pairwise(times):
+    for t, t_next in itertools.pairwise(noise_times(steps, t_shift)):
         v = field(x, z, torch.full((len(x),), t, device=x.device))
         # x_{k+1} = x_k + (t_k - t_{k+1}) v
         x = x + (t - t_next) * v
@@ -44,7 +49,7 @@ def euler(field, x, z, steps=1, t_shift=4.0):
 def gradient_descent(field, x, z, steps=1, eta=1.0, lam=1.0, tol=0.0, last_eta=None):
     """x <- x - eta * f(x), at most `steps` times; Nesterov with no momentum.
 
-    eta       step size; with c = linear, eta = 1 / lam lands on the one-step estimate
+    eta       step size, or a list of one for each step; with c = linear, 1 / lam lands on the one-step estimate
     lam       the field's scale in training; only the stopping rule uses it
     tol       adaptive stop: a sample whose rms(f) / lam falls below tol takes its last step and leaves the batch
               (0: never)
@@ -58,22 +63,25 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=N
 
     mu    momentum in [0, 1); other arguments as in gradient_descent
     """
-    if not (0 < eta < math.inf and 0 <= mu < 1 and tol >= 0):
+    sizes = list(eta) if isinstance(eta, (list, tuple)) else [eta] * _at_least_one(steps)
+    if len(sizes) != steps:
+        raise ValueError(f"{steps} steps need as many step sizes, got {len(sizes)}")
+    if not (all(0 < size < math.inf for size in sizes) and 0 <= mu < 1 and tol >= 0):
         raise ValueError(f"the sampler needs eta > 0, 0 <= mu < 1 and tol >= 0, got eta={eta}, mu={mu}, tol={tol}")
     if not 0 < lam < math.inf or (last_eta is not None and not 0 < last_eta < math.inf):
         raise ValueError(f"the sampler needs lam > 0 and last_eta > 0, got lam={lam}, last_eta={last_eta}")
     _check_start(x)
-    last_eta = eta if last_eta is None else last_eta
-    eta, last_eta, mu = float(eta), float(last_eta), float(mu)  # whole numbers may be too large for tensors
+    if last_eta is None:
+        last_eta = sizes[-1]
+    sizes[-1] = last_eta
     out = x.clone()
     nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)
     alive = torch.arange(len(x), device=x.device)  # rows still moving: the others cost nothing any more
     previous = x
-    for k in range(_at_least_one(steps)):
+    for step in sizes:
         y = x + mu * (x - previous)
         f = field(y, z)
         nfe[alive] += 1
-        step = last_eta if k == steps - 1 else eta
         previous = x
         x = y - step * f
         if tol == 0:
@@ -90,14 +98,19 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=N
     return out.index_copy(0, alive, x), nfe
 
 
-def default_steps(eqm, steps):
+def default_steps(eqm, steps, t_shift=None):
     """Step sizes of EqM sampling where none is given, as the samplers' options. eqm: losses.EqM.
 
     With c = linear a step of 1 / lam lands on the network's estimate: the last one does, or else what is left of the
-    noise would stay in the picture.
+    noise would stay in the picture. With t_shift the steps are Euler's of flow matching on noise_times: a step of size
+    eta lam = 1 - t' / t takes what is left of the noise from t to t'.
     """
     if steps == 1 or eqm.kind != "linear":
         return {"eta": default_eta(eqm, steps)}
+    if t_shift is not None:
+        times = noise_times(steps, t_shift)
+        sizes = [(1 - t_next / t) / eqm.lam for t, t_next in itertools.pairwise(times)]
+        return {"eta": sizes, "last_eta": 1.0 / eqm.lam}
     return {"eta": (1.0 - NOISE_LEFT ** (1.0 / (steps - 1))) / eqm.lam, "last_eta": 1.0 / eqm.lam}
 
 

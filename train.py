@@ -27,7 +27,7 @@ from data import make_dataset, make_loader, parts_taken
 from encoder import parse_name
 from evaluate import REFERENCES, evaluate, print_table, write_results
 from fid import load_metrics
-from losses import LPIPSLoss, PatchGAN, REPALoss, draw, hinge_loss, kl_loss, matching
+from losses import LPIPSLoss, PatchGAN, REPALoss, draw, hinge_loss, kl_loss, level_sums, matching
 from model import DCSSDAE, SIZES, AdaGN, check_size, compile_blocks
 from plumbing.checkpoint import Run, compare_flags, is_finite, open_run
 from plumbing.fast import has_triton
@@ -53,9 +53,9 @@ from plumbing.process import (
 TEACHING = {"enc_width": 0.125, "dec": "XS", "depth": 2, "optimizer": "muon", "lr": 1e-3, "warmup": 50, "decay": 0.5,
             "ema": 0.99, "w_lpips": 0.0, "w_repa": 0.0, "compile": False}
 PRESETS = {
-    "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 1000, "t_mean": 2.0, "g_power": 2.0,
+    "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 1000, "source": 0.5,
                         "eval_every": 250, "eval_images": 256, "save_every": 500},
-    "deep": TEACHING | {"enc": "dc_f32c32", "size": 64, "batch_size": 4, "steps": 1200, "t_mean": 4.0, "g_power": 20.0,
+    "deep": TEACHING | {"enc": "dc_f32c32", "size": 64, "batch_size": 4, "steps": 1200, "source": 1.2,
                         "eval_every": 300, "eval_images": 64, "save_every": 600},
 }
 # DC-AE's decoupled high-resolution adaptation (arXiv 2410.10733): its learning rates; batch and steps are our choice.
@@ -68,12 +68,14 @@ PHASES = {
 # --linear: does the encoder start as the linear code (encoder.LappedCode), does the decoder start with its transpose?
 LINEAR = {"both": (True, True), "encoder": (True, False), "decoder": (False, True), "off": (False, False)}
 # What describes the model: a file of --init_from decides it, and --resume may not change it.
-MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "b", "lam", "input_skip", "linear")
+MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "b", "lam", "input_skip", "linear",
+               "source")
+RETARGETED = ("loss", "source")  # of these, what may differ from that file: see DCSSDAE.retargeted
 OWN_FLAGS = ("data", "out", "init_from", "enc_ckpt", "ckpt", "lpips_weights", "repa_weights", "inception", "workers")
 # may differ between machines, being paths or a matter of their processors
 
 FITTED_COEFFICIENTS = 8  # for each latent channel, of a decoder fitted to a given encoder: more are too fine to guess
-FIT_CELLS = 16           # for each latent channel, to fit it on; but at least 256 and at most 2048 images
+FIT_CELLS = 64           # for each latent channel, to fit it on; but at least 256 and at most 8192 images
 FIT_BATCH = 16
 GAN_BETAS = (0.5, 0.9)   # the discriminator's, as VQGAN's: it chases a target that moves
 VALIDATION_BATCH = 64    # images at a time in each process
@@ -112,6 +114,8 @@ def get_args(argv=None):
     add("--a", type=fraction, default=0.8, help="EqM: where trunc and piecewise begin to fall to zero [%(default)s]")
     add("--b", type=positive, default=1.4, help="EqM: piecewise's value at the noise end [%(default)s]")
     add("--lam", type=positive, default=1.0, help="EqM: scale of the field [%(default)s]")
+    add("--source", type=not_negative, help="with a linear decoder: the noise end is the linear image plus normal "
+        "noise of this many times its local contrast; 0: N(0, I), as published [1, or --init_from's]")
     add("--t_mean", type=float, default=0.0, help="FM: t = sigmoid(n), n ~ N(t_mean, 1); above 0 trains more on the "
         "noise end, where one step begins [%(default)s]")
     add("--g_power", type=positive, default=1.0, help="EqM: g = u ** g_power, u ~ U(0, 1); above 1 trains more on the "
@@ -132,9 +136,11 @@ def get_args(argv=None):
     p.set_defaults(**given)
     args = p.parse_args(argv)
     for name, value in given.items():
-        if getattr(args, name) != value:
+        if getattr(args, name) != value and name not in RETARGETED:
             raise ValueError(f"--init_from {args.init_from} holds a model with --{name} {value}, but "
                              f"{getattr(args, name)} was given: leave it out, the file decides")
+    if args.source is None:
+        args.source = 1.0 if LINEAR[args.linear][1] else 0.0
     if not args.out:
         name = f"{args.preset or args.enc}_{args.loss}"
         if args.phase:
@@ -366,22 +372,17 @@ def keep_best(run, ema, result):
 # ---------------------------------------------------------------------------------------------------------------------
 # The model, what of it is trained, and its objective
 
-def encoder_is_given(args):
-    """Whether the latents are somebody's own, which the linear code does not know."""
-    return bool(args.enc_ckpt) or args.enc.startswith("dcae_")
-
-
 def new_model(args):
     """The model that the flags describe, untrained."""
     linear_encoder, linear_decoder = LINEAR[args.linear]
     _, downscale, z_dim = parse_name(args.enc)
     coefficients = z_dim
-    if encoder_is_given(args) or not linear_encoder:
+    if args.enc_ckpt or not linear_encoder:  # latents of somebody's own, which the linear code does not know
         linear_encoder = False
         coefficients = min(FITTED_COEFFICIENTS * z_dim, 3 * downscale**2)
     return DCSSDAE(args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, window=args.window, c=args.c,
                    a=args.a, b=args.b, lam=args.lam, input_skip=args.input_skip, linear_encoder=linear_encoder,
-                   linear_decoder=coefficients if linear_decoder else 0)
+                   linear_decoder=coefficients if linear_decoder else 0, source=args.source)
 
 
 def first_model(args, checkpoint):
@@ -389,17 +390,20 @@ def first_model(args, checkpoint):
     if checkpoint:
         return DCSSDAE(**checkpoint["config"])
     model = DCSSDAE.load(args.init_from) if args.init_from else new_model(args)
+    if any(model.config[name] != getattr(args, name) for name in RETARGETED):
+        model = model.retargeted(args.loss, args.source)
     if args.enc_ckpt:
         model.load_published(args.enc_ckpt, part="encoder")
     return model
 
 
-def fit_images(dataset, model, size):
+def fit_images(dataset, model, args, device):
     """Batches (16, 3, size, size) of training images to fit the linear decoder on."""
-    cells = (size // model.downscale) ** 2  # of an image
-    images = min(2048, max(256, FIT_CELLS * model.encoder.z_dim // cells))
-    batches = make_loader(dataset, FIT_BATCH, train=True, seed=0)
-    return (x for x, _ in itertools.islice(batches, images // FIT_BATCH))
+    cells = (args.size // model.downscale) ** 2  # of an image
+    images = min(8192, max(256, FIT_CELLS * model.encoder.z_dim // cells))
+    batches = make_loader(dataset, FIT_BATCH, train=True, workers=args.workers, device=device)
+    for x, _ in tqdm(itertools.islice(batches, images // FIT_BATCH), "linear decoder", images // FIT_BATCH):
+        yield x
 
 
 def choose_trained(model, phase=None, freeze_enc=False):
@@ -461,15 +465,16 @@ class Objective(nn.Module):
         self.model, self.repa = model, repa
 
     def forward(self, x, e, eps, level):
-        """x images, e noise (B, 3, H, W), eps (B, c, h, w) posterior noise, level (B,) -> ({name: scalar}, latents
-        (B, c, h, w) without gradient, one-step estimate (B, 3, H, W))."""
+        """x images, e noise (B, 3, H, W), eps (B, c, h, w) posterior noise, level (B,) -> ({name: scalar}, each
+        image's FM or EqM loss (B,), latents (B, c, h, w), both without gradient, one-step estimate (B, 3, H, W))."""
         posterior = self.model.encode(x)
         z = posterior.sample(eps)
-        terms, estimate, tokens = matching(self.model.decoder, self.model.eqm, x, e, z, level)
+        losses, estimate, tokens = matching(self.model.decoder, self.model.eqm, x, e, z, level)
+        terms = {self.model.config["loss"]: losses.mean()}
         if self.repa is not None:
             terms["repa"] = self.repa(tokens, x)
         terms["kl"] = kl_loss(posterior)
-        return terms, z.detach(), estimate
+        return terms, losses.detach(), z.detach(), estimate
 
 
 def weighted_sum(terms, weights):
@@ -504,6 +509,7 @@ def main():
     checkpoint, evaluated = open_run(args, rank, world)
     model = first_model(args, checkpoint)
     check_size(args.size, model)
+    model.to(device, memory_format=torch.channels_last)
     choose_trained(model.train(), args.phase, args.freeze_enc)  # a loaded one is in evaluation mode
     encoder_trains, norm_trains = trains(model.encoder), trains(model.decoder.norm_z)
     model.decoder.checkpointing = args.checkpointing
@@ -512,8 +518,8 @@ def main():
     dataset, val = open_data(args, world)
     if checkpoint:
         compare_flags(checkpoint, args, MODEL_FLAGS, len(dataset))
-    elif encoder_is_given(args) and not args.init_from and model.config["linear_decoder"]:
-        model.fit_linear_decoder(fit_images(dataset, model, args.size))
+    elif args.enc_ckpt and not args.init_from and model.config["linear_decoder"]:
+        model.fit_linear_decoder(fit_images(dataset, model, args, device))
 
     # Objective and optimisers
     lpips, repa = perceptual_losses(args, model.decoder.mid_in.out_features, device, world)
@@ -522,7 +528,6 @@ def main():
     if args.w_gan:
         gan = PatchGAN().requires_grad_(False).to(device, memory_format=torch.channels_last)
         gan_optimizer = adamw(gan.parameters(), args.lr, 0.0, device, GAN_BETAS)
-    model.to(device, memory_format=torch.channels_last)
     weights = {args.loss: 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "gan": args.w_gan,
                "kl": args.w_kl if encoder_trains else 0.0}
     model.config["notes"] = {"size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
@@ -569,7 +574,7 @@ def main():
         with_gan = gan is not None and step >= args.gan_start
 
         # Forward and backward, one micro-batch after the other
-        totals, moments = {}, 0
+        totals, by_level, moments = {}, 0, 0
         for i in range(0, local, micro):
             xb = x[i:i + micro]
             e, eps, level = draw(args.seed, step, rows[i:i + micro], xb.shape[1:], z_shape, device, args.loss,
@@ -579,7 +584,7 @@ def main():
             is_last = i + micro >= local
             with nullcontext() if is_last or world == 1 else parallel.no_sync():
                 with autocast(device, dtype):
-                    terms, z, estimate = parallel(xb, e, eps, level)
+                    terms, losses, z, estimate = parallel(xb, e, eps, level)
                     if lpips is not None:
                         terms["lpips"] = lpips(xb, estimate).mean()
                     if with_gan:
@@ -590,16 +595,19 @@ def main():
                 terms["gan_d"] = discriminator_backward(gan, xb, estimate.detach(), share, device, dtype)
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0) + term.detach() * share / world
+            by_level = by_level + level_sums(losses, level, exact_type(device))  # (2, LEVELS)
             moments = moments + latent_sums(z)                                  # (2, c)
         norm = clip_grad_norm_(trained, args.grad_clip or float("inf"))
         if with_gan:
             average_gradients(gan, world)
             totals["gan_grad_norm"] = clip_grad_norm_(gan.parameters(), args.grad_clip or float("inf")) / world
 
-        # One small sum over the processes: loss terms and the latents' moments
-        shared = summed(torch.cat([torch.stack([*totals.values()]).to(moments.dtype), moments.flatten()]), world)
-        moments = shared[len(totals):].view(2, -1)
+        # One small sum over the processes: loss terms, the loss by level, the latents' moments
+        numbers = torch.stack([*totals.values()]).to(moments.dtype)
+        shared = summed(torch.cat([numbers, by_level.flatten(), moments.flatten()]), world)
         totals = dict(zip(totals, shared))
+        by_level, moments = shared[len(totals):].split([by_level.numel(), moments.numel()])
+        by_level, moments = by_level.view(2, -1), moments.view(2, -1)
 
         # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients.
         # Decided on the device, which nobody waits for.
@@ -616,7 +624,7 @@ def main():
             p.grad = None
 
         # Log and save
-        run.finish_step(totals, norm, good, index)
+        run.finish_step(totals, norm, good, index, by_level)
 
     run.bar.close()
     if rank == 0:

@@ -143,6 +143,7 @@ class Run:
             restore(parts, checkpoint)
             self.done, self.skipped = checkpoint["step"], checkpoint["skipped"]
         self.saved, self.save_is_due = self.done, False
+        self.by_level = 0.0  # sums and counts of losses by level since the last line of the log, on the device
         # Counted on the device, and read with the other numbers: skipped steps since the last reading, and in a row.
         self.bad_steps = torch.zeros(2, dtype=torch.int64, device=device)
         self.log = None
@@ -171,15 +172,18 @@ class Run:
             self.leave()
         return batch
 
-    def finish_step(self, totals, norm, good, index):
+    def finish_step(self, totals, norm, good, index, by_level=None):
         """Count a step; log and save where it is due.
 
         totals {name: loss term}, gradient norm, good (whether all was finite): of the device, and read from it every
         tenth step at most, as reading leaves it without work.
+        by_level: losses.level_sums of the step.
         """
         args = self.args
         self.done += 1
         self.bar.update()
+        if by_level is not None:
+            self.by_level = self.by_level + torch.where(good, by_level, 0.0)
         bad = (~good).long()
         self.bad_steps = torch.stack([self.bad_steps[0] + bad, (self.bad_steps[1] + bad) * bad])
         is_last = self.done == args.steps
@@ -193,6 +197,11 @@ class Run:
             rate = self.clock.rate(self.done * args.batch_size)
             self.bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {rate:.0f} images/s", refresh=False)
             lr = self.parts["optimizer"].param_groups[0]["lr"]
+            if by_level is not None:
+                for k, (total, images) in enumerate(self.by_level.T.tolist()):
+                    if images:
+                        numbers[f"level_{k}"] = total / images
+                self.by_level = 0.0
             self.log.write(self.done, images=self.done * args.batch_size, **numbers, lr=lr, grad_norm=float(norm),
                            skipped=self.skipped, images_per_s=rate, peak_mib=peak_memory(self.device))
         if self.skipped_in_a_row >= MOST_SKIPPED:

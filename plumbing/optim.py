@@ -87,7 +87,8 @@ def is_matrix(p):
 
 
 def make_optimizers(parameters, kind, lr, weight_decay, device):
-    """{name in a checkpoint: optimiser}: AdamW for all weights, or with kind "muon" for those that are no matrices."""
+    """{name in a checkpoint: optimiser}: AdamW for all weights, or with kind "muon" for those that are no matrices.
+    Only weights of convolutions and linear layers decay."""
     matrices = []
     if kind == "muon":
         matrices = [p for p in parameters if is_matrix(p)]
@@ -100,7 +101,10 @@ def make_optimizers(parameters, kind, lr, weight_decay, device):
 
 def adamw(parameters, lr, weight_decay, device, betas=ADAM_BETAS):
     """AdamW whose step reads `good` on the device; Apple's GPUs have no fused one."""
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=device.type != "mps")
+    parameters = list(parameters)
+    groups = [{"params": [p for p in parameters if p.ndim in (2, 4)], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.ndim not in (2, 4)], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type != "mps")
 
 
 def step_if(good, optimizers):

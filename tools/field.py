@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from data import make_dataset
 from evaluate import load_model, out_folder, psnr, shared_arguments, to8bit
 from losses import fm_mix, fm_predict_x
-from model import T_MIN
 from plumbing import flags
 from plumbing.files import save_grid
 from plumbing.process import guarded, setup
@@ -23,6 +22,7 @@ from sampler import euler, image_noise
 
 LEVELS = 6                                                   # columns, from pure noise to data
 SHOWN = (0, 1, 2, 4, 8, 16)                                  # steps after which the path is shown, one a column
+LEAST_TIME = 0.05                                            # of FM's last column beside a linear base
 ETA_LAM, MU = 0.3, 0.3                                       # Nesterov's step and momentum: the path is seen to curve
 SMALLEST_SIDE = 96                                           # pixels of the picture that an image gets at least
 
@@ -56,9 +56,9 @@ def euler_path(model, e, z):
 
 def nesterov_path(model, e, z):
     """EqM: where Nesterov's descent is after 0, 1, 2, 4, 8, 16 steps. -> (6, 3, H, W)"""
-    path = [e]
+    path, eta = [e], ETA_LAM / model.field_at_noise
     for steps in SHOWN[1:]:
-        x, _ = model.sample(z, steps, e, method="nesterov", mu=MU, eta=ETA_LAM / model.field_at_noise)
+        x, _ = model.sample(z, steps, e, method="nesterov", mu=MU, eta=eta, last_eta=eta)  # which does not land
         path.append(x)
     return torch.cat(path)
 
@@ -78,7 +78,7 @@ def show_field(model, dataset, i, seed, device, out):
     z = model.encode(x).mode()                               # (1, c, h, w)
     fm = model.config["loss"] == "fm"
     # Beside a linear base FM's velocity is (D - x_t) / t, and nothing at t = 0.
-    least = T_MIN if fm and model.decoder.base is not None else 0.0
+    least = LEAST_TIME if fm and model.decoder.base is not None else 0.0
     t = torch.linspace(1, least, LEVELS).to(device)
     x_t, field, estimate = estimates(model, x, e, z, t)
     path = euler_path(model, e, z) if fm else nesterov_path(model, e, z)
