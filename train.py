@@ -53,9 +53,9 @@ from plumbing.process import (
 TEACHING = {"enc_width": 0.125, "dec": "XS", "depth": 2, "optimizer": "muon", "lr": 1e-3, "warmup": 50, "decay": 0.5,
             "ema": 0.99, "w_lpips": 0.0, "w_repa": 0.0, "compile": False}
 PRESETS = {
-    "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 1000, "source": 0.5,
+    "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 1000, "t_mean": 2.0, "g_power": 2.0,
                         "eval_every": 250, "eval_images": 256, "save_every": 500},
-    "deep": TEACHING | {"enc": "dc_f32c32", "size": 64, "batch_size": 4, "steps": 1200, "source": 1.2,
+    "deep": TEACHING | {"enc": "dc_f32c32", "size": 64, "batch_size": 4, "steps": 1200, "t_mean": 4.0, "g_power": 20.0,
                         "eval_every": 300, "eval_images": 64, "save_every": 600},
 }
 # DC-AE's decoupled high-resolution adaptation (arXiv 2410.10733): its learning rates; batch and steps are our choice.
@@ -114,8 +114,8 @@ def get_args(argv=None):
     add("--a", type=fraction, default=0.8, help="EqM: where trunc and piecewise begin to fall to zero [%(default)s]")
     add("--b", type=positive, default=1.4, help="EqM: piecewise's value at the noise end [%(default)s]")
     add("--lam", type=positive, default=1.0, help="EqM: scale of the field [%(default)s]")
-    add("--source", type=not_negative, help="with a linear decoder: the noise end is the linear image plus normal "
-        "noise of this many times its local contrast; 0: N(0, I), as published [1, or --init_from's]")
+    add("--source", type=not_negative, default=0.0, help="with a linear decoder: noise around the linear image, of this "
+        "many times its local contrast (0.5 at f8c16, 1.2 at f32c32); 0: noise N(0, I) [%(default)s]")
     add("--t_mean", type=float, default=0.0, help="FM: t = sigmoid(n), n ~ N(t_mean, 1); above 0 trains more on the "
         "noise end, where one step begins [%(default)s]")
     add("--g_power", type=positive, default=1.0, help="EqM: g = u ** g_power, u ~ U(0, 1); above 1 trains more on the "
@@ -139,8 +139,6 @@ def get_args(argv=None):
         if getattr(args, name) != value and name not in RETARGETED:
             raise ValueError(f"--init_from {args.init_from} holds a model with --{name} {value}, but "
                              f"{getattr(args, name)} was given: leave it out, the file decides")
-    if args.source is None:
-        args.source = 1.0 if LINEAR[args.linear][1] else 0.0
     if not args.out:
         name = f"{args.preset or args.enc}_{args.loss}"
         if args.phase:

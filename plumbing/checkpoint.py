@@ -139,11 +139,12 @@ class Run:
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.parts, self.dataset = parts, dataset
         self.done, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.by_level = torch.zeros(())  # sums and counts of losses by level since the log's last line, on the device
         if checkpoint:
             restore(parts, checkpoint)
             self.done, self.skipped = checkpoint["step"], checkpoint["skipped"]
+            self.by_level = checkpoint["by_level"].to(device)
         self.saved, self.save_is_due = self.done, False
-        self.by_level = 0.0  # sums and counts of losses by level since the last line of the log, on the device
         # Counted on the device, and read with the other numbers: skipped steps since the last reading, and in a row.
         self.bad_steps = torch.zeros(2, dtype=torch.int64, device=device)
         self.log = None
@@ -201,7 +202,7 @@ class Run:
                 for k, (total, images) in enumerate(self.by_level.T.tolist()):
                     if images:
                         numbers[f"level_{k}"] = total / images
-                self.by_level = 0.0
+                self.by_level = torch.zeros_like(self.by_level)
             self.log.write(self.done, images=self.done * args.batch_size, **numbers, lr=lr, grad_norm=float(norm),
                            skipped=self.skipped, images_per_s=rate, peak_mib=peak_memory(self.device))
         if self.skipped_in_a_row >= MOST_SKIPPED:
@@ -241,7 +242,7 @@ class Run:
             return
         ema = self.parts["ema"]
         state = {"step": self.done, "skipped": self.skipped, "args": vars(self.args), "images": len(self.dataset),
-                 "config": ema.config}
+                 "by_level": self.by_level, "config": ema.config}
         for name, part in self.parts.items():
             state[name] = None if part is None else part.state_dict()
         save_checkpoint(self.args.out, state, ema)

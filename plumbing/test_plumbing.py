@@ -3,6 +3,7 @@
     python -m pytest plumbing
 """
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -253,7 +254,8 @@ def test_signals_ask_a_run_to_stop(name):
     number = getattr(signal, name)
     before = {each: signal.getsignal(getattr(signal, each)) for each in process.STOP_SIGNALS}
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
+        for each in before:  # nohup, or a shell in the background, may have started the tests
+            signal.signal(getattr(signal, each), signal.SIG_DFL)
         stop = process.StopSignal()
         assert stop.received == 0
         os.kill(os.getpid(), number)
@@ -271,6 +273,7 @@ def test_signals_ask_a_run_to_stop(name):
 
 
 def wait_twice(ready, first):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
     stop = process.StopSignal()
     ready.set()
     while not stop.received:
@@ -446,14 +449,17 @@ def saver(out, step):
 def test_kill_at_random_moments_of_saving(out):
     """KILLS=50 python -m pytest plumbing -k kill_at_random"""
     rng, step = random.Random(0), 0
+    save_checkpoint(out, state_of(0, weights=torch.zeros(1)), Weights())
     for _ in range(int(os.environ.get("KILLS", "5"))):
-        child = FORKS.Process(target=saver, args=(out, step))
+        child, saved = FORKS.Process(target=saver, args=(out, step)), step
         child.start()
         deadline = time.time() + 60
-        while not (out / "previous.pt").exists():
+        while saved == step:
             assert child.is_alive() and time.time() < deadline
             time.sleep(0.01)
-        time.sleep(0.1 + 0.2 * rng.random())
+            with contextlib.suppress(FileNotFoundError):  # between its two renames
+                saved = load_checkpoint(out / "latest.pt")["step"]
+        time.sleep(0.3 * rng.random())
         child.kill()
         child.join()
         state = load_checkpoint(newest_checkpoint(out, resume=True))
