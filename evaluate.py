@@ -587,11 +587,13 @@ def main():
         "[1]")
     add("--sampler", choices=["euler", "gd", "nesterov"], help="default: euler for FM, gd (nesterov with --mu) for EqM")
     add("--eta", type=flags.positive, metavar="X", help="EqM: step size; default: chosen from the number of steps")
-    add("--last_eta", type=flags.positive, metavar="X", help="EqM: size of the last step; default: the sampler's")
+    add("--last_eta", type=flags.positive, metavar="X", help="EqM: size of the last step; default: what "
+        "lands on the estimate")
     add("--mu", type=flags.below_one, metavar="X", help="EqM: Nesterov momentum; default: the sampler's")
     add("--tol", type=flags.not_negative, metavar="X", help="EqM: a sample stops once rms(field) / lam is below; "
         "default: never")
-    add("--t_shift", type=flags.positive, metavar="X", help="FM: exponent of the time grid; default: the sampler's")
+    add("--t_shift", type=flags.positive, metavar="X", help="FM, and EqM with c = linear: exponent of the "
+        "times; default: the sampler's")
     metric_arguments(parser)
     args = parser.parse_args()
     rank, world, device = setup(args.device)

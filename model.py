@@ -1,7 +1,7 @@
 """The autoencoder: a deep-compression encoder and a diffusion decoder in pixel space (U-ViT),
 conditioned on the latent.
 
-  UViT     the decoder of SSDD (Vallaeys, Verbeek, Cord 2025, arXiv 2510.04961): convolutions at full to 1/4 resolution,
+  UViT     the decoder of SSDD (Vallaeys, Verbeek, Cord 2025, arXiv 2510.04961): convolutions at full to 1/8 resolution,
            transformer blocks with windowed attention at 1/8, skip connections between
   DCSSDAE  encoder + decoder + sampler in one module, saved to and loaded from one file
 
@@ -280,6 +280,8 @@ class UViT(nn.Module):
         if base and (joint_input or field_at_noise is None):
             raise ValueError("a linear decoder needs the input skip, and no joint_input: its field is field_at_noise * "
                              "(noisy image - estimate)")
+        if window % 2 == 0:
+            raise ValueError(f"the attention window must be odd, got {window}")
         if source and not base:
             raise ValueError("noise around the linear image needs a linear base")
         if depth is None:
@@ -540,7 +542,7 @@ class UViT(nn.Module):
             scaled = OUTPUT_GAIN * contrast * out                                    # (B, 3, H, W), at least float32
             if self.training:
                 # Contrast is in the error, and would be in the gradient a second time: the network would learn from
-                # the strongest edges alone. So the gradient passes unscaled, as of a loss over contrast.
+                # the strongest edges alone. So d scaled / d out is set to 1, as for a loss over contrast.
                 scaled = out + (scaled - out).detach()
             scaled = gain * scaled + linear
             coefficients = self.code.encode(scaled)                                                     # (B, ., h, w)

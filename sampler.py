@@ -117,14 +117,11 @@ def default_steps(eqm, steps, t_shift=None):
 def default_eta(eqm, steps):
     """-> float, the size of `steps` equal steps of EqM sampling. One: 1 / (lam c(0)), the estimate from pure noise.
 
-    More: with c = linear, a step of size eta removes the fraction eta lam of the noise that is left; 1 % is left
-    after all. "trunc" and "piecewise" fall to zero with the slope 1 / (1 - a), so that a step above 1 - a overshoots
+    More: "trunc" and "piecewise" fall to zero with the slope 1 / (1 - a), so that a step above 1 - a overshoots
     near the data; the step is searched that leaves the least noise on a perfect field.
     """
     if steps == 1:
         return 1.0 / eqm.at_noise
-    if eqm.kind == "linear":
-        return (1.0 - NOISE_LEFT ** (1.0 / steps)) / eqm.lam
     candidates = torch.arange(1, 1001, dtype=torch.float64, device="cpu") / 1000
     noise = torch.ones_like(candidates)  # 1 - g, what is left of it on the way
     for _ in range(steps):

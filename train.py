@@ -4,7 +4,8 @@
     torchrun train.py --enc dc_f32c32 --loss eqm --data DIR               # one GPU
     torchrun --nproc_per_node=8 train.py --enc dc_f32c32 --loss fm --data DIR --compile    # one node
 
-The objective is SSDD's (arXiv 2510.04961): FM or EqM + 0.5 LPIPS + 0.25 REPA + 1e-6 KL. Everything random - data order,
+The objective is SSDD's (arXiv 2510.04961), with EqM in the place of FM if you like: FM or EqM + 0.5 LPIPS + 0.25 REPA
++ 1e-6 KL. Everything random - data order,
 crops, noise, levels, posterior draws - is a function of (seed, step, sample), so a run does not depend on processes,
 micro-batches or interruptions.
 Writes to --out: model.safetensors (EMA weights), best.safetensors (those of the best evaluation), latest.pt and
@@ -110,7 +111,8 @@ def get_args(argv=None):
     add = p.add_argument_group("objective").add_argument
     add("--loss", type=str, choices=["fm", "eqm"], default="eqm", help="flow or equilibrium matching [%(default)s]")
     add("--c", type=str, choices=["linear", "trunc", "piecewise"], default="linear",
-        help="EqM: how the field falls to zero at the data; but for linear with --linear off or encoder [%(default)s]")
+        help="EqM: how the field falls to zero at the data; trunc and piecewise need --linear off or encoder "
+        "[%(default)s]")
     add("--a", type=fraction, default=0.8, help="EqM: where trunc and piecewise begin to fall to zero [%(default)s]")
     add("--b", type=positive, default=1.4, help="EqM: piecewise's value at the noise end [%(default)s]")
     add("--lam", type=positive, default=1.0, help="EqM: scale of the field [%(default)s]")

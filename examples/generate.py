@@ -247,7 +247,7 @@ def main():
         # Forward and backward
         with autocast(device, dtype):
             v = parallel(fm_mix(x, e, t), labels, t)
-        loss = fm_loss(v, x, e)
+        loss = fm_loss(v, x, e).mean()
         loss.backward()
         norm = clip_grad_norm_(trained, args.grad_clip or float("inf"))
         mean_loss = summed(loss.detach() / world, world)

@@ -211,7 +211,7 @@ def training_step(model, lpips, batch, size, dtype, device):
 
     def step():
         with autocast(device, dtype if dtype is torch.bfloat16 else None):
-            terms, _, estimate = objective(x, e, eps, level)
+            terms, _, _, estimate = objective(x, e, eps, level)
             if lpips is not None:
                 terms["lpips"] = lpips(x, estimate).mean()
         weighted_sum(terms, weights).backward()

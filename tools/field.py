@@ -18,7 +18,7 @@ from losses import fm_mix, fm_predict_x
 from plumbing import flags
 from plumbing.files import save_grid
 from plumbing.process import guarded, setup
-from sampler import euler, image_noise
+from sampler import NEAR_SHIFT, T_SHIFT, euler, image_noise
 
 LEVELS = 6                                                   # columns, from pure noise to data
 SHOWN = (0, 1, 2, 4, 8, 16)                                  # steps after which the path is shown, one a column
@@ -27,11 +27,12 @@ ETA_LAM, MU = 0.3, 0.3                                       # Nesterov's step a
 SMALLEST_SIDE = 96                                           # pixels of the picture that an image gets at least
 
 
-def estimates(model, x, e, z, t):
-    """The image at noise times t (6,), the field there and the one-step estimate: (6, 3, H, W) each."""
+def estimates(model, x, start, z, t):
+    """The image on its way to the noise `start` at times t (6,), the field there and the one-step estimate:
+    (6, 3, H, W) each."""
     cfg = model.config
-    x, e = x.expand(LEVELS, -1, -1, -1), e.expand(LEVELS, -1, -1, -1)
-    x_t = fm_mix(x, e, t)                                    # (1 - t) x + t e, which is EqM's x_g with g = 1 - t
+    x, start = x.expand(LEVELS, -1, -1, -1), start.expand(LEVELS, -1, -1, -1)
+    x_t = fm_mix(x, start, t)                                # (1 - t) x + t e, which is EqM's x_g with g = 1 - t
     z = z.expand(LEVELS, -1, -1, -1)                         # (6, c, h, w)
     if cfg["loss"] == "fm":
         field = model.decoder(x_t, z, t).float()
@@ -41,7 +42,7 @@ def estimates(model, x, e, z, t):
     return x_t, field, eqm.predict_x(x_t, field, 1 - t)
 
 
-def euler_path(model, e, z):
+def euler_path(model, start, z):
     """FM: where 16 Euler steps are after 0, 1, 2, 4, 8, 16 of them. -> (6, 3, H, W)"""
     seen = []
 
@@ -49,14 +50,14 @@ def euler_path(model, e, z):
         seen.append(x)
         return model.decoder(x, z, t)
 
-    last, _ = euler(recorded, e, z, max(SHOWN))
+    last, _ = euler(recorded, start, z, max(SHOWN), NEAR_SHIFT if model.decoder.source else T_SHIFT)
     seen.append(last)
     return torch.cat([seen[k] for k in SHOWN])
 
 
-def nesterov_path(model, e, z):
+def nesterov_path(model, e, start, z):
     """EqM: where Nesterov's descent is after 0, 1, 2, 4, 8, 16 steps. -> (6, 3, H, W)"""
-    path, eta = [e], ETA_LAM / model.field_at_noise
+    path, eta = [start], ETA_LAM / model.field_at_noise
     for steps in SHOWN[1:]:
         x, _ = model.sample(z, steps, e, method="nesterov", mu=MU, eta=eta, last_eta=eta)  # which does not land
         path.append(x)
@@ -76,12 +77,13 @@ def show_field(model, dataset, i, seed, device, out):
     x = image[None].to(device)                               # (1, 3, H, W)
     e = image_noise(seed, [i], x.shape[1:]).to(device)
     z = model.encode(x).mode()                               # (1, c, h, w)
+    start = model.decoder.noise_end(e, model.decoder.condition(z, *x.shape[2:]))
     fm = model.config["loss"] == "fm"
     # Beside a linear base FM's velocity is (D - x_t) / t, and nothing at t = 0.
     least = LEAST_TIME if fm and model.decoder.base is not None else 0.0
     t = torch.linspace(1, least, LEVELS).to(device)
-    x_t, field, estimate = estimates(model, x, e, z, t)
-    path = euler_path(model, e, z) if fm else nesterov_path(model, e, z)
+    x_t, field, estimate = estimates(model, x, start, z, t)
+    path = euler_path(model, start, z) if fm else nesterov_path(model, e, start, z)
 
     rms = field.square().mean((1, 2, 3)).sqrt()              # (6,)
     for j, steps in enumerate(SHOWN):

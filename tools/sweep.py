@@ -28,7 +28,7 @@ from evaluate import (
 from plumbing import flags
 from plumbing.files import strict, write_text
 from plumbing.process import guarded, setup
-from sampler import default_steps
+from sampler import T_SHIFT, default_steps
 from tools.compare import check_plot, save_figure
 
 COUNTS = [1, 2, 3, 4, 8, 16, 25]                             # numbers of steps
@@ -36,7 +36,6 @@ MOMENTA = (0.3, 0.6, 0.9)                                    # Nesterov's mu
 FIRST_POWERS = (0, 1, -1, -2, -4)                            # of 2, times the default step size: where to look at all
 REFINEMENTS = (1, 1 / 2, 1 / 4, 1 / 8)                       # then by these powers of 2 up and down
 TOLERANCES = (0.2, 0.1, 0.05, 0.02)                          # of the adaptive stop
-T_SHIFT = 4.0                                                # sampler.euler's default exponent of the time grid
 PLOTTED = {"psnr": "PSNR, dB", "hf": "HF ratio", "lpips_vgg": "LPIPS vgg", "rfid": "rFID"}
 
 
