@@ -69,14 +69,14 @@ class OneStep(nn.Module):
 
     def __init__(self, student, repa):
         super().__init__()
-        self.decoder, self.eqm, self.repa = student.decoder, student.eqm, repa
+        self.decoder, self.eqm, self.repa, self.loss = student.decoder, student.eqm, repa, student.config["loss"]
 
     def forward(self, z, e, target):
         """z latents, e noise (B, 3, H, W), target x_T (B, 3, H, W) -> ({name: scalar}, one-step estimate)."""
         # Pure noise is level t = 1 of FM, g = 0 of EqM.
         level = torch.full((len(e),), 1.0 if self.eqm is None else 0.0, device=e.device)
         losses, estimate, tokens = matching(self.decoder, self.eqm, target, e, z, level)
-        terms = {"fm" if self.eqm is None else "eqm": losses.mean()}
+        terms = {self.loss: losses.mean()}
         if self.repa is not None:
             terms["repa"] = self.repa(tokens, target)
         return terms, estimate
@@ -136,7 +136,7 @@ def main():
     if args.compile:
         compile_blocks(teacher)
         compile_blocks(student.decoder)
-    weights = {"fm": 1.0, "eqm": 1.0, "lpips": args.w_lpips, "repa": args.w_repa}
+    weights = {teacher.config["loss"]: 1.0, "lpips": args.w_lpips, "repa": args.w_repa}
     objective = OneStep(student, repa).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizers = make_optimizers(trained, args.optimizer, args.lr, args.weight_decay, device)

@@ -377,7 +377,7 @@ def new_model(args):
     linear_encoder, linear_decoder = LINEAR[args.linear]
     _, downscale, z_dim = parse_name(args.enc)
     coefficients = z_dim
-    if args.enc_ckpt or not linear_encoder:  # latents of somebody's own, which the linear code does not know
+    if args.enc_ckpt:  # latents of somebody's own, which the linear code does not know: the decoder is fitted to them
         linear_encoder = False
         coefficients = min(FITTED_COEFFICIENTS * z_dim, 3 * downscale**2)
     return DCSSDAE(args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, window=args.window, c=args.c,
@@ -478,6 +478,10 @@ class Objective(nn.Module):
 
 
 def weighted_sum(terms, weights):
+    """The loss that trains. KeyError for a term without a weight."""
+    unknown = terms.keys() - weights.keys()
+    if unknown:
+        raise KeyError(f"no weight for the loss terms {unknown}")
     return sum(weight * terms[name] for name, weight in weights.items() if name in terms)
 
 

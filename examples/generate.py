@@ -211,15 +211,14 @@ def main():
         raise ValueError(f"--eval_images {args.eval_images} must be at least one for each of the {world} processes")
     tokenizer = DCSSDAE.load(args.ckpt, device)
     latents = open_latents(args, tokenizer)
-    features = reference = None
-    if args.features:
-        features = load_features(args.features).to(device)
-        reference = statistics_of_originals(latents, features, args, rank, world, device)
-
     checkpoint, evaluated = open_run(args, rank, world)
     if checkpoint:
         compare_flags(checkpoint, args, ("width", "depth"), len(latents))
     model = DiT(latents.shape, args.width, args.depth, latents.classes).to(device)
+    features = reference = None
+    if args.features:
+        features = load_features(args.features).to(device)
+        reference = statistics_of_originals(latents, features, args, rank, world, device)
     ema = copy.deepcopy(model).requires_grad_(False)
     trained = list(model.parameters())
     optimizers = make_optimizers(trained, args.optimizer, args.lr, args.weight_decay, device)
