@@ -2377,8 +2377,8 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
 
 def test_the_deep_preset_and_progress_in_a_log_file(tmp_path, smallest):
     output = command("train.py", "--preset", "deep", "--batch_size", 1, "--steps", 12, "--eval_images", 2,
-                     "--log_every", 1, "--enc_width", 0.0625, "--depth", 0, "--device", "cpu", "--dtype", "float32", "--workers", 0,
-                     "--out", tmp_path / "r")
+                     "--log_every", 1, "--enc_width", 0.0625, "--depth", 0, "--device", "cpu", "--dtype", "float32",
+                     "--workers", 0, "--out", tmp_path / "r")
     assert "dc_f32c32" in output and "\r" not in output and len(output.splitlines()) < 20
     _, linear, one, _ = json.loads((tmp_path / "r" / "metrics.json").read_text())["rows"]
     assert one["psnr"] > linear["psnr"] - 0.3
@@ -2859,7 +2859,8 @@ def test_distillation_brings_one_step_to_the_teacher(tmp_path, smallest, loss):
     model = DCSSDAE("dc_f8c4", "XS", loss, 0.0625, depth=1, input_skip=True, notes={"size": 16, "w_lpips": 0})
     randomise(model, scale=0.7).save(tmp_path / "t.safetensors")
     command(distill, "--ckpt", tmp_path / "t.safetensors", *DISTILL, "--steps", 14, "--batch_size", 8,
-            "--teacher_steps", 4, "--lr", 1e-3, "--warmup", 0, "--decay", 0, "--ema", 0.8, "--eval_images", 8, "--out", tmp_path / "d")
+            "--teacher_steps", 4, "--lr", 1e-3, "--warmup", 0, "--decay", 0, "--ema", 0.8, "--eval_images", 8,
+            "--out", tmp_path / "d")
     distance = json.loads((tmp_path / "d" / "metrics.json").read_text())["mse_to_teacher"]
     assert distance["distilled"] < 0.8 * distance["undistilled"], distance
 

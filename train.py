@@ -116,7 +116,7 @@ def get_args(argv=None):
     add("--a", type=fraction, default=0.8, help="EqM: where trunc and piecewise begin to fall to zero [%(default)s]")
     add("--b", type=positive, default=1.4, help="EqM: piecewise's value at the noise end [%(default)s]")
     add("--lam", type=positive, default=1.0, help="EqM: scale of the field [%(default)s]")
-    add("--source", type=not_negative, default=0.0, help="with a linear decoder: noise around the linear image, of this "
+    add("--source", type=not_negative, default=0.0, help="with a linear decoder: noise around the linear image, this "
         "many times its local contrast (0.5 at f8c16, 1.2 at f32c32); 0: noise N(0, I) [%(default)s]")
     add("--t_mean", type=float, default=0.0, help="FM: t = sigmoid(n), n ~ N(t_mean, 1); above 0 trains more on the "
         "noise end, where one step begins [%(default)s]")
