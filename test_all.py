@@ -1800,6 +1800,17 @@ def test_input_skip_is_the_field_at_the_noise_end(loss, c):
     assert torch.allclose(model.decode(torch.randn(2, 4, 2, 2)), torch.full((2, 3, 32, 32), 0.5), atol=1e-5)
 
 
+def test_a_step_size_alone_keeps_the_last_step():
+    """Which lands on the estimate: without it the noise that a step of eta leaves stays in the image."""
+    model = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1, lam=2.0, input_skip=True, linear_encoder=True,
+                    linear_decoder=4).eval()
+    z, noise = torch.randn(1, 4, 2, 2), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        alone, landing, without = (model.decode(z, 4, noise, eta=0.1, **options)
+                                   for options in ({}, {"last_eta": 0.5}, {"last_eta": 0.1}))
+    assert torch.equal(alone, landing) and (alone - without).abs().mean() > 0.1
+
+
 @pytest.mark.parametrize("c", ["linear", "trunc", "piecewise"])
 @pytest.mark.parametrize("lam", [1.0, 4.0])
 def test_default_step_sizes_end_on_the_data(c, lam):
