@@ -1,6 +1,6 @@
 """The method in two dimensions: flow matching (FM) and equilibrium matching (EqM) side by side, in one picture.
 
-    python -m examples.toy                  # writes toy.png in about ten seconds of a CPU core; needs matplotlib
+    python -m examples.toy                  # writes toy.png in about half a minute of a CPU core; needs matplotlib
 
 An "image" is a point (x1, x2) of a circle, its latent is z = x1. Two images fit a latent, (x1, s) and (x1, -s), as many
 fit that of a real picture: what the latent does not say is left to the decoder. Losses and samplers are those of
@@ -12,7 +12,6 @@ losses.py and sampler.py; to them a point is an image of one pixel and two chann
   4  the decoder's one step (red), its many (grey), and the one step of a student distilled from the many (blue)
 """
 import copy
-import math
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ EQM = EqM("linear")             # the field's length is c(g) = 1 - g times that 
 
 def draw_images(n):
     """n points of the circle (n, 2, 1, 1), their latents (n, 1, 1, 1), and noise like the points."""
-    angle = 2 * math.pi * torch.rand(n)
+    angle = 2 * torch.pi * torch.rand(n)
     x = RADIUS * torch.stack([angle.cos(), angle.sin()], dim=1)[..., None, None]
     return x, x[:, :1], torch.randn(n, 2, 1, 1)
 
@@ -138,6 +137,7 @@ def show(axes, decoder, student):
 
 def main():
     import matplotlib.pyplot as plt
+    torch.set_num_threads(1)  # more only wait for one another on tensors so small
     figure, rows = plt.subplots(2, 4, figsize=(16, 8.4), layout="constrained")
     for has_time, axes in zip((True, False), rows):
         torch.manual_seed(0)
