@@ -1,6 +1,6 @@
 """Tests of what users rely on: the mathematics, equivalences, parity with independent implementations, every command.
 
-    python -m pytest                        # no network, no GPU; about five minutes
+    python -m pytest                        # no network, no GPU; 10 to 20 minutes on one core
     python -m pytest test_all.py -k slow & python -m pytest -k "not slow" && wait $!    # on two cores
 
 Tests that compare with another library are skipped where it is not installed. Networks whose weights would have to be
