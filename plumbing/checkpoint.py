@@ -161,6 +161,7 @@ class Run:
             batch = next(batches)
         except Exception as error:  # noqa: BLE001 whatever it is, the work is saved first
             problem = error
+            print(f"error in reading images, saving first: {first_line(error)}", file=sys.stderr, flush=True)
         if hasattr(signal, "SIGCHLD"):  # torch tells of a dead reader in the midst of a step, which then cannot save:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so next() finds it
         # Between CPUs: no GPU waits for it.
@@ -267,6 +268,8 @@ class Run:
         if self.world > 1:
             dist.barrier()
         outcome = "and saved" if self.saved == self.done else "without saving, as the last steps were skipped"
+        if self.done == 0:
+            outcome = "with nothing to save yet"
         if self.rank == 0:
             print(f"stopped after step {self.done} {outcome}: continue with the same command and --resume")
         sys.exit(128 + (self.stop.received or signal.SIGTERM))
