@@ -15,6 +15,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import os
 from contextlib import nullcontext
 
@@ -225,8 +226,6 @@ def run_arguments(p):
 
 
 def check_args(args):
-    if args.phase in (2, 3) and not (args.init_from or args.resume):
-        raise ValueError(f"--phase {args.phase} goes on from a trained model: give --init_from FILE")
     if args.freeze_enc and (args.phase == 2 or not (args.enc_ckpt or args.init_from)):
         raise ValueError("--freeze_enc needs an encoder, given by --enc_ckpt FILE, and not --phase 2, which adapts it")
     if LINEAR[args.linear][1] and args.loss == "eqm" and args.c != "linear":
@@ -338,8 +337,8 @@ def validate(run, ema, val, networks, dtype, steps):
                           world=run.world)
         if run.rank == 0:
             write_results(result, run.args.out)  # before anything else can fail
-            run.log.write(run.done, result["pictures"], eval=result["rows"])
             keep_best(run, ema, result)
+            run.log.write(run.done, result["pictures"], eval=result["rows"])  # now a resumed run takes it for done
             baseline, linear, first, *_ = result["rows"]
             tqdm.write(f"step {run.done}: PSNR {first['psnr']:.2f} dB in {first['name']}, linear code "
                        f"{linear['psnr']:.2f}, baseline {baseline['psnr']:.2f} on {result['images']} images")
@@ -353,13 +352,15 @@ def keep_best(run, ema, result):
     row = min(result["rows"][len(REFERENCES):], key=lambda row: row["steps"])
     metric = next(name for name in ("rfid", "lpips_vgg", "psnr") if name in row)
     protocol = {"metric": metric, "images": result["images"], "size": run.args.size, "decoding_steps": row["steps"]}
+    if row[metric] is None or math.isnan(row[metric]):
+        return
     best = {}
     if os.path.exists(path):
         with safe_open(path, framework="pt") as file:
             best = json.loads(file.metadata()["config"])["notes"]["best"]
     if all(best.get(name) == value for name, value in protocol.items()):
         is_better = row[metric] > best["value"] if metric == "psnr" else row[metric] < best["value"]
-        if not is_better:  # nor where it is NaN
+        if not is_better:
             return
     if not is_finite(ema):
         return
@@ -511,6 +512,8 @@ def main():
 
     # Model
     checkpoint, evaluated = open_run(args, rank, world)
+    if args.phase in (2, 3) and not (checkpoint or args.init_from):
+        raise ValueError(f"--phase {args.phase} goes on from a trained model: give --init_from FILE")
     model = first_model(args, checkpoint)
     check_size(args.size, model)
     model.to(device, memory_format=torch.channels_last)
@@ -631,8 +634,8 @@ def main():
         run.finish_step(totals, norm, good, index, by_level)
 
     run.bar.close()
+    unreadable = int((summed(dataset.skipped.int(), world) > 0).sum())  # by any process
     if rank == 0:
-        unreadable = int(dataset.skipped.sum())
         if unreadable:
             print(f"warning: {unreadable} unreadable images were replaced by others in training")
         print_table(result)

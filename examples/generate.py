@@ -224,6 +224,7 @@ def main():
     optimizers = make_optimizers(trained, args.optimizer, args.lr, args.weight_decay, device)
     parts = {"model": model, "ema": ema, "optimizer": None, "muon": None, **optimizers}
     run = Run(args, rank, world, device, parts, latents, checkpoint)
+    del checkpoint
     average = Average(ema, model)
     parallel = data_parallel(model, world)
     batches = iter(TrainBatches(len(latents), args.batch_size, args.seed, rank, world, run.done))

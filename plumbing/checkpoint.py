@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch import nn
 
 from plumbing.files import UNFINISHED, whole
 from plumbing.log import Clock, Log, last_evaluation, progress
-from plumbing.process import StopSignal, first_line, gathered, raise_together, say, summed
+from plumbing.process import StopSignal, first_line, gathered, raise_together, say, summed, tell
 
 WRITTEN = ("latest.pt", "previous.pt", "model.safetensors", "best.safetensors", "metrics.json", "reconstructions.png",
            "log.jsonl")
@@ -68,7 +69,7 @@ def newest_checkpoint(out, resume):
         try:
             load_checkpoint(path)
             return path
-        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError, EOFError) as error:
+        except DAMAGED as error:
             os.replace(path, f"{path}.damaged")
             damaged.append(f"{path} ({first_line(error)})")
             say(f"warning: damaged, now called {name}.damaged: {damaged[-1]}")
@@ -81,13 +82,22 @@ def newest_checkpoint(out, resume):
     return None
 
 
+# What reading a damaged archive raises.
+DAMAGED = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, ValueError, LookupError, EOFError)
+
+
 def load_checkpoint(path):
     """-> the checkpoint's dict, with maps of the file for tensors: all processes of a machine share one copy."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()  # checksums, which maps go without
     if damaged:
         raise zipfile.BadZipFile(damaged)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" in str(error):  # no memory, or a disk without maps: that says nothing about the file
+            raise OSError(f"{path}: {first_line(error)}") from None
+        raise
 
 
 held_locks = []  # a lock ends with its file object
@@ -143,7 +153,7 @@ class Run:
         if checkpoint:
             restore(parts, checkpoint)
             self.done, self.skipped = checkpoint["step"], checkpoint["skipped"]
-            self.by_level = checkpoint["by_level"].to(device)
+            self.by_level = checkpoint["by_level"].to(device, copy=True)  # or it would stay a map of the file
         self.saved, self.save_is_due = self.done, False
         # Counted on the device, and read with the other numbers: skipped steps since the last reading, and in a row.
         self.bad_steps = torch.zeros(2, dtype=torch.int64, device=device)
@@ -161,7 +171,7 @@ class Run:
             batch = next(batches)
         except Exception as error:  # noqa: BLE001 whatever it is, the work is saved first
             problem = error
-            print(f"error in reading images, saving first: {first_line(error)}", file=sys.stderr, flush=True)
+            tell(f"error in reading images, saving first: {first_line(error)}")
         if hasattr(signal, "SIGCHLD"):  # torch tells of a dead reader in the midst of a step, which then cannot save:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so next() finds it
         # Between CPUs: no GPU waits for it.
@@ -238,15 +248,19 @@ class Run:
             if isinstance(part, nn.Module) and not is_finite(part):
                 raise ValueError(f"after step {self.done} the weights of the part '{name}' are not finite and not "
                                  "saved: lower --lr and continue with --resume")
+        problem = None
+        if self.rank == 0:
+            ema = self.parts["ema"]
+            state = {"step": self.done, "skipped": self.skipped, "args": vars(self.args), "images": len(self.dataset),
+                     "by_level": self.by_level, "config": ema.config}
+            for name, part in self.parts.items():
+                state[name] = None if part is None else part.state_dict()
+            try:
+                save_checkpoint(self.args.out, state, ema)
+            except OSError as error:
+                problem = error
+        raise_together(problem, self.world)
         self.save_is_due, self.saved = False, self.done
-        if self.rank > 0:
-            return
-        ema = self.parts["ema"]
-        state = {"step": self.done, "skipped": self.skipped, "args": vars(self.args), "images": len(self.dataset),
-                 "by_level": self.by_level, "config": ema.config}
-        for name, part in self.parts.items():
-            state[name] = None if part is None else part.state_dict()
-        save_checkpoint(self.args.out, state, ema)
 
     def save_before(self):
         """Save what has been done since the last save, unless the last steps were skipped."""
@@ -284,10 +298,14 @@ def restore(parts, checkpoint):
                              "use the flags of the first call, and give it the same networks")
         if part is None:
             continue
-        if isinstance(part, torch.optim.Optimizer):
-            # It keeps the tensors that it is given, here maps of the file. Rates and decays are this call's flags.
-            state = {"state": copy.deepcopy(state["state"]), "param_groups": part.state_dict()["param_groups"]}
         try:
+            if isinstance(part, torch.optim.Optimizer):
+                # Rates and decays are this call's flags; which weights there were is the file's, and torch compares.
+                groups = []
+                for now, then in zip(part.state_dict()["param_groups"], state["param_groups"], strict=True):
+                    groups.append(now | {"params": then["params"]})
+                # It keeps the tensors that it is given, here maps of the file.
+                state = {"state": copy.deepcopy(state["state"]), "param_groups": groups}
             part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"--resume: the part '{name}' of the checkpoint does not fit ({first_line(error)}): use "
@@ -296,12 +314,15 @@ def restore(parts, checkpoint):
 
 def save_checkpoint(out, state, ema):
     """The model `ema` to model.safetensors, `state` to latest.pt, and the one before that to previous.pt: at every
-    moment a complete checkpoint is there. OSError says that the disk is full, say; nothing is lost."""
-    latest, previous = os.path.join(out, "latest.pt"), os.path.join(out, "previous.pt")
+    moment a complete checkpoint is there. OSError says that the disk is full, say; the ones before stay."""
+    # Of links the targets: a link that were moved would leave both names with one target.
+    latest, previous = (os.path.realpath(os.path.join(out, name)) for name in ("latest.pt", "previous.pt"))
     try:
         with whole(latest) as temporary:
             with open(temporary, "wb") as file:
                 torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())  # before the one that it follows is moved
             ema.save(os.path.join(out, "model.safetensors"))
             if os.path.exists(latest):
                 os.replace(latest, previous)

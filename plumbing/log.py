@@ -1,4 +1,5 @@
 """What a run tells: progress bars, log.jsonl, and the same on TensorBoard and Weights & Biases."""
+import contextlib
 import json
 import os
 import sys
@@ -72,11 +73,17 @@ class Log:
 
 
 def read_lines(path):
-    """The whole lines of a log; the last one may have been cut off."""
+    """The whole lines of a log. A full disk cuts lines off, which the next one is then appended to."""
+    lines = []
     if not os.path.exists(path):
-        return []
-    with open(path) as file:
-        return [line for line in file if line.endswith("}\n")]
+        return lines
+    with open(path, errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                json.loads(line)["step"]
+                if line.endswith("\n"):
+                    lines.append(line)
+    return lines
 
 
 def last_evaluation(out, done):
@@ -115,6 +122,6 @@ class Clock:
 
     def rate(self, images):
         now = time.monotonic() - self.paused
-        rate = (images - self.images) / (now - self.at)
+        rate = (images - self.images) / max(now - self.at, 1e-6)  # Windows' clock stands still for 15 ms
         self.images, self.at = images, now
         return rate

@@ -200,10 +200,16 @@ def kill_workers():
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
 
-def say(line):
-    """Print a line on stderr, in the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
+def tell(line):
+    """Print a line on stderr. A terminal that is gone ends nothing: what comes next may be a save."""
+    with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
+
+
+def say(line):
+    """`tell` in the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        tell(line)
 
 
 def first_line(error):
@@ -229,7 +235,7 @@ def guarded(main):
         if isinstance(error, torch.OutOfMemoryError):
             hint = ": out of memory: use a smaller --batch_size, or in training --micro_batch or --checkpointing"
         sys.exit(f"error: {first_line(error) if hint else error}{hint}")
-    finally:
+    else:  # not after an error: on GPUs it waits for the other processes, which wait for this one
         if dist.is_initialized():
             dist.destroy_process_group()
 

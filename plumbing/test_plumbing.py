@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from plumbing import checkpoint, files, flags, log, process
+from plumbing import checkpoint, files, flags, log, optim, process
 from plumbing.checkpoint import WRITTEN, load_checkpoint, newest_checkpoint, save_checkpoint
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, locks and limits are POSIX's")
@@ -520,3 +521,54 @@ def test_parts_that_do_not_fit_a_checkpoint_are_refused():
                           ({"gan": {}}, "begun with the part 'gan'"), ({"optimizer": None}, "begun without the part")):
         with pytest.raises(ValueError, match=words):
             checkpoint.restore(parts, good | change)
+
+
+def test_a_resumed_optimiser_must_train_the_same_weights():
+    """Moments of others would be taken for theirs: torch compares numbers of weights, where it is asked to."""
+    layers = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    whole, same = (optim.make_optimizers([*layers.parameters()], "adamw", lr, 0.1, torch.device("cpu"))["optimizer"]
+                   for lr in (1e-3, 5e-4))
+    for p in layers.parameters():
+        p.grad = torch.ones_like(p)
+    whole.step()
+    checkpoint.restore({"optimizer": same}, {"optimizer": whole.state_dict()})
+    assert same.param_groups[0]["lr"] == 5e-4 and same.state[layers[0].weight]["exp_avg"].shape == (8, 16)
+    part = optim.make_optimizers([*layers[1].parameters()], "adamw", 1e-3, 0.1, torch.device("cpu"))["optimizer"]
+    with pytest.raises(ValueError, match="the part 'optimizer' of the checkpoint does not fit"):
+        checkpoint.restore({"optimizer": part}, {"optimizer": whole.state_dict()})
+
+
+def test_lines_of_a_log_that_a_full_disk_has_cut(tmp_path):
+    whole = '{"step": 1, "loss": 1.0}\n', '{"step": 4, "eval": []}\n'
+    cut = '{"step": 2, "lo{"step": 3, "loss": 1.0}\n', "\0\0\0}\n"
+    (tmp_path / "log.jsonl").write_text(whole[0] + "".join(cut) + whole[1] + '{"step": 5}')
+    assert log.read_lines(tmp_path / "log.jsonl") == [*whole] and log.last_evaluation(tmp_path, 9) == 4
+
+
+def test_a_linked_checkpoint_is_not_lost(tmp_path):
+    """The link stays, its target is the new one, and the old one is previous.pt."""
+    class Average(nn.Module):
+        def save(self, path):
+            Path(path).write_text("weights")
+
+    target = tmp_path / "elsewhere.pt"
+    torch.save({"step": 1}, target)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest.pt").symlink_to(target)
+    checkpoint.save_checkpoint(tmp_path / "run", {"step": 2}, Average())
+    steps = [torch.load(tmp_path / "run" / name)["step"] for name in ("latest.pt", "previous.pt")]
+    assert steps == [2, 1] and (tmp_path / "run" / "latest.pt").is_symlink()
+
+
+def test_what_says_nothing_about_a_checkpoint(tmp_path, monkeypatch):
+    """No memory for a map of the file is no damage: it keeps its name, and the run ends."""
+    path = tmp_path / "latest.pt"
+    torch.save({"step": 1}, path)
+
+    def load(*arguments, **options):
+        raise RuntimeError("unable to mmap 64 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        checkpoint.newest_checkpoint(tmp_path, True)
+    assert path.exists()
