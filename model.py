@@ -613,6 +613,11 @@ class DCSSDAE(nn.Module):
     def downscale(self):
         return self.encoder.downscale
 
+    @property
+    def t_shift(self):
+        """The sampling times' exponent where none is given: sampler.noise_times."""
+        return sampler.NEAR_SHIFT if self.decoder.source else sampler.T_SHIFT
+
     @torch.no_grad()
     def retargeted(self, loss, source):
         """A copy to be trained on for another loss, which it fits at once but for a new time's use, or from another
@@ -686,16 +691,15 @@ class DCSSDAE(nn.Module):
         def field(x, condition, t=None):
             return self.decoder(x, t=t, condition=condition)
 
-        start, is_near = self.decoder.noise_end(noise, condition), self.decoder.source > 0
+        start = self.decoder.noise_end(noise, condition)
+        t_shift = options.pop("t_shift", self.t_shift)
         if loss == "fm":
-            options = {"t_shift": sampler.NEAR_SHIFT if is_near else sampler.T_SHIFT} | options
             if options.pop("method", "euler") != "euler":
                 raise ValueError("flow matching is sampled with the method euler alone")
-            return sampler.euler(field, start, condition, steps, **options)
+            return sampler.euler(field, start, condition, steps, t_shift)
         method = options.pop("method", "nesterov" if "mu" in options else "gd")
         if method not in ("gd", "nesterov") or (method == "gd" and "mu" in options):
             raise ValueError(f"unknown sampling method '{method}': expected gd, or nesterov, which alone takes mu")
-        t_shift = options.pop("t_shift", sampler.NEAR_SHIFT if is_near else None)
         options = sampler.default_steps(self.eqm, steps, t_shift) | options
         descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
         return descend(field, start, condition, steps, lam=self.eqm.lam, **options)
