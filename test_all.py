@@ -4160,3 +4160,148 @@ def test_the_notebook_runs_without_a_network(tmp_path, offline, monkeypatch):
     pictures = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
                 if "image/jpeg" in output.get("data", {})]
     assert len(pictures) == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents that generators learn sooner: noise, nested channels, smaller images, likeness to a vision network
+
+def test_draws_of_latents_are_a_function_of_seed_step_and_row():
+    def drawn(rows, seed=0, step=5):
+        return losses.draw_latent(seed, step, rows, (4, 2, 2), torch.device("cpu"), 0.8, [1, 2])
+
+    noise, shown = drawn(range(6))
+    for part, first, last in zip((noise, shown), drawn(range(2)), drawn(range(2, 6))):
+        assert torch.equal(part, torch.cat([first, last]))
+    assert not torch.equal(noise, drawn(range(6), step=6)[0]) and not torch.equal(noise, drawn(range(6), seed=1)[0])
+    noise, shown = drawn(range(1500))
+    assert all(abs((shown == k).float().mean() - 1 / 3) < 0.05 for k in (1, 2, 4))
+    assert abs(noise.std() - 0.8) < 0.05  # E sigma^2 = tau^2
+    deviation = noise.flatten(1).square().mean(1).sqrt()
+    assert abs(deviation.mean() - 0.8 * math.sqrt(2 / math.pi)) < 0.05  # E |N(0, tau^2)|
+    assert losses.draw_latent(0, 5, range(2), (4, 2, 2), torch.device("cpu")) == (None, None)
+
+    sides = [losses.draw_side(0, step, 128, 16, 0.5) for step in range(600)]
+    assert set(sides) == {32, 64, 96, 128} and abs(sides.count(128) / 600 - 0.5) < 0.07
+    assert {losses.draw_side(0, step, 128, 16) for step in range(50)} == {128}
+    assert losses.smaller_sides(64, 32) == [32] and losses.smaller_sides(32, 8) == [24]
+    assert losses.smaller_sides(32, 32) == []
+
+
+def test_what_the_decoder_sees_of_a_latent(smallest, monkeypatch):
+    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4)
+    model.decoder.norm_z.running_var.copy_(torch.tensor([4.0, 1.0, 1.0, 9.0]))
+    seen = []
+
+    def matching(decoder, eqm, x, e, z, level):
+        seen.append((x, z))
+        return losses.matching(decoder, eqm, x, e, z, level)
+
+    monkeypatch.setattr(train, "matching", matching)
+    objective = train.Objective(model, None)
+    x, e, eps = demo_batch(2, 32), torch.randn(2, 3, 32, 32), torch.randn(2, 4, 4, 4)
+    noise, level = torch.randn(2, 4, 4, 4), torch.tensor([0.2, 0.7])
+    _, _, z, _ = objective(x, e, eps, level)
+    _, _, known, _ = objective(x, e, eps, level, noise, torch.tensor([1, 4]))
+    assert torch.equal(seen[0][1], z) and torch.equal(z, known)  # what the statistics are of has no noise
+    wanted = z + noise * torch.tensor([2.0, 1.0, 1.0, 3.0])[:, None, None]
+    wanted[0, 1:] = 0
+    assert torch.allclose(seen[1][1], wanted)
+
+    # A linear code of flat images commutes with shrinking them: what is decoded is the code of the smaller image
+    flat = torch.tensor([[0.5, -0.25, 0.1], [0.0, 1.0, -1.0]])[:, :, None, None].expand(2, 3, 32, 32).contiguous()
+    _, _, _, estimate = objective(flat, e[..., :24, :24], torch.zeros_like(eps), level)
+    small, z = seen[2]
+    assert torch.allclose(small, flat[..., :24, :24], atol=1e-6)
+    assert torch.allclose(z, model.encode(small).mode(), atol=1e-5)
+    assert torch.allclose(estimate, model.decode(z, noise=e[..., :24, :24]), atol=1e-5)
+
+
+def test_fewer_channels_are_a_code_of_their_own(smallest):
+    """An untrained model's first k channels are the linear code with k numbers a cell: the order is there at first."""
+    model = DCSSDAE("dc_f8c16", "XS", enc_width=0.0625, depth=1, input_skip=True, linear_encoder=True,
+                    linear_decoder=16).eval()
+    x = demo_batch(4, 32)
+    errors = []
+    with torch.no_grad():
+        z = model.encode(x).mode()
+        for k in (1, 3, 6, 12, 16):
+            decoded = model.decode(z[:, :k])
+            assert torch.allclose(decoded, evaluate.linear_code(x, 8, k), atol=1e-4)
+            errors.append(float((decoded - x).square().mean()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
+
+
+def test_vf_closed_forms():
+    """VA-VAE's two terms: nothing within the margins; 1 - m1 for orthogonal features, 1 - m2 for pairs that differ."""
+    vf, f = losses.VFLoss(8, 8), F.normalize(torch.randn(2, 8, 2, 3), dim=1)
+    nn.init.eye_(vf.proj.weight)
+    vf.requires_grad_(False)
+    assert float(vf(3 * f, f)) == 0
+    axes = torch.eye(8)[:, :6].view(1, 8, 2, 3)
+    same = torch.eye(8)[:, 7:].view(1, 8, 1, 1).expand(1, 8, 2, 3)
+    pairs = (1 - losses.VF_PAIRS) * (6 * 6 - 6) / 36  # all but those of a place with itself
+    assert float(vf(same, axes)) == pytest.approx(1 - losses.VF_COSINE + pairs)
+    assert float(vf(f, f.repeat_interleave(2, 2).repeat_interleave(2, 3))) == pytest.approx(0, abs=1e-6)  # a finer grid
+    nearly = f + 0.3 * torch.randn_like(f) * f.square().mean().sqrt()
+    assert float(vf(nearly, f)) == 0
+
+
+@slow
+def test_training_for_a_generator(tmp_path, dino_file, smallest):
+    """All four at once; what is drawn does not depend on micro-batches; resumed as if it had not been stopped."""
+    flags = [*SMALL, "--size", 32, "--z_noise", 0.5, "--nested", 4, 8, "--p_scale", 0.5, "--w_vf", 0.1,
+             "--repa_weights", dino_file]
+    command(train, *flags, "--steps", 4, "--out", tmp_path / "whole")
+    command(train, *flags, "--steps", 4, "--out", tmp_path / "micro", "--micro_batch", 3)
+    command(train, *flags, "--steps", 2, "--out", tmp_path / "parts")
+    command(train, *flags, "--steps", 4, "--out", tmp_path / "parts", "--resume")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    whole, micro = (step_lines(tmp_path / name) for name in ("whole", "micro"))
+    for a, b in zip(whole, micro, strict=True):
+        assert b["eqm"] == pytest.approx(a["eqm"], rel=1e-3) and a["vf"] > 0
+        assert a["loss"] == pytest.approx(a["eqm"] + 0.1 * a["vf"] + 1e-6 * a["kl"], rel=1e-5)
+    assert "16 channels, of which fewer" in sentence(train, *flags, "--nested", 16, "--out", tmp_path / "n")
+    assert "no smaller ones" in sentence(train, *flags, "--size", 24, "--out", tmp_path / "n")
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderDC"])
+def test_a_peer_is_a_row_of_the_table(tmp_path, checkpoint, kind, offline, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    if kind == "AutoencoderKL":
+        network = diffusers.AutoencoderKL(block_out_channels=(32, 32, 32), layers_per_block=1, latent_channels=4,
+                                          down_block_types=("DownEncoderBlock2D",) * 3,
+                                          up_block_types=("UpDecoderBlock2D",) * 3)
+    else:
+        network = diffusers.AutoencoderDC(
+            latent_channels=4, encoder_block_out_channels=(32, 32, 32), decoder_block_out_channels=(32, 32, 32),
+            encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1), encoder_qkv_multiscales=((),) * 3, decoder_qkv_multiscales=((),) * 3)
+    network.save_pretrained(tmp_path / "peer")
+    common = ["--peer", tmp_path / "peer", "--limit", 4, "--size", 32, "--workers", 0, "--features", "--device", "cpu"]
+    output = command(evaluate, *common, "--ckpt", checkpoint, "--out", tmp_path / "both")
+    command(evaluate, *common, "--out", tmp_path / "alone")
+    both, alone = (json.loads(Path(tmp_path, name, "metrics.json").read_text()) for name in ("both", "alone"))
+    assert "numbers" in output
+    x = torch.stack([data.make_dataset("demo", 32, train=False, limit=4)[i][0] for i in range(4)])
+    with torch.no_grad():
+        code = network.eval().encode(x)
+        z = code.latent_dist.mode() if kind == "AutoencoderKL" else code.latent
+        error = (evaluate.to8bit(network.decode(z).sample) - evaluate.to8bit(x)).square().mean((1, 2, 3))
+    for rows in (both["rows"][3:], alone["rows"]):
+        assert [row["name"] for row in rows] == ["shrink/enlarge x 4", "linear code", "peer"]
+        assert rows[2]["psnr"] == pytest.approx(float(evaluate.psnr(error).mean()), abs=1e-3)
+        assert rows[2]["numbers"] == z[0].numel() == 256 and rows[2]["ms"] > 0 and rows[2]["nfe"] == 1
+    assert both["rows"][2]["numbers"] == 4 * 4 * 4 and both["rows"][2]["psnr"] != both["rows"][5]["psnr"]
+    assert evaluate.psnr((evaluate.linear_code(x, 4, 4) - x).square().mean((1, 2, 3))).mean() == pytest.approx(
+        alone["rows"][1]["psnr"], abs=0.05)
+    if kind == "AutoencoderKL":
+        shutil.copytree(tmp_path / "peer", tmp_path / "other")
+        other = json.loads((tmp_path / "peer" / "config.json").read_text()) | {"_class_name": "UNet2DModel"}
+        (tmp_path / "other" / "config.json").write_text(json.dumps(other))
+        assert "UNet2DModel" in sentence(evaluate, *common, "--peer", tmp_path / "other", "--out", tmp_path / "n")
+        assert "multiple of 4" in sentence(evaluate, *common, "--size", 34, "--out", tmp_path / "n")
+        assert "no folder" in sentence(evaluate, *common, "--peer", tmp_path / "nothing", "--out", tmp_path / "n")
+        others = bench.named_peers([str(tmp_path / "peer")])
+        assert [part[1:] for part in others.values()] == [(4, 4)]
+        monkeypatch.setitem(sys.modules, "diffusers", None)
+        assert "pip install diffusers" in sentence(evaluate, *common, "--out", tmp_path / "n")
