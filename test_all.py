@@ -4305,3 +4305,38 @@ def test_a_peer_is_a_row_of_the_table(tmp_path, checkpoint, kind, offline, monke
         assert [part[1:] for part in others.values()] == [(4, 4)]
         monkeypatch.setitem(sys.modules, "diffusers", None)
         assert "pip install diffusers" in sentence(evaluate, *common, "--out", tmp_path / "n")
+
+
+def test_a_vision_transformer_as_encoder(tmp_path, offline, smallest, monkeypatch):
+    """DINOv2's tokens, normalised, on their grid; trained with its decoder alone; rebuilt from our file without timm's.
+    """
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
+    name = "vit_small_patch14_dinov2.lvd142m"
+    reference = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
+    randomise(reference)
+    torch.save(reference.state_dict(), tmp_path / "vit.pth")
+    monkeypatch.setattr(train, "FIT_CELLS", 1)
+    common = [*TINY, "--enc", f"timm_{name}", "--size", 32, "--decay", 0, "--out"]
+    command(train, *common, tmp_path / "run", "--enc_ckpt", tmp_path / "vit.pth", "--steps", 2)
+    assert "--enc_ckpt" in sentence(train, *common, tmp_path / "n")  # timm's own weights cannot be had
+    assert "does not hold the weights" in sentence(train, *common, tmp_path / "n", "--enc_ckpt",
+                                                   tmp_path / "run" / "model.safetensors")
+    model = DCSSDAE.load(tmp_path / "run" / "model.safetensors")
+    assert (model.downscale, model.encoder.z_dim, model.config["enc"]) == (16, 384, f"timm_{name}")
+
+    x = demo_batch(2, 64)[..., :48]
+    mean, std = (torch.tensor(reference.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    reference.norm = nn.Identity()
+    with torch.no_grad():
+        small = F.interpolate((x + 1) / 2, size=(56, 42), mode="bicubic", antialias=True)  # 14 pixels a cell of 16
+        tokens = reference.forward_features((small - mean) / std)[:, 1:]                  # (2, 4 * 3, 384)
+        z = model.encode(x).mode()
+    wanted = F.layer_norm(tokens, (384,), eps=1e-6)
+    assert z.shape == (2, 384, 4, 3) and relative_error(z, wanted.mT.unflatten(2, (4, 3))) < 1e-5
+    assert z.mean(1).abs().max() < 1e-5 and (z.square().mean(1) - 1).abs().max() < 1e-3
+    assert model.decode(z).shape == x.shape
+    assert model.decoder.base.weight.abs().max() > 0 and model.decoder.base.out_channels == 3 * 16**2
+    for bad, words in (("timm_nothing", "no network nothing"), ("timm_vgg11", "no vision transformer")):
+        with pytest.raises(ValueError, match=words):
+            make_encoder(bad)

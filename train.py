@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import make_dataset, make_loader, parts_taken
-from encoder import parse_name
+from encoder import TIMM, parse_name
 from evaluate import REFERENCES, evaluate, print_table, write_results
 from fid import load_metrics
 from losses import (
@@ -111,7 +111,8 @@ def get_args(argv=None):
 
     add = p.add_argument_group("model").add_argument
     add("--enc", metavar="NAME", type=str, default="dc_f32c32",
-        help="(vq|dc|dcae)_f<8|16|32|64|128>c<channels>, or dcae_f32c32_sana [%(default)s]")
+        help="(vq|dc|dcae)_f<8|16|32|64|128>c<channels>, dcae_f32c32_sana, or timm_NAME, a frozen vision transformer "
+        "with the weights of --enc_ckpt or timm [%(default)s]")
     add("--enc_width", type=positive, default=1.0,
         help="multiplies the encoder's widths; to teach: 0.125 [%(default)s]")
     add("--enc_ckpt", metavar="FILE", type=str, help="start the encoder from a file or hf://owner/repo/file (README)")
@@ -167,6 +168,7 @@ def get_args(argv=None):
         if getattr(args, name) != value and name not in RETARGETED:
             raise ValueError(f"--init_from {args.init_from} holds a model with --{name} {value}, but "
                              f"{getattr(args, name)} was given: leave it out, the file decides")
+    args.freeze_enc |= args.enc.startswith(TIMM)
     if not args.out:
         name = f"{args.preset or args.enc}_{args.loss}"
         if args.phase:
@@ -251,7 +253,7 @@ def run_arguments(p):
 
 
 def check_args(args):
-    if args.freeze_enc and (args.phase == 2 or not (args.enc_ckpt or args.init_from)):
+    if args.freeze_enc and (args.phase == 2 or not (encoder_is_given(args) or args.init_from)):
         raise ValueError("--freeze_enc needs an encoder, given by --enc_ckpt FILE, and not --phase 2, which adapts it")
     if LINEAR[args.linear][1] and args.loss == "eqm" and args.c != "linear":
         raise ValueError(f"--c {args.c} needs --linear off or encoder: beside a linear decoder the field is "
@@ -264,6 +266,11 @@ def check_args(args):
     if args.p_scale and not smaller_sides(args.size, downscale):
         raise ValueError(f"--p_scale: images of {args.size} px have no smaller ones of whole cells of {downscale} px: "
                          "give a larger --size")
+
+
+def encoder_is_given(args):
+    """Latents of somebody's own, which the linear code does not know: the decoder is fitted to them."""
+    return bool(args.enc_ckpt) or args.enc.startswith(TIMM)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,7 +416,7 @@ def new_model(args):
     linear_encoder, linear_decoder = LINEAR[args.linear]
     _, downscale, z_dim = parse_name(args.enc)
     coefficients = z_dim
-    if args.enc_ckpt:  # latents of somebody's own, which the linear code does not know: the decoder is fitted to them
+    if encoder_is_given(args):
         linear_encoder = False
         coefficients = min(FITTED_COEFFICIENTS * z_dim, 3 * downscale**2)
     return DCSSDAE(args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, window=args.window, c=args.c,
@@ -424,7 +431,9 @@ def first_model(args, checkpoint):
     model = DCSSDAE.load(args.init_from) if args.init_from else new_model(args)
     if any(model.config[name] != getattr(args, name) for name in RETARGETED):
         model = model.retargeted(args.loss, args.source)
-    if args.enc_ckpt:
+    if args.enc.startswith(TIMM) and not args.init_from:
+        model.encoder.read_weights(args.enc_ckpt and local_file(args.enc_ckpt))
+    elif args.enc_ckpt:
         model.load_published(args.enc_ckpt, part="encoder")
     return model
 
@@ -567,7 +576,7 @@ def main():
     dataset, val = open_data(args, world)
     if checkpoint:
         compare_flags(checkpoint, args, MODEL_FLAGS, len(dataset))
-    elif args.enc_ckpt and not args.init_from and model.config["linear_decoder"]:
+    elif encoder_is_given(args) and not args.init_from and model.config["linear_decoder"]:
         model.fit_linear_decoder(fit_images(dataset, model, args, device))
 
     # Objective and optimisers
