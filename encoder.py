@@ -15,7 +15,7 @@ Convention: images (B, 3, H, W) in [-1, 1], H and W multiples of the downscale f
 import math
 import os
 import re
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -532,6 +532,13 @@ class TimmEncoder(nn.Module):
         return point_mass(tokens.mT.unflatten(2, grid).float())
 
 
+@cache
+def timm_shape(name):
+    """(downscale, z_dim) of timm_NAME, which takes building it."""
+    encoder = make_encoder(name)
+    return encoder.downscale, encoder.z_dim
+
+
 def timm_vit(name, **options):
     """timm's vision transformer of this name, for images of any size. ValueError where there is none."""
     import timm
@@ -592,8 +599,7 @@ def parse_name(name):
     """An encoder's name -> (key of FAMILIES or "timm", downscale f, latent channels c). ValueError for an unknown one.
     """
     if name.startswith(TIMM):
-        encoder = make_encoder(name)
-        return "timm", encoder.downscale, encoder.z_dim
+        return "timm", *timm_shape(name)
     match = re.fullmatch(r"([a-z][a-z0-9]*)_f(8|16|32|64|128)c([1-9]\d*)(_sana)?", name)
     family = None
     if match:

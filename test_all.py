@@ -73,7 +73,7 @@ from plumbing import checkpoint as checkpoint_module
 from plumbing import process, published
 from plumbing.checkpoint import load_checkpoint
 from plumbing.files import WeightsUnavailable
-from tools import bench, check, compare, field, latents, study, sweep
+from tools import bench, check, compare, field, latents, proxies, study, sweep
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers and fixtures that several sections share
@@ -4340,3 +4340,62 @@ def test_a_vision_transformer_as_encoder(tmp_path, offline, smallest, monkeypatc
     for bad, words in (("timm_nothing", "no network nothing"), ("timm_vgg11", "no vision transformer")):
         with pytest.raises(ValueError, match=words):
             make_encoder(bad)
+
+
+def test_proxies_of_latents(tmp_path, checkpoint):
+    """White noise, and an AR(1) field, of which each has its numbers in closed form."""
+    white = torch.randn(256, 2, 16, 16)
+    n = torch.fft.fftfreq(16)
+    share = float((torch.hypot(n[:, None], n) > 0.25).float().mean())
+    assert abs(proxies.high_share(white) - share) < 0.01 and abs(proxies.predictability(white)) < 0.01
+    r = 0.7
+    field = torch.randn(256, 2, 64, 64)
+    for dim in (2, 3):  # z_i = r z_(i-1) + sqrt(1 - r^2) e_i along the columns, then along the rows
+        line = [field.select(dim, 0)]
+        for i in range(1, 64):
+            line.append(r * line[-1] + math.sqrt(1 - r * r) * field.select(dim, i))
+        field = torch.stack(line, dim)
+    field = field[:, :, -16:, -16:]
+    # An AR(1) cell between its two neighbours has the variance (1 - r^2) / (1 + r^2) left; a product of two, the square
+    left = ((1 - r * r) / (1 + r * r)) ** 2
+    assert proxies.predictability(field) == pytest.approx(1 - left, abs=0.01)
+    mixed = torch.einsum("dc,bchw->bdhw", torch.tensor([[0.6, 0.8], [-0.8, 0.6]]), field)
+    assert proxies.predictability(mixed) == pytest.approx(proxies.predictability(field), abs=1e-4)  # rotated channels
+    assert proxies.predictability(field[..., :2]) is None
+    lag = torch.arange(-15, 16).double()  # the expected periodogram: sum over lags (16 - |l|) r^|l| cos(2 pi k l / 16)
+    power = ((16 - lag.abs()) * r ** lag.abs() * torch.cos(2 * math.pi * n[:, None].double() * lag)).sum(1)
+    power = power[:, None] * power
+    share = float(power[torch.hypot(n[:, None], n) > 0.25].sum() / power.sum())
+    assert proxies.high_share(field) == pytest.approx(share, abs=0.01)
+    stored_latents(tmp_path / "latents", white[:40, :, :4, :4], torch.zeros(40).long(), DCSSDAE.load(checkpoint))
+    assert "2 x 4 x 4 =   32" in command(proxies, tmp_path / "latents")
+
+
+def test_the_generator_is_diffusers_dit():
+    """With the same weights, and the same sinusoids of time and place, whose order diffusers has another way."""
+    diffusers = pytest.importorskip("diffusers")
+    ours = randomise(generate.DiT((8, 4, 4), 128, 2, classes=3))
+    theirs = diffusers.DiTTransformer2DModel(2, 64, 8, num_layers=2, sample_size=4, patch_size=1, num_embeds_ada_norm=3,
+                                             norm_eps=1e-6).eval()
+
+    def copied(layer, weight, bias):
+        layer.weight.data.copy_(weight.reshape(layer.weight.shape)), layer.bias.data.copy_(bias)
+
+    copied(theirs.pos_embed.proj, ours.token.weight, ours.token.bias)
+    theirs.pos_embed.pos_embed = ours.places(4, 4, "cpu")[None]
+    copied(theirs.proj_out_1, ours.ada.weight, ours.ada.bias), copied(theirs.proj_out_2, ours.out.weight, ours.out.bias)
+    for block, known in zip(theirs.transformer_blocks, ours.blocks, strict=True):
+        embedding = block.norm1.emb
+        embedding.time_proj.downscale_freq_shift = 0
+        embedding.class_embedder.embedding_table.weight.data[:3] = ours.label.weight
+        for layer, mine in ((embedding.timestep_embedder.linear_1, ours.time[0]),
+                            (embedding.timestep_embedder.linear_2, ours.time[2]),
+                            (block.norm1.linear, known.ada), (block.attn1.to_out[0], known.proj),
+                            (block.ff.net[0].proj, known.mlp[0]), (block.ff.net[2], known.mlp[2])):
+            copied(layer, mine.weight, mine.bias)
+        for layer, weight, bias in zip((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v),
+                                       known.qkv.weight.chunk(3), known.qkv.bias.chunk(3), strict=True):
+            copied(layer, weight, bias)
+    x, labels, t = torch.randn(3, 8, 4, 4), torch.tensor([0, 2, 1]), torch.tensor([0.1, 0.5, 1.0])
+    with torch.no_grad():
+        assert relative_error(ours(x, labels, t), theirs(x, 1000 * t, labels).sample) < 1e-5
