@@ -15,6 +15,7 @@ All on images clamped to [-1, 1] and rounded to 8 bit, against the identically p
   DreamSim  Fu et al. 2023 (arXiv 2306.09344), the package's ensemble
   rFID      see fid.py, also for FD-DINOv2 and features of your own, which are not rFID; biased below 10,000 images
   NFE, ms   network evaluations an image; milliseconds an image of decoding, the first batch (warm-up) left out
+  numbers   of an image's latent, beside --peer
   cells     step across the borders of the encoder's cells over that elsewhere, over the originals'; 1: none show
 +- is the standard error of the mean over images. Two rows are no networks at all: shrinking by the model's factor with
 antialiasing and enlarging bilinearly; and the linear code with as many numbers an image as the latent.

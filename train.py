@@ -580,15 +580,16 @@ def main():
         model.fit_linear_decoder(fit_images(dataset, model, args, device))
 
     # Objective and optimisers
-    lpips, repa = perceptual_losses(args, model.decoder.mid_in.out_features, device, world, args.w_vf)
-    vf = VFLoss(model.encoder.z_dim) if args.w_vf else None
+    w_vf = args.w_vf if encoder_trains else 0.0
+    lpips, repa = perceptual_losses(args, model.decoder.mid_in.out_features, device, world, w_vf)
+    vf = VFLoss(model.encoder.z_dim) if w_vf else None
     networks = evaluation_networks(args, device, world)
     gan = gan_optimizer = None
     if args.w_gan:
         gan = PatchGAN().requires_grad_(False).to(device, memory_format=torch.channels_last)
         gan_optimizer = adamw(gan.parameters(), args.lr, 0.0, device, GAN_BETAS)
     weights = {args.loss: 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "gan": args.w_gan,
-               "kl": args.w_kl if encoder_trains else 0.0, "vf": args.w_vf if encoder_trains else 0.0}
+               "kl": args.w_kl if encoder_trains else 0.0, "vf": w_vf}
     model.config["notes"] = {"size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
                              "w_repa": 0.0 if repa is None else args.w_repa}
     if encoder_trains:
