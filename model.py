@@ -669,7 +669,8 @@ class DCSSDAE(nn.Module):
         raises   ValueError for options of the other loss or sampler, and for noise of another shape
         """
         loss, shape = self.config["loss"], self._image_shape(z)
-        z = F.pad(z, (0, 0, 0, 0, 0, max(0, self.encoder.z_dim - z.shape[1])))
+        if z.shape[1] < self.encoder.z_dim:
+            z = F.pad(z, (0, 0, 0, 0, 0, self.encoder.z_dim - z.shape[1]))
         allowed = {"fm": ("method", "t_shift"), "eqm": ("method", "t_shift", "eta", "last_eta", "mu", "tol")}[loss]
         unknown = sorted(set(options) - set(allowed))
         if unknown:
