@@ -4013,7 +4013,8 @@ def test_help_explains_every_flag(helps):
 
 
 def test_every_tool_explains_itself_as_a_module(helps):
-    assert TOOLS == [f"tools.{name}" for name in ("bench", "check", "compare", "field", "latents", "study", "sweep")]
+    assert TOOLS == [f"tools.{name}" for name in ("bench", "check", "compare", "field", "latents", "proxies",
+                                                 "study", "sweep")]
     for tool in TOOLS:
         assert f"-m {tool} " in helps[tool], tool
 
