@@ -3583,7 +3583,8 @@ def test_field_picture(tmp_path, loss):
     x = data.make_dataset("demo", 32, train=False)[3][0][None]
     e, z, rms = sampler.image_noise(5, [3], x.shape[1:]), model.encode(x).mode(), None
     fm, path, previous, iterates = loss == "fm", e, e, [e]
-    for j, g in enumerate(torch.tensor([[0.0], [0.2], [0.4], [0.6], [0.8], [1.0]])):
+    for j, t in enumerate(sampler.noise_times(5, sampler.T_SHIFT)):
+        g = 1 - torch.tensor([t])
         mixed = fm_mix(x, e, 1 - g)
         f = model.decoder(mixed, z, *[1 - g] * fm)
         estimate = mixed + (1 - g) * f if fm else EqM("trunc", lam=2.0).predict_x(mixed, f, g)

@@ -3,8 +3,9 @@
     python -m tools.field --ckpt runs/eqm_s0/model.safetensors --image 3
     python -m tools.field --ckpt runs/fm_s0/model.safetensors --data photos --out pictures
 
-Writes field.png and prints a line of numbers for each column. Rows: the image noised, from noise to data; the one-step
-estimate from each; the field there, where 0 is grey, over twice its rms at the noise; the sampler's path.
+Writes field.png and prints a line of numbers for each column. Rows: the image noised, from noise to data, at the
+sampler's times; the one-step estimate from each; the field there, where 0 is grey, over twice its rms at the noise; the
+sampler's path.
 """
 import argparse
 import math
@@ -18,11 +19,11 @@ from losses import fm_mix, fm_predict_x
 from plumbing import flags
 from plumbing.files import save_grid
 from plumbing.process import guarded, setup
-from sampler import euler, image_noise
+from sampler import euler, image_noise, noise_times
 
 LEVELS = 6                                                   # columns, from pure noise to data
 SHOWN = (0, 1, 2, 4, 8, 16)                                  # steps after which the path is shown, one a column
-LEAST_TIME = 0.05                                            # of FM's last column beside a linear base
+LEAST_TIME = 0.001                                           # of FM's last column beside a linear base
 ETA_LAM, MU = 0.3, 0.3                                       # Nesterov's step and momentum: the path is seen to curve
 SMALLEST_SIDE = 96                                           # pixels of the picture that an image gets at least
 
@@ -79,15 +80,16 @@ def show_field(model, dataset, i, seed, device, out):
     z = model.encode(x).mode()                               # (1, c, h, w)
     start = model.decoder.noise_end(e, model.decoder.condition(z, *x.shape[2:]))
     fm = model.config["loss"] == "fm"
-    # Beside a linear base FM's velocity is (D - x_t) / t, and nothing at t = 0.
-    least = LEAST_TIME if fm and model.decoder.base is not None else 0.0
-    t = torch.linspace(1, least, LEVELS).to(device)
+    t = torch.tensor(noise_times(LEVELS - 1, model.t_shift))
+    if fm and model.decoder.base is not None:                # its velocity is (D - x_t) / t, and nothing at t = 0
+        t[-1] = LEAST_TIME
+    t = t.to(device)
     x_t, field, estimate = estimates(model, x, start, z, t)
     path = euler_path(model, start, z) if fm else nesterov_path(model, e, start, z)
 
     rms = field.square().mean((1, 2, 3)).sqrt()              # (6,)
     for j, steps in enumerate(SHOWN):
-        level = f"t = {t[j]:.2f}" if fm else f"g = {1 - t[j]:.1f}"
+        level = f"t = {t[j]:.3f}" if fm else f"g = {1 - t[j]:.3f}"
         sampler = f"{steps} of {max(SHOWN)} Euler steps" if fm else f"{steps} Nesterov steps"
         print(f"{level}: estimate {decibels(estimate[j], x[0]):.2f} dB, field rms {rms[j]:.4f}; "
               f"after {sampler} {decibels(path[j], x[0]):.2f} dB")
