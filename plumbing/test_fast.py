@@ -45,11 +45,15 @@ def same_values_and_gradients(fast_form, plain_form, inputs):
 @pytest.mark.parametrize("h, w, window", [(1, 1, 17), (3, 40, 17), (24, 25, 17), (33, 26, 17), (41, 32, 17), (19, 9, 9),
                                           (17, 16, 1), (30, 31, 13), (29, 20, 5), (50, 10, 21), (9, 9, 99)])
 def test_windowed_attention(h, w, window):
-    q, kv = (torch.randn(2, heads, h * w, 8, dtype=torch.float64).requires_grad_() for heads in (2, 4))
+    q, kv = (torch.randn(2, h * w, width, dtype=torch.float64).requires_grad_() for width in (16, 32))
     table = torch.randn(window, window, 2, dtype=torch.float64).requires_grad_()
     windows = fast.windows_for(h, w, window, q.device)
-    same_values_and_gradients(lambda: fast.window_attention(q, kv, windows, windows.bias(table)),
-                              lambda: fast.plain_attention(q, kv, table, h, w), (q, kv, table))
+
+    def plain():
+        heads = (t.unflatten(2, (-1, 8)).transpose(1, 2) for t in (q, kv))                   # (2, heads, h w, 8)
+        return fast.plain_attention(*heads, table, h, w).transpose(1, 2).flatten(2)
+
+    same_values_and_gradients(lambda: fast.window_attention(q, kv, windows, windows.bias(table)), plain, (q, kv, table))
 
 
 @pytest.mark.parametrize("batch, h, w", [(2, 2, 3), (1, 1, 1), (2, 1, 1)])
@@ -62,8 +66,11 @@ def test_norm_and_modulation(batch, h, w):
     torch.testing.assert_close(fast.plain_norm(x, scale, shift, 32, silu=False), plain)
     same_values_and_gradients(lambda: fast.norm_silu(x, scale, shift, 32),
                               lambda: fast.plain_norm(x, scale, shift, 32), (x, scale, shift))
-    same_values_and_gradients(lambda: fast.modulate(x, scale, shift), lambda: fast.plain_modulate(x, scale, shift),
-                              (x, scale, shift))
+    same_values_and_gradients(lambda: fast.modulate(x, fast.per_block(scale), fast.per_block(shift)),
+                              lambda: fast.plain_modulate(x, scale, shift), (x, scale, shift))
+    weight, bias = (t[0, :, 0, 0].detach().requires_grad_() for t in (scale, shift))
+    same_values_and_gradients(lambda: fast.norm_silu(x, weight, bias, 32),
+                              lambda: fast.plain_norm(x, weight, bias, 32), (x, weight, bias))
     with torch.no_grad():  # works in place on its own result, never on x
         before = x.clone()
         for y in (x, x.contiguous(memory_format=torch.channels_last)):
@@ -256,19 +263,24 @@ def test_the_gpus_norm_equals_the_plain_form():
 
 
 def check_gpu_norm():
-    """Tiles that do not divide the map, groups of any width, large means, and scales for all images or for each."""
+    """Tiles that do not divide the map, groups of any width, large means, and scales for all images or for each, also
+    as channels of a larger map, or none but the weights."""
     from plumbing.triton import GpuNormSiLU
     torch.manual_seed(0)
     torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
     for batch, channels, groups, h, w, cells, offset in (
             (2, 64, 32, 4, 6, (2, 2, 3), 0.0), (2, 64, 8, 4, 6, (1, 1, 1), 3.0), (2, 40, 5, 8, 8, (2, 8, 8), 0.0),
-            (1, 160, 20, 5, 6, (1, 1, 1), 5.0), (1, 32, 4, 33, 10, (1, 1, 1), 0.0)):
+            (1, 160, 20, 5, 6, (), 5.0), (1, 32, 4, 33, 10, (1, 1, 1), 0.0)):
         x = torch.randn(batch, channels, h, w) + offset * torch.randn(1, channels, 1, 1)
         x = x.to(memory_format=torch.channels_last)
-        scale = 1 + torch.randn(cells[0], channels, *cells[1:]) / 2
-        shift, grad = torch.randn_like(scale), torch.randn_like(x)
+        shape = (cells[0], channels, *cells[1:]) if cells else (channels,)
+        scale, shift, grad = 1 + torch.randn(shape) / 2, torch.randn(shape), torch.randn_like(x)
         for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
-            inputs = [t.to(dtype).requires_grad_() for t in (x, scale, shift)]
+            inputs = [t.to(dtype) for t in (x, scale, shift)]
+            if cells:
+                both = torch.cat(inputs[1:], dim=1).contiguous(memory_format=torch.channels_last)
+                inputs = [inputs[0], *both.chunk(2, dim=1)]
+            inputs = [t.detach().requires_grad_() for t in inputs]
             y = GpuNormSiLU.apply(*inputs, groups, 1e-5)
             exact = [t.detach().double().requires_grad_() for t in inputs]
             plain = fast.plain_norm(*exact, groups)
