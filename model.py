@@ -197,7 +197,7 @@ class TransformerBlock(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mlp_in, self.mlp_out = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x, mod, windows, bias):  # x (B, dim, h, w); mod: Condition.adaln's part; the rest as WindowAttention
+    def forward(self, x, mod, windows, bias):  # x (B, dim, h, w); mod of Condition.adaln; the rest as WindowAttention
         h = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
         shift, scale = mod.chunk(2, dim=-1)
         x = x + self.attn(fast.modulate(h, scale, shift), windows, bias)

@@ -5,7 +5,7 @@ Maps (B, C, H, W) are channels_last, (B, H, W, C) in memory: what fast convoluti
 are each fast in another way. `eager_cpu` tells where work is done by the CPU's own kernels; on GPUs, whose kernels of
 group norm and pixel_unshuffle would give maps that the next convolution has to turn round, both stand here on views.
 
-Scales and shifts of a norm are (B or 1, C, h, w), constant over blocks of H/h x W/w pixels, and never enlarged; or (C,).
+Scales and shifts of a norm are (C,), or (B or 1, C, h, w): constant over blocks of H/h x W/w pixels, never enlarged.
 """
 import functools
 import importlib.util
@@ -377,8 +377,8 @@ def window_attention(q, kv, windows, bias):
 
 @functools.partial(kept, most=8)  # they grow with the number of images
 def row_numbers(windows, B, heads):
-    """Where window_attention's rows of C / heads values stand: of every block's queries in q, (B, heads * blocks, .), of
-    its keys, then values, in kv, (B, 2 heads * blocks, .), and of every token in the result, (B, N, heads)."""
+    """Where window_attention's rows of C / heads values stand: of every block's queries in q (B, heads * blocks, .), of
+    its keys, then values, in kv (B, 2 heads * blocks, .), and of every token in the result (B, N, heads)."""
     (blocks, queries), N, device = windows.q.shape, len(windows.back), windows.q.device
     image, head = torch.arange(B, device=device)[:, None, None, None], torch.arange(heads, device=device)
     of_q = (image * N + windows.q) * heads + head[:, None, None]                             # (B, heads, blocks, .)

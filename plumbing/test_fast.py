@@ -366,34 +366,29 @@ def test_autocast_keeps_the_dc_encoders_maps_in_half_precision(name):
     assert kinds == {torch.bfloat16}
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations that make values of nothing but sizes, or of numbers of the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        name = function.overloadpacket.__name__
-        if name in ("arange", "lift_fresh", "linspace", "eye"):
-            self.made.append(name)
-        return function(*arguments, **(options or {}))
-
-
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
-def test_a_decode_after_the_first_makes_nothing_of_sizes_alone(loss):
+def test_a_decode_after_the_first_makes_nothing_of_sizes_alone(loss, as_on_a_gpu):
     """Windows, indices, the code's tables and the time's frequencies are kept."""
     model = DCSSDAE("dc_f32c32", "XS", loss, enc_width=0.125, depth=2, input_skip=True, linear_decoder=32).eval()
     z, noise = torch.randn(1, 32, 9, 1), torch.randn(1, 3, 288, 32)  # 36 x 4 tokens: several blocks of attention
-    fast.windows_for.cache_clear()
+    for keeper in (fast.windows_for, fast.row_numbers):
+        keeper.cache_clear()
     counts = []
     with torch.no_grad():
         for _ in range(2):
-            with Operations() as operations:
+            with bench.Operations() as operations:
                 condition = model.decoder.condition(z, 288, 32)
                 model.decoder(noise, t=torch.full((1,), 0.5) if loss == "fm" else None, condition=condition)
-            counts.append(len(operations.made))
+            counts.append(sum(operations.all[name] for name in ("arange", "lift_fresh", "linspace", "eye")))
     assert counts[0] > 5 and counts[1] == 0
+
+
+def test_operations_of_a_decode():
+    """Of one image, as many for every size of the decoder with eight transformer blocks; a norm is one."""
+    operations = bench.counted_decode("dc_f32c32", "XS", "eqm", 224, on_gpu=True)  # 28 x 28 tokens: blocks of attention
+    assert operations.all["norm_silu"] == 40 and operations.all["embedding"] == 24
+    assert operations.all.total() <= 900 and operations.kernels.total() <= 450
+    assert operations.kernels["view"] == operations.kernels["empty"] == 0 < operations.all["view"]
 
 
 def test_blocks_are_compiled_one_by_one(monkeypatch):

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from model import DCSSDAE
 from plumbing import graphs
-from test_all import randomise, seeded  # noqa: F401
+from test_all import randomise, relative_error, seeded  # noqa: F401
 
 
 class Recording(TorchDispatchMode):
@@ -114,7 +114,7 @@ def test_few_graphs_are_kept_and_the_oldest_go(recordings, monkeypatch):
 
 
 def train_a_step(model):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     model.decode(torch.ones(1, 4, 2, 2), 1, torch.ones(1, 3, 16, 16)).square().sum().backward()
     optimizer.step()
 
@@ -156,4 +156,5 @@ def test_no_graph_uses_old_weights(recordings, change):
     assert torch.equal(before, expected) == (change in ("frozen", "turned", "in training mode"))
     again = len(recordings)
     y = model.decode(z, 1, noise)  # gradients on: eager
-    assert len(recordings) == again and y.requires_grad == (change != "frozen") and torch.equal(y.detach(), expected)
+    assert len(recordings) == again and y.requires_grad == (change != "frozen")
+    assert relative_error(y.detach(), expected) < 1e-4

@@ -192,8 +192,8 @@ def channels_last(t):
 
 
 def with_row(scale, shift):
-    """A norm's scale and shift, of shape (C,) or (., C, h, w), as they may lie in memory for the kernels, and the number
-    of values from one cell to the next: that of a larger map where they are some of its channels."""
+    """A norm's scale and shift, (C,) or (., C, h, w), as they may lie in memory for the kernels, and the number of
+    values from one cell to the next: that of a larger map where they are some of its channels."""
     if scale.ndim == 1:
         return scale, shift, len(scale)
     _, _, h, w = scale.shape
