@@ -625,6 +625,11 @@ class DCSSDAE(nn.Module):
     def downscale(self):
         return self.encoder.downscale
 
+    @property
+    def t_shift(self):
+        """The sampling times' exponent where none is given: sampler.noise_times."""
+        return sampler.NEAR_SHIFT if self.decoder.source else sampler.T_SHIFT
+
     @torch.no_grad()
     def retargeted(self, loss, source):
         """A copy to be trained on for another loss, which it fits at once but for a new time's use, or from another
@@ -701,19 +706,17 @@ class DCSSDAE(nn.Module):
         # The sum of steps is float32 at least, whatever z is, and of the weights' type.
         exact = torch.promote_types(self.decoder.conv_out.weight.dtype, torch.float32)
         noise = noise.to(z.device, torch.promote_types(noise.dtype, exact), memory_format=torch.channels_last)
-        is_near = self.decoder.source > 0
+        t_shift = options.pop("t_shift", self.t_shift)
         if loss == "fm":
-            options = {"t_shift": sampler.NEAR_SHIFT if is_near else sampler.T_SHIFT} | options
             if options.pop("method", "euler") != "euler":
                 raise ValueError("flow matching is sampled with the method euler alone")
-            descend = sampler.euler
+            descend, options = sampler.euler, {"t_shift": t_shift}
         else:
             method = options.pop("method", "nesterov" if "mu" in options else "gd")
             if method not in ("gd", "nesterov") or (method == "gd" and "mu" in options):
                 raise ValueError(f"unknown sampling method '{method}': expected gd, or nesterov, which alone takes mu")
-            t_shift = options.pop("t_shift", sampler.NEAR_SHIFT if is_near else None)
-            options = sampler.default_steps(self.eqm, steps, t_shift) | {"lam": self.eqm.lam} | options
             descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
+            options = sampler.default_steps(self.eqm, steps, t_shift) | {"lam": self.eqm.lam} | options
 
         def field(x, condition, t=None):
             return self.decoder(x, t=t, condition=condition)
@@ -724,8 +727,8 @@ class DCSSDAE(nn.Module):
 
         # An adaptive stop looks at values: which kernels start depends on them.
         if self.use_graphs and not options.get("tol") and graphs.suit([noise, z]):
-            choices = (tuple(value) if isinstance(value, list) else value for _, value in sorted(options.items()))
-            return graphs.replayed(self.decoder, run, [z, noise], descend, steps, *options, *choices)
+            choices = [(name, tuple(value) if isinstance(value, list) else value) for name, value in options.items()]
+            return graphs.replayed(self.decoder, run, [z, noise], descend, steps, *choices)
         return run(z, noise)
 
     def _image_shape(self, z):

@@ -2320,7 +2320,7 @@ def test_a_size_for_each_step():
     out, nfe = sampler.gradient_descent(lambda y, z: y - z, x, z, 3, eta=[0.5, 0.25, 0.5])
     assert torch.allclose(out - z, 0.5 * 0.75 * 0.5 * (x - z), atol=1e-6) and nfe.tolist() == [3] * 4
     # The default ones, along Euler's times, take the noise from each time to the next, and land in the end.
-    options = sampler.default_steps(EqM(lam=2.0), 4, t_shift=1.5)
+    options = sampler.default_steps(EqM(lam=2.0), 4, 1.5)
     left, times = 1.0, sampler.noise_times(4, 1.5)
     for size, then in zip(options["eta"][:-1], times[1:]):
         left *= 1 - 2.0 * size
@@ -3875,7 +3875,7 @@ class Quadratic:
     """A model for calibrate: descent on sum of a (x - x*)^2 / 2 over two directions, starting at distance 1."""
 
     def __init__(self, *curvatures):
-        self.a, self.config, self.eqm = curvatures, {"loss": "eqm"}, EqM()
+        self.a, self.config, self.eqm = curvatures, {"loss": "eqm"}, EqM("trunc")
 
     def measure(self, runs):
         for n, o in runs.values():
@@ -3891,9 +3891,7 @@ class Quadratic:
 
 def test_calibration_finds_the_best_step_sizes(monkeypatch):
     model = Quadratic(1.0, 4.0)
-    assert sweep.starting_options("gd", 4, model)[0] == {"method": "gd"} | sampler.default_steps(model.eqm, 4)
-    assert all(options["last_eta"] == 1 for options in sweep.starting_options("nesterov", 4, model))
-    monkeypatch.setattr(sweep, "default_steps", lambda eqm, steps: {"eta": 1.0})
+    monkeypatch.setattr(sweep, "default_eta", lambda eqm, steps: 1.0)
     best = sweep.calibrate(model, [1, 2, 8], lambda runs: list(model.measure(runs)))
     assert set(best) == {(s, n) for s in ("gd", "nesterov") for n in (1, 2, 8)}
     one = best["gd", 1][1]
@@ -3909,6 +3907,23 @@ def test_calibration_finds_the_best_step_sizes(monkeypatch):
     assert [o for _, o in runs.values()][-1] == best["nesterov", 8][1] | {"tol": 0.02}
     diverging = Quadratic(1e6)
     assert np.isfinite(sweep.calibrate(diverging, [9], lambda r: list(diverging.measure(r)))["gd", 9][1]["eta"])
+
+
+def test_calibration_by_sharpness_and_distance():
+    """With the noise left before the landing as a stand-in for detail: each measure finds its own best times."""
+    model = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=0)
+
+    def measure(runs):
+        for steps, options in runs.values():
+            left = sampler.noise_times(steps, options["t_shift"])[-2]
+            yield {"psnr_pooled": 30 - left, "hf": 2 * left, "rfid": abs(left - 0.25)}
+
+    found = {}
+    for by in ("psnr", "hf", "rfid"):
+        _, options = sweep.calibrate(model, [2], measure, by)["gd", 2]
+        found[by] = sampler.noise_times(2, options["t_shift"])[-2]
+    assert found["psnr"] < 1e-3
+    assert found["hf"] == pytest.approx(0.5, abs=0.05) and found["rfid"] == pytest.approx(0.25, abs=0.02)
 
 
 @slow
@@ -3944,7 +3959,7 @@ def test_sweep_command(tmp_path, checkpoint, monkeypatch, vgg_file):
         for key in a.keys() - {"name", "method", "ms"}:
             assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-6), key
     for row in rows[2:]:  # the numbers are evaluate's for these options
-        assert row["steps"] in (1, 2) and row["eta"] > 0 and row["nfe"] <= row["steps"]
+        assert row["steps"] in (1, 2) and row["t_shift"] > 0 and row["nfe"] <= row["steps"]
     assert sweep.csv_text([{"name": "a", "psnr": math.nan}, {"name": "b", "psnr": 1.5, "hf": None}]) == (
         "name,psnr,hf\na,,\nb,1.5,\n")
     folder_of(tmp_path / "one", 1)
