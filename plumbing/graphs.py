@@ -13,7 +13,7 @@ import torch
 from plumbing import fast
 
 MOST_KINDS = 4              # graphs kept of a module: each has memory of its own
-MOST_VALUES = 3 * 2**20     # of an input, an image of 1024 x 1024: with more the work takes longer than starting it
+MOST_VALUES = 3 * 2**19     # of an input: 8 images of 256 x 256. With more the work takes longer than starting it.
 
 known = weakref.WeakKeyDictionary()  # {module: {kind of call: Graph, or None after its first}}
 
@@ -93,7 +93,7 @@ def record(function, inputs):
             function(*inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # others may use the GPU, too
             outputs = function(*inputs)
     return graph.replay, outputs
 

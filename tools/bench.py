@@ -95,7 +95,7 @@ def compiled(network):
 
 
 def replayed(network):
-    """A copy of our network whose calls are replayed by CUDA graphs; another library's as it is."""
+    """A copy of our network whose calls are replayed by CUDA graphs."""
     network = copy.deepcopy(network)
     network.use_graphs = True
     return network
@@ -107,12 +107,12 @@ def print_bench(title, tasks, networks, part, dtype, device, args, reference=Non
     "decoder", the part of each network that works and whose parameters count, or None for all, which is not replayed.
     """
     forms = {"": lambda network: network}
-    if args.compile:
-        forms[" compiled"] = compiled
     if device.type == "cuda" and part:
-        forms |= {f"{form} graph": lambda network, form=forms[form]: replayed(form(network)) for form in list(forms)}
+        forms[" graph"] = replayed
+    if args.compile:  # last: a copy would not be compiled
+        forms |= {f" compiled{form}": lambda network, make=make: compiled(make(network)) for form, make in forms.items()}
     candidates = {name + form: (name, task(make(networks[name]))) for name, task in tasks.items()
-                  for form, make in forms.items() if isinstance(networks[name], DCSSDAE) or "graph" not in form}
+                  for form, make in forms.items() if "graph" not in form or isinstance(networks[name], DCSSDAE)}
     measured = interleaved({label: run for label, (_, run) in candidates.items()}, device, args.rounds)
     title = f"{title}, {str(dtype).removeprefix('torch.')}, batch {args.batch_size}"
     print(f"{title:36s} {'params':>8s} {'GFLOP':>8s} {'ms':>9s} {'images/s':>9s} {'MiB':>8s}")
