@@ -110,7 +110,8 @@ def print_bench(title, tasks, networks, part, dtype, device, args, reference=Non
     if device.type == "cuda" and part:
         forms[" graph"] = replayed
     if args.compile:  # last: a copy would not be compiled
-        forms |= {f" compiled{form}": lambda network, make=make: compiled(make(network)) for form, make in forms.items()}
+        forms |= {f" compiled{form}": lambda network, make=make: compiled(make(network))
+                  for form, make in forms.items()}
     candidates = {name + form: (name, task(make(networks[name]))) for name, task in tasks.items()
                   for form, make in forms.items() if "graph" not in form or isinstance(networks[name], DCSSDAE)}
     measured = interleaved({label: run for label, (_, run) in candidates.items()}, device, args.rounds)
