@@ -241,7 +241,7 @@ def local_contrast(image):
 class Condition(NamedTuple):
     """What the decoder makes of a latent z (B, z_dim, h, w) alone: computed once, used by every sampling step."""
     input_map: torch.Tensor     # (B, C, 5h, 5w), the input convolutions' part of the latent: see fast.spread
-    adagn: torch.Tensor         # (B, ., h, w), 1 + scale and shift of all AdaGN, in the order of UViT.modules()
+    adagn: torch.Tensor         # (B, ., h, w), 1 + scale and shift of all AdaGN, in the order of UViT.projections
     adaln: torch.Tensor | None  # (B, h, 1, w, 1, .), shift and 1 + scale of all transformer blocks: fast.per_block
     bias: torch.Tensor | None   # (blocks, heads, kinds, queries, keys), of all attentions: fast.Windows.bias
     base: torch.Tensor | None   # (B, 3, H, W), the linear image

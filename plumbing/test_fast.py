@@ -421,4 +421,5 @@ def test_kernels_of_our_own_need_a_compiler(monkeypatch):
     there = fast.has_triton.__wrapped__
     for compiler in ("gcc", "clang", None):
         monkeypatch.setattr(fast.shutil, "which", lambda name, compiler=compiler: name == compiler or None)
-        assert there("cuda") == (compiler is not None)
+        assert there(torch.device("cuda")) == (compiler is not None)
+    assert not there(torch.device("cpu"))
