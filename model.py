@@ -628,7 +628,7 @@ class DCSSDAE(nn.Module):
     @property
     def t_shift(self):
         """The sampling times' exponent where none is given: sampler.noise_times."""
-        return sampler.NEAR_SHIFT if self.decoder.source else sampler.T_SHIFT
+        return sampler.T_SHIFT if self.decoder.base is None else sampler.BASE_SHIFT
 
     @torch.no_grad()
     def retargeted(self, loss, source):

@@ -20,8 +20,8 @@ import math
 
 import torch
 
-T_SHIFT = 4.0     # from N(0, I), as SSDD: most of its path says nothing about the image
-NEAR_SHIFT = 1.5  # from noise around the linear image (model.UViT.noise_end)
+T_SHIFT = 4.0     # SSDD's
+BASE_SHIFT = 2.0  # beside a linear base: nearest in Frechet distance with 2, 4 and 8 steps (docs/results.md)
 
 
 def noise_times(steps, t_shift):
