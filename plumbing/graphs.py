@@ -4,6 +4,7 @@ small image starts hundreds of kernels, which takes longer than their work.
 The first call of its kind is eager, the second records, later ones replay. A graph reads the weights where they lie: it
 sees what training or loading has written there, and is recorded anew where they lie elsewhere.
 """
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,11 +12,12 @@ from typing import NamedTuple
 import torch
 
 from plumbing import fast
+from plumbing.process import first_line
 
 MOST_KINDS = 4              # graphs kept of a module: each has memory of its own
 MOST_VALUES = 3 * 2**19     # of an input: 8 images of 256 x 256. With more the work takes longer than starting it.
 
-known = weakref.WeakKeyDictionary()  # {module: {kind of call: Graph, or None after its first}}
+known = weakref.WeakKeyDictionary()  # {module: {kind of call: Graph, or None after its first}, or None: no more graphs}
 
 
 class Graph(NamedTuple):
@@ -33,7 +35,8 @@ def suit(inputs):
 
 
 def replayed(module, function, inputs, *options):
-    """function(*inputs), tensors to a tuple of tensors, by a graph if there is one.
+    """function(*inputs), tensors to a tuple of tensors, by a graph if there is one. Where none can be recorded this is
+    said once, and the module's calls stay eager.
 
     module   whose tensors the function reads
     options  whatever else it depends on: hashable
@@ -42,6 +45,8 @@ def replayed(module, function, inputs, *options):
     kind = (options, module.training, tuple((t.shape, t.dtype, t.device) for t in inputs),
             torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), current_stream(inputs[0]))
     graphs = known.setdefault(module, {})
+    if graphs is None:
+        return function(*inputs)
     is_first = kind not in graphs
     graph = graphs[kind] = graphs.pop(kind, None)  # the newest comes last
     for oldest in list(graphs)[:-MOST_KINDS]:
@@ -50,7 +55,12 @@ def replayed(module, function, inputs, *options):
         return function(*inputs)
     weights = places(module)
     if graph is None or graph.weights != weights:
-        graph = graphs[kind] = recorded(function, inputs, weights)
+        try:
+            graph = graphs[kind] = recorded(function, inputs, weights)
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph of {type(module).__name__}: {first_line(error)}")
+            known[module] = None
+            return function(*inputs)
     for own, new in zip(graph.inputs, inputs, strict=True):
         own.copy_(new)
     graph.replay()

@@ -113,6 +113,23 @@ def test_few_graphs_are_kept_and_the_oldest_go(recordings, monkeypatch):
     assert len([m for m in graphs.known if not hasattr(m, "stages")]) == 0
 
 
+def test_where_nothing_can_be_recorded_calls_stay_eager(recordings, monkeypatch):
+    model, calls = small_model(), []
+
+    def refuse(function, inputs):
+        calls.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "record", refuse)
+    z, noise = torch.randn(1, 4, 2, 2), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        first = model.decode(z, 1, noise)
+        with pytest.warns(UserWarning, match="no CUDA graph of UViT: operation not permitted"):
+            second = model.decode(z, 1, noise)
+        third = model.decode(z, 1, noise)
+    assert torch.equal(first, second) and torch.equal(first, third) and len(calls) == 1
+
+
 def train_a_step(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     model.decode(torch.ones(1, 4, 2, 2), 1, torch.ones(1, 3, 16, 16)).square().sum().backward()
