@@ -686,6 +686,7 @@ class DCSSDAE(nn.Module):
     def sample(self, z, steps=1, noise=None, generator=None, **options):
         """As decode, and the number of network evaluations of every sample: (x, nfe (B,)).
 
+        z        with fewer channels than the model's these are the first ones (train.py --nested); the others are 0
         noise    standard normal (B, 3, h*f, w*f), of which UViT.noise_end makes the starting point; drawn from
                  `generator` where None
         options  FM: method "euler", t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta or t_shift
@@ -693,6 +694,8 @@ class DCSSDAE(nn.Module):
         raises   ValueError for options of the other loss or sampler, and for noise of another shape
         """
         loss, shape = self.config["loss"], self._image_shape(z)
+        if z.shape[1] < self.encoder.z_dim:
+            z = F.pad(z, (0, 0, 0, 0, 0, self.encoder.z_dim - z.shape[1]))
         allowed = {"fm": ("method", "t_shift"), "eqm": ("method", "t_shift", "eta", "last_eta", "mu", "tol")}[loss]
         unknown = sorted(set(options) - set(allowed))
         if unknown:
