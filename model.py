@@ -23,9 +23,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sampler
-from encoder import DCDown, DCResBlock, GatedConv, LappedCode, LinearAttention, VQResBlock, make_encoder, start_at_zero
+from encoder import (
+    DCDown,
+    DCResBlock,
+    DiagonalGaussian,
+    GatedConv,
+    LappedCode,
+    LinearAttention,
+    VQResBlock,
+    make_encoder,
+    start_at_zero,
+)
 from losses import EqM, per_image
-from plumbing import fast, published
+from plumbing import fast, graphs, published
 from plumbing.files import read_tensors, whole
 
 # Decoder sizes, as SSDD names them. Parameters in millions at z_dim 4, window 17: with time (FM) and without (EqM).
@@ -117,24 +127,25 @@ class GroupNorm(nn.Module):
         """scale, shift: (B, C) of the time's modulation, * (1 + scale) + shift; None without a time."""
         weight, bias = self.weight, self.bias
         if scale is not None:
-            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
-        weight, bias = weight.reshape(-1, x.shape[1], 1, 1), bias.reshape(-1, x.shape[1], 1, 1)
+            weight, bias = (weight * (1 + scale))[:, :, None, None], (bias * (1 + scale) + shift)[:, :, None, None]
         if self.groups == 0:
+            weight, bias = weight[:, None, None], bias[:, None, None]
             return F.silu(torch.addcmul(bias.to(x.dtype), x, weight.to(x.dtype)))
         return fast.norm_silu(x, weight, bias, self.groups, self.eps)
 
 
 class AdaGN(nn.Module):
-    """Group norm, scale and shift from the latent's context map (B, ctx, h, w), nearest-resized to x, then SiLU."""
+    """Group norm, scale and shift from the latent's context map (B, ctx, h, w), nearest-resized to x, then SiLU:
+    norm(x) * (1 + scale) + shift."""
 
     def __init__(self, channels, groups, ctx):
         super().__init__()
         self.groups = groups
         self.proj = nn.Conv2d(ctx, 2 * channels, 1)
 
-    def forward(self, x, mod):  # mod: proj(ctx)
+    def forward(self, x, mod):  # mod: proj(ctx), with the 1
         scale, shift = mod.chunk(2, dim=1)
-        return fast.norm_silu(x, 1 + scale, shift, self.groups)
+        return fast.norm_silu(x, scale, shift, self.groups)
 
 
 class ResBlock(nn.Module):
@@ -174,11 +185,8 @@ class WindowAttention(nn.Module):
         q = fast.linear(x, self.q).flatten(2).mT                                         # (B, N, C)
         kv_weight = torch.cat([self.k.weight, self.v.weight])[:, :, None, None]
         kv = F.conv2d(x, kv_weight).flatten(2).mT                                        # (B, N, 2 C)
-        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)                            # (B, heads, N, C / heads)
-        kv = kv.unflatten(-1, (2 * self.heads, -1)).transpose(1, 2)                      # (B, 2 heads, N, C / heads)
-        out = fast.window_attention(q, kv, windows, bias)                                # (B, heads, N, C / heads)
-        out = out.transpose(1, 2).flatten(2).mT                                          # (B, C, N), channels last
-        return fast.linear(out.unflatten(2, x.shape[2:]), self.out)
+        out = fast.window_attention(q, kv, windows, bias)                                # (B, N, C)
+        return fast.linear(out.mT.unflatten(2, x.shape[2:]), self.out)
 
 
 class TransformerBlock(nn.Module):
@@ -189,9 +197,9 @@ class TransformerBlock(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mlp_in, self.mlp_out = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x, mod, windows, bias):  # x (B, dim, h, w); mod: ada(silu(ctx)); the rest as WindowAttention
+    def forward(self, x, mod, windows, bias):  # x (B, dim, h, w); mod of Condition.adaln; the rest as WindowAttention
         h = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
-        shift, scale = mod.chunk(2, dim=1)
+        shift, scale = mod.chunk(2, dim=-1)
         x = x + self.attn(fast.modulate(h, scale, shift), windows, bias)
         h = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         value, gate = fast.linear(h, self.mlp_in).chunk(2, dim=1)                             # (B, 4 dim, h, w) each
@@ -233,8 +241,8 @@ def local_contrast(image):
 class Condition(NamedTuple):
     """What the decoder makes of a latent z (B, z_dim, h, w) alone: computed once, used by every sampling step."""
     input_map: torch.Tensor     # (B, C, 5h, 5w), the input convolutions' part of the latent: see fast.spread
-    adagn: torch.Tensor         # (B, ., h, w), scales and shifts of all AdaGN, in the order of UViT.modules()
-    adaln: torch.Tensor         # (B, ., h, w), shifts and scales of all transformer blocks
+    adagn: torch.Tensor         # (B, ., h, w), 1 + scale and shift of all AdaGN, in the order of UViT.projections
+    adaln: torch.Tensor | None  # (B, h, 1, w, 1, .), shift and 1 + scale of all transformer blocks: fast.per_block
     bias: torch.Tensor | None   # (blocks, heads, kinds, queries, keys), of all attentions: fast.Windows.bias
     base: torch.Tensor | None   # (B, 3, H, W), the linear image
     base_map: torch.Tensor | None  # (B, C/2, H, W), the input convolution's part of it
@@ -334,6 +342,7 @@ class UViT(nn.Module):
         self.norm_out = GroupNorm(c, 0 if base else 32)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
+        self.projections = tuple(m.proj for m in self.modules() if isinstance(m, AdaGN))  # in the order of their use
         for m in self.modules():
             if isinstance(m, ResBlock):
                 start_at_zero(m.conv2)
@@ -386,11 +395,12 @@ class UViT(nn.Module):
         normalised = self.norm_z(z.to(dtype))
         context = self.context(normalised)                                                              # (B, C, h, w)
         # Every norm's projection of the context, all at once.
-        projections = [m.proj for m in self.modules() if isinstance(m, AdaGN)]
-        weight = torch.cat([p.weight for p in projections])
-        bias = torch.cat([p.bias for p in projections])
+        weight = torch.cat([p.weight for p in self.projections])
+        bias = torch.cat([p.bias for p in self.projections])
         adagn = F.conv2d(context, weight, bias)
-        adaln, attention_bias = context[:, :0], None
+        counts = tuple(p.out_channels // 2 for p in self.projections for _ in ("scale", "shift"))
+        adagn = adagn + fast.ones_and_zeros(counts, adagn.dtype, adagn.device)
+        adaln = attention_bias = None
         if self.blocks:
             windows = fast.windows_for(H // 8, W // 8, self.blocks[0].attn.window, z.device)
             tables = torch.stack([block.attn.bias_table for block in self.blocks])
@@ -398,6 +408,8 @@ class UViT(nn.Module):
             weight = torch.cat([block.ada.weight for block in self.blocks])[:, :, None, None]
             bias = torch.cat([block.ada.bias for block in self.blocks])
             adaln = F.conv2d(F.silu(context), weight, bias)
+            counts = (0,) + 2 * len(self.blocks) * (self.mid_in.out_features,)
+            adaln = fast.per_block(adaln + fast.ones_and_zeros(counts, adaln.dtype, adaln.device))
         input_map = fast.convolved_blocks(normalised, self.conv_in_z, self.conv_in)                     # (B, C, 5h, 5w)
         return Condition(input_map, adagn, adaln, attention_bias, base, base_map, contrast)
 
@@ -438,8 +450,7 @@ class UViT(nn.Module):
         temb = None
         if self.time_cond:
             temb = self.time(time_embedding(t, self.channels).to(self.conv_out.weight.dtype))           # (B, 4 C)
-        widths = [m.proj.out_channels for m in self.modules() if isinstance(m, AdaGN)]
-        mods = iter(condition.adagn.split(widths, dim=1))
+        mods = iter(condition.adagn.split([p.out_channels for p in self.projections], dim=1))
 
         h = self.input_layer(x, condition)                                                              # (B, C, H, W)
         skips = [h]
@@ -490,7 +501,7 @@ class UViT(nn.Module):
         if depth == 0:
             return u, tokens
         windows = fast.windows_for(*u.shape[2:], self.blocks[0].attn.window, u.device)
-        mods = condition.adaln.chunk(depth, dim=1)
+        mods = condition.adaln.chunk(depth, dim=-1)
         for number, (block, mod, bias) in enumerate(zip(self.blocks, mods, condition.bias)):
             u = block(u, mod, windows, bias)
             if number == min(4, depth // 2):
@@ -608,6 +619,7 @@ class DCSSDAE(nn.Module):
         self.decoder = UViT(dec, self.encoder.z_dim, loss == "fm", depth, window,
                             field_at_noise=self.field_at_noise if input_skip else None, joint_input=joint_input,
                             base=(self.downscale, linear_decoder) if linear_decoder else None, source=source)
+        self.use_graphs = True  # On GPUs small calls without gradients are replayed: plumbing/graphs.py.
 
     @property
     def downscale(self):
@@ -657,7 +669,15 @@ class DCSSDAE(nn.Module):
         if x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"{self.config['enc']} encodes (B, 3, H, W) images with sides that are multiples of {f}, "
                              f"got {tuple(x.shape)}")
-        return self.encoder(x.to(next(self.encoder.parameters()).dtype))
+        x = x.to(next(self.encoder.parameters()).dtype)
+        if not (self.use_graphs and graphs.suit([x])):
+            return self.encoder(x)
+
+        def moments(x):
+            posterior = self.encoder(x)
+            return posterior.mean, posterior.logvar
+
+        return DiagonalGaussian(*graphs.replayed(self.encoder, moments, [x]))
 
     def decode(self, z, steps=1, noise=None, generator=None, **options):
         """z (B, c, h, w) -> images (B, 3, h*f, w*f), nominally in [-1, 1], not clamped. Arguments as in `sample`."""
@@ -689,23 +709,30 @@ class DCSSDAE(nn.Module):
         # The sum of steps is float32 at least, whatever z is, and of the weights' type.
         exact = torch.promote_types(self.decoder.conv_out.weight.dtype, torch.float32)
         noise = noise.to(z.device, torch.promote_types(noise.dtype, exact), memory_format=torch.channels_last)
-        condition = self.decoder.condition(z, *shape[2:])
-
-        def field(x, condition, t=None):
-            return self.decoder(x, t=t, condition=condition)
-
-        start = self.decoder.noise_end(noise, condition)
         t_shift = options.pop("t_shift", self.t_shift)
         if loss == "fm":
             if options.pop("method", "euler") != "euler":
                 raise ValueError("flow matching is sampled with the method euler alone")
-            return sampler.euler(field, start, condition, steps, t_shift)
-        method = options.pop("method", "nesterov" if "mu" in options else "gd")
-        if method not in ("gd", "nesterov") or (method == "gd" and "mu" in options):
-            raise ValueError(f"unknown sampling method '{method}': expected gd, or nesterov, which alone takes mu")
-        options = sampler.default_steps(self.eqm, steps, t_shift) | options
-        descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
-        return descend(field, start, condition, steps, lam=self.eqm.lam, **options)
+            descend, options = sampler.euler, {"t_shift": t_shift}
+        else:
+            method = options.pop("method", "nesterov" if "mu" in options else "gd")
+            if method not in ("gd", "nesterov") or (method == "gd" and "mu" in options):
+                raise ValueError(f"unknown sampling method '{method}': expected gd, or nesterov, which alone takes mu")
+            descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
+            options = sampler.default_steps(self.eqm, steps, t_shift) | {"lam": self.eqm.lam} | options
+
+        def field(x, condition, t=None):
+            return self.decoder(x, t=t, condition=condition)
+
+        def run(z, noise):
+            condition = self.decoder.condition(z, *shape[2:])
+            return descend(field, self.decoder.noise_end(noise, condition), condition, steps, **options)
+
+        # An adaptive stop looks at values: which kernels start depends on them.
+        if self.use_graphs and not options.get("tol") and graphs.suit([noise, z]):
+            choices = [(name, tuple(value) if isinstance(value, list) else value) for name, value in options.items()]
+            return graphs.replayed(self.decoder, run, [z, noise], descend, steps, *choices)
+        return run(z, noise)
 
     def _image_shape(self, z):
         return (len(z), 3, z.shape[2] * self.downscale, z.shape[3] * self.downscale)

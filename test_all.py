@@ -3500,12 +3500,15 @@ def test_bench_command(monkeypatch, smallest):
     quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
     text = command(bench, "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
     text += command(bench, "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--dtype", "bf16", "--checkpointing")
-    text += command(bench, "input", *quick)
+    text += command(bench, "input", "count", *quick)
     rows = [line for line in text.splitlines() if line.startswith(("U-ViT XS", "vq_f8c4"))]
     assert len(rows) == 2 + 4 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
     assert len(re.findall(r"^input, JPEG .* x$", text, re.MULTILINE)) == 2
+    assert len(re.findall(r"^decode XS, 256 px, [CG]PU: \d+ operations, of which kernels", text, re.MULTILINE)) == 2
     if importlib.util.find_spec("diffusers"):
         assert len(re.findall(r"^(KL-VAE|DC-AE f32c32) .* x KL-VAE$", text, re.MULTILINE)) == 4
+    text = command(bench, "gpu", *quick, "--size", 32, "--minutes", 0.001)
+    assert "decode, 32 px, bfloat16, batch 1" in text and text.count("the time is up") == 9
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Maps (B, C, H, W) are channels_last, (B, H, W, C) in memory: what fast convoluti
 are each fast in another way. `eager_cpu` tells where work is done by the CPU's own kernels; on GPUs, whose kernels of
 group norm and pixel_unshuffle would give maps that the next convolution has to turn round, both stand here on views.
 
-Scales and shifts of a norm are (B or 1, C, h, w), constant over blocks of H/h x W/w pixels, and never enlarged.
+Scales and shifts of a norm are (C,), or (B or 1, C, h, w): constant over blocks of H/h x W/w pixels, never enlarged.
 """
 import functools
 import importlib.util
@@ -28,17 +28,25 @@ def eager_cpu(x):
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def kept(make):
-    """A function of sizes, and of a device, whose results are kept. They are on the CPU where the function names no
-    device, whatever torch's default is. A compiler makes constants of them."""
-    @functools.lru_cache(maxsize=128)
+lent = None      # A list, while plumbing.graphs records: of what `kept` has returned, which the graph then keeps, too.
+
+
+def kept(make, most=128):
+    """A function of sizes, and of a device, whose last results are kept. They are on the CPU where the function names
+    no device, whatever torch's default is. A compiler makes constants of them."""
+    @functools.lru_cache(maxsize=most)
     def keep(*key):
         with torch.device("cpu"), torch.inference_mode(False):  # or training could not use what an evaluation has made
             return make(*key)
 
     @functools.wraps(make)
     def wrapped(*key):
-        return make(*key) if torch.compiler.is_compiling() else keep(*key)
+        if torch.compiler.is_compiling():
+            return make(*key)
+        result = keep(*key)
+        if lent is not None:
+            lent.append(result)
+        return result
 
     wrapped.cache_clear = keep.cache_clear
     return wrapped
@@ -65,13 +73,22 @@ def unblock(x, shape):
 
 
 def modulate(x, scale, shift):
-    """x * (1 + scale) + shift."""
-    return unblock(torch.addcmul(per_block(shift), in_blocks(x, scale), per_block(1 + scale)), x.shape)
+    """x * scale + shift; both as `per_block` makes them."""
+    (B, C, H, W), (h, w) = x.shape, scale.shape[1:4:2]
+    y = x.permute(0, 2, 3, 1).reshape(B, h, H // h, w, W // w, C)
+    return unblock(torch.addcmul(shift, y, scale), x.shape)
 
 
 def plain_modulate(x, scale, shift):
     scale, shift = (F.interpolate(m, size=x.shape[2:], mode="nearest") for m in (scale, shift))
-    return x * (1 + scale) + shift
+    return x * scale + shift
+
+
+@kept
+def ones_and_zeros(counts, dtype, device):
+    """counts[0] ones, counts[1] zeros, counts[2] ones, ...: (., 1, 1), what makes 1 + scale of all scales in a map."""
+    values = [torch.full((count, 1, 1), (number + 1) % 2, dtype=dtype) for number, count in enumerate(counts)]
+    return torch.cat(values).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +99,7 @@ def norm_silu(x, scale, shift, groups, eps=1e-5):
     the plain form, which compilers fuse into two passes over x."""
     if eager_cpu(x):
         return NormSiLU.apply(x, scale, shift, groups, eps)
-    if x.is_cuda and not torch.compiler.is_compiling() and x.dtype is not torch.float64 and has_triton(x.device):
+    if not torch.compiler.is_compiling() and x.dtype is not torch.float64 and has_triton(x.device):
         from plumbing.triton import GpuNormSiLU
         return GpuNormSiLU.apply(x, scale, shift, groups, eps)
     return recomputed(plain_norm, x, scale, shift, groups, eps)
@@ -93,14 +110,15 @@ def group_norm(x, layer, silu=False):
     if eager_cpu(x):
         y = layer(x)
         return F.silu(y) if silu else y
-    weight, bias = layer.weight[None, :, None, None], layer.bias[None, :, None, None]        # (1, C, 1, 1)
     if silu:
-        return norm_silu(x, weight, bias, layer.num_groups, layer.eps)
-    return recomputed(plain_norm, x, weight, bias, layer.num_groups, layer.eps, False)
+        return norm_silu(x, layer.weight, layer.bias, layer.num_groups, layer.eps)
+    return recomputed(plain_norm, x, layer.weight, layer.bias, layer.num_groups, layer.eps, False)
 
 
 def plain_norm(x, scale, shift, groups, eps=1e-5, silu=True):
     """Computed in float32 at least."""
+    if scale.ndim == 1:
+        scale, shift = scale[None, :, None, None], shift[None, :, None, None]
     y = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))                                     # (B, H, W, groups, .)
     y = y.to(torch.promote_types(x.dtype, torch.float32))
     var, mean = torch.var_mean(y, dim=(1, 2, 4), keepdim=True, correction=0)
@@ -122,6 +140,8 @@ def recomputed(function, x, *arguments):
 def has_triton(device):
     """Whether Triton is installed and makes kernels for this GPU: NVIDIA's from 2017 (Volta) on, and AMD's. It needs a
     C compiler and Python's headers, which slim images lack."""
+    if device.type != "cuda":
+        return False
     serves = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0)
     compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
     headers = os.path.exists(os.path.join(sysconfig.get_path("include", "posix_prefix"), "Python.h"))
@@ -139,7 +159,7 @@ class NormSiLU(torch.autograd.Function):
         slow = x.dtype is torch.bfloat16 and H * W < 1024 and x.device.type == "cpu"
         y = x.float() if slow else x
         scale, shift = scale.to(y.dtype), shift.to(y.dtype)
-        if len(scale) == scale[0, 0].numel() == 1:  # the same everywhere: group norm's own weights
+        if scale.numel() == C:  # the same everywhere: group norm's own weights
             y, mean, rstd = torch.native_group_norm(y, scale.flatten(), shift.flatten(), B, C, H * W, groups, eps)
         else:
             y, mean, rstd = torch.native_group_norm(y, None, None, B, C, H * W, groups, eps)
@@ -152,10 +172,12 @@ class NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, scale, shift, mean, rstd = ctx.saved_tensors
-        groups, (C, H, W), dtypes = ctx.groups, x.shape[1:], (x.dtype, scale.dtype, shift.dtype)
+        groups, (C, H, W), dtypes, shape = ctx.groups, x.shape[1:], (x.dtype, scale.dtype, shift.dtype), scale.shape
         # In float32 at least: constants that were rounded to bf16 would not cancel where a group's mean is large.
         exact = torch.promote_types(x.dtype, torch.float32)
         x, grad, scale, shift, mean, rstd = (t.to(exact) for t in (x, grad, scale, shift, mean, rstd))
+        if scale.ndim == 1:
+            scale, shift = scale[None, :, None, None], shift[None, :, None, None]
 
         def per_channel(t):  # (B, groups) -> (B, C, 1, 1)
             return t.repeat_interleave(C // groups, 1)[:, :, None, None]
@@ -181,7 +203,7 @@ class NormSiLU(torch.autograd.Function):
         constant = -rstd * m - mean * slope
         dx = torch.addcmul(per_block(constant), v, per_block(slope))
         dx = unblock(dx.addcmul_(g, per_block(a)), x.shape)
-        dscale, dshift = dscale.sum_to_size(scale.shape), dshift.sum_to_size(shift.shape)
+        dscale, dshift = (t.sum_to_size(scale.shape).reshape(shape) for t in (dscale, dshift))
         return *(t.to(dtype) for t, dtype in zip((dx, dscale, dshift), dtypes)), None, None
 
 
@@ -190,7 +212,7 @@ class NormSiLU(torch.autograd.Function):
 
 def linear(x, layer):
     """A Linear layer over the channels of a map, as a 1x1 convolution: on CPUs oneDNN beats MKL's matmul."""
-    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+    return F.conv2d(x, layer.weight.view(*layer.weight.shape, 1, 1), layer.bias)
 
 
 def plain_linear(x, layer):
@@ -334,35 +356,37 @@ def windows_for(h, w, window, device):
 
 
 def window_attention(q, kv, windows, bias):
-    """q (B, heads, N, d), keys and values kv (B, 2 heads, N, d) of the N tokens of a grid, bias windows.bias(table)
-    -> (B, heads, N, d)."""
-    heads = q.shape[1]
-    bias = bias.to(q.dtype)
-    if not windows.single:
-        q, kv = picked_rows(q, windows.q), picked_rows(kv, windows.kv)                       # (B, ., blocks, ., d)
-    k, v = kv.chunk(2, dim=1)
-    if not windows.single:  # a block is a head of its own, so that all images share the biases
-        q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
-        bias = bias.index_select(1, windows.kind)
-    bias = bias.flatten(0, 1)[None]                                                          # (1, heads * blocks, ...)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    """q (B, N, C), keys and values kv (B, N, 2 C) of the N tokens of a grid, bias windows.bias(table) (heads, ...)
+    -> (B, N, C)."""
+    heads, bias = len(bias), bias.to(q.dtype)
     if windows.single:
-        return out
-    out = out.unflatten(1, (heads, -1)).flatten(2, 3)                                        # (B, heads, ., d)
-    return picked_rows(out, windows.back)
+        q = q.unflatten(2, (heads, -1)).transpose(1, 2)                                      # (B, heads, N, d)
+        k, v = kv.unflatten(2, (2 * heads, -1)).transpose(1, 2).chunk(2, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None])
+        return out.transpose(1, 2).flatten(2)
+    # A block is a head of its own, so that all images share the biases. Whole rows of tables are copied, where an index
+    # of tensors goes through its values one by one on CPUs.
+    of_q, of_kv, back = row_numbers(windows, len(q), heads)
+    d = q.shape[2] // heads
+    q, kv = F.embedding(of_q, q.reshape(-1, d)), F.embedding(of_kv, kv.reshape(-1, d))       # (B, ., ., d)
+    k, v = kv.chunk(2, dim=1)
+    bias = bias.index_select(1, windows.kind)                                                # (heads, blocks, ., .)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.view(1, -1, *bias.shape[2:]))
+    return F.embedding(back, out.transpose(1, 2).reshape(-1, d)).flatten(2)
 
 
-def picked_rows(tokens, index):
-    """tokens (B, heads, N, d), index (...) of 0 to N - 1 -> tokens[:, :, index] (B, heads, ..., d), as rows of one
-    table: whole rows are copied, where an index of tensors goes through its values one by one on CPUs."""
-    B, heads, N, d = tokens.shape
-    rows = row_starts(B * heads, N, tokens.device)[:, None] + index.flatten()                # (B heads, .)
-    return F.embedding(rows, tokens.reshape(-1, d)).view(B, heads, *index.shape, d)
-
-
-@kept
-def row_starts(count, length, device):
-    return length * torch.arange(count, device=device)
+@functools.partial(kept, most=8)  # they grow with the number of images
+def row_numbers(windows, B, heads):
+    """Where window_attention's rows of C / heads values stand: of every block's queries in q (B, heads * blocks, .), of
+    its keys, then values, in kv (B, 2 heads * blocks, .), and of every token in the result (B, N, heads)."""
+    (blocks, queries), N, device = windows.q.shape, len(windows.back), windows.q.device
+    image, head = torch.arange(B, device=device)[:, None, None, None], torch.arange(heads, device=device)
+    of_q = (image * N + windows.q) * heads + head[:, None, None]                             # (B, heads, blocks, .)
+    both = torch.arange(2 * heads, device=device)
+    of_kv = (image * N + windows.kv) * 2 * heads + both[:, None, None]
+    block, query = (windows.back // queries)[:, None], (windows.back % queries)[:, None]
+    back = (image[:, :, 0] * queries + query) * heads * blocks + head * blocks + block       # (B, N, heads)
+    return of_q.flatten(1, 2), of_kv.flatten(1, 2), back
 
 
 def plain_attention(q, kv, table, h, w):

@@ -45,11 +45,15 @@ def same_values_and_gradients(fast_form, plain_form, inputs):
 @pytest.mark.parametrize("h, w, window", [(1, 1, 17), (3, 40, 17), (24, 25, 17), (33, 26, 17), (41, 32, 17), (19, 9, 9),
                                           (17, 16, 1), (30, 31, 13), (29, 20, 5), (50, 10, 21), (9, 9, 99)])
 def test_windowed_attention(h, w, window):
-    q, kv = (torch.randn(2, heads, h * w, 8, dtype=torch.float64).requires_grad_() for heads in (2, 4))
+    q, kv = (torch.randn(2, h * w, width, dtype=torch.float64).requires_grad_() for width in (16, 32))
     table = torch.randn(window, window, 2, dtype=torch.float64).requires_grad_()
     windows = fast.windows_for(h, w, window, q.device)
-    same_values_and_gradients(lambda: fast.window_attention(q, kv, windows, windows.bias(table)),
-                              lambda: fast.plain_attention(q, kv, table, h, w), (q, kv, table))
+
+    def plain():
+        heads = (t.unflatten(2, (-1, 8)).transpose(1, 2) for t in (q, kv))                   # (2, heads, h w, 8)
+        return fast.plain_attention(*heads, table, h, w).transpose(1, 2).flatten(2)
+
+    same_values_and_gradients(lambda: fast.window_attention(q, kv, windows, windows.bias(table)), plain, (q, kv, table))
 
 
 @pytest.mark.parametrize("batch, h, w", [(2, 2, 3), (1, 1, 1), (2, 1, 1)])
@@ -62,8 +66,11 @@ def test_norm_and_modulation(batch, h, w):
     torch.testing.assert_close(fast.plain_norm(x, scale, shift, 32, silu=False), plain)
     same_values_and_gradients(lambda: fast.norm_silu(x, scale, shift, 32),
                               lambda: fast.plain_norm(x, scale, shift, 32), (x, scale, shift))
-    same_values_and_gradients(lambda: fast.modulate(x, scale, shift), lambda: fast.plain_modulate(x, scale, shift),
-                              (x, scale, shift))
+    same_values_and_gradients(lambda: fast.modulate(x, fast.per_block(scale), fast.per_block(shift)),
+                              lambda: fast.plain_modulate(x, scale, shift), (x, scale, shift))
+    weight, bias = (t[0, :, 0, 0].detach().requires_grad_() for t in (scale, shift))
+    same_values_and_gradients(lambda: fast.norm_silu(x, weight, bias, 32),
+                              lambda: fast.plain_norm(x, weight, bias, 32), (x, weight, bias))
     with torch.no_grad():  # works in place on its own result, never on x
         before = x.clone()
         for y in (x, x.contiguous(memory_format=torch.channels_last)):
@@ -256,19 +263,24 @@ def test_the_gpus_norm_equals_the_plain_form():
 
 
 def check_gpu_norm():
-    """Tiles that do not divide the map, groups of any width, large means, and scales for all images or for each."""
+    """Tiles that do not divide the map, groups of any width, large means, and scales for all images or for each, also
+    as channels of a larger map, or none but the weights."""
     from plumbing.triton import GpuNormSiLU
     torch.manual_seed(0)
     torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
     for batch, channels, groups, h, w, cells, offset in (
             (2, 64, 32, 4, 6, (2, 2, 3), 0.0), (2, 64, 8, 4, 6, (1, 1, 1), 3.0), (2, 40, 5, 8, 8, (2, 8, 8), 0.0),
-            (1, 160, 20, 5, 6, (1, 1, 1), 5.0), (1, 32, 4, 33, 10, (1, 1, 1), 0.0)):
+            (1, 160, 20, 5, 6, (), 5.0), (1, 32, 4, 33, 10, (1, 1, 1), 0.0)):
         x = torch.randn(batch, channels, h, w) + offset * torch.randn(1, channels, 1, 1)
         x = x.to(memory_format=torch.channels_last)
-        scale = 1 + torch.randn(cells[0], channels, *cells[1:]) / 2
-        shift, grad = torch.randn_like(scale), torch.randn_like(x)
+        shape = (cells[0], channels, *cells[1:]) if cells else (channels,)
+        scale, shift, grad = 1 + torch.randn(shape) / 2, torch.randn(shape), torch.randn_like(x)
         for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
-            inputs = [t.to(dtype).requires_grad_() for t in (x, scale, shift)]
+            inputs = [t.to(dtype) for t in (x, scale, shift)]
+            if cells:
+                both = torch.cat(inputs[1:], dim=1).contiguous(memory_format=torch.channels_last)
+                inputs = [inputs[0], *both.chunk(2, dim=1)]
+            inputs = [t.detach().requires_grad_() for t in inputs]
             y = GpuNormSiLU.apply(*inputs, groups, 1e-5)
             exact = [t.detach().double().requires_grad_() for t in inputs]
             plain = fast.plain_norm(*exact, groups)
@@ -354,34 +366,29 @@ def test_autocast_keeps_the_dc_encoders_maps_in_half_precision(name):
     assert kinds == {torch.bfloat16}
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations that make values of nothing but sizes, or of numbers of the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        name = function.overloadpacket.__name__
-        if name in ("arange", "lift_fresh", "linspace", "eye"):
-            self.made.append(name)
-        return function(*arguments, **(options or {}))
-
-
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
-def test_a_decode_after_the_first_makes_nothing_of_sizes_alone(loss):
+def test_a_decode_after_the_first_makes_nothing_of_sizes_alone(loss, as_on_a_gpu):
     """Windows, indices, the code's tables and the time's frequencies are kept."""
     model = DCSSDAE("dc_f32c32", "XS", loss, enc_width=0.125, depth=2, input_skip=True, linear_decoder=32).eval()
     z, noise = torch.randn(1, 32, 9, 1), torch.randn(1, 3, 288, 32)  # 36 x 4 tokens: several blocks of attention
-    fast.windows_for.cache_clear()
+    for keeper in (fast.windows_for, fast.row_numbers):
+        keeper.cache_clear()
     counts = []
     with torch.no_grad():
         for _ in range(2):
-            with Operations() as operations:
+            with bench.Operations() as operations:
                 condition = model.decoder.condition(z, 288, 32)
                 model.decoder(noise, t=torch.full((1,), 0.5) if loss == "fm" else None, condition=condition)
-            counts.append(len(operations.made))
+            counts.append(sum(operations.all[name] for name in ("arange", "lift_fresh", "linspace", "eye")))
     assert counts[0] > 5 and counts[1] == 0
+
+
+def test_operations_of_a_decode():
+    """Of one image, as many for every size of the decoder with eight transformer blocks; a norm is one."""
+    operations = bench.counted_decode("dc_f32c32", "XS", "eqm", 224, on_gpu=True)  # 28 x 28 tokens: blocks of attention
+    assert operations.all["norm_silu"] == 40 and operations.all["embedding"] == 24
+    assert operations.all.total() <= 900 and operations.kernels.total() <= 450
+    assert operations.kernels["view"] == operations.kernels["empty"] == 0 < operations.all["view"]
 
 
 def test_blocks_are_compiled_one_by_one(monkeypatch):
@@ -414,4 +421,5 @@ def test_kernels_of_our_own_need_a_compiler(monkeypatch):
     there = fast.has_triton.__wrapped__
     for compiler in ("gcc", "clang", None):
         monkeypatch.setattr(fast.shutil, "which", lambda name, compiler=compiler: name == compiler or None)
-        assert there("cuda") == (compiler is not None)
+        assert there(torch.device("cuda")) == (compiler is not None)
+    assert not there(torch.device("cpu"))

@@ -35,10 +35,12 @@ def span(pixels):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels. A cell is a block of H/h x W/w pixels that share scale and shift.
+# Kernels. A cell is a block of H/h x W/w pixels that share scale and shift, which lie `row` values from one cell to the
+# next: they may be some channels of a larger map. statistics (2, B, groups): a group's mean and 1 / deviation, B_G = B
+# groups.
 
 @triton.jit
-def _place(own, H, W, C, h, w, group, P: tl.constexpr, N: tl.constexpr):
+def _place(own, row, H, W, C, h, w, group, P: tl.constexpr, N: tl.constexpr):
     """A program's tile of a map, P pixels by N channels of an image: where its values lie, those of its cells and of
     its groups, and which of them are there."""
     chunks = tl.cdiv(H * W, P)
@@ -46,7 +48,7 @@ def _place(own, H, W, C, h, w, group, P: tl.constexpr, N: tl.constexpr):
     p, c = chunk * P + tl.arange(0, P), tl.program_id(1) * N + tl.arange(0, N)
     at = b.to(tl.int64) * H * W * C + p[:, None].to(tl.int64) * C + c[None, :]
     cell = p // W // (H // h) * w + p % W // (W // w)
-    of_cell = (own * b * h * w + cell)[:, None] * C + c[None, :]
+    of_cell = (own * b * h * w + cell)[:, None] * row + c[None, :]
     of_group = b * (C // group) + c // group
     return at, of_cell, of_group, (p < H * W)[:, None] & (c < C)[None, :], c < C
 
@@ -79,7 +81,7 @@ def _moments(x, sums, H_W, C, group, spans, SPAN: tl.constexpr, P: tl.constexpr,
 
 
 @triton.jit
-def _statistics(x, sums, mean, rstd, H_W, C, group, spans, eps, SPANS: tl.constexpr, S: tl.constexpr,
+def _statistics(x, sums, statistics, H_W, C, group, spans, eps, SPANS: tl.constexpr, S: tl.constexpr,
                 N: tl.constexpr):
     """Mean and 1 / deviation of a group, of the moments of its spans and channels."""
     groups = C // group
@@ -95,16 +97,17 @@ def _statistics(x, sums, mean, rstd, H_W, C, group, spans, eps, SPANS: tl.conste
     off = tl.sum(tl.sum(total, 1), 0) / (H_W * group)
     var = tl.sum(tl.sum(squares, 1), 0) / (H_W * group) - off * off
     k = tl.load(x + b.to(tl.int64) * H_W * C + first).to(tl.float32)
-    tl.store(mean + tl.program_id(0), k + off)
-    tl.store(rstd + tl.program_id(0), tl.rsqrt(tl.maximum(var, 0.0) + eps))
+    tl.store(statistics + tl.program_id(0), k + off)
+    tl.store(statistics + tl.num_programs(0) + tl.program_id(0), tl.rsqrt(tl.maximum(var, 0.0) + eps))
 
 
 @triton.jit
-def _forward(x, y, mean, rstd, scale, shift, own, H, W, C, h, w, group, P: tl.constexpr, N: tl.constexpr):
+def _forward(x, y, statistics, scale, shift, own, row, H, W, C, h, w, group, B_G, P: tl.constexpr, N: tl.constexpr):
     """y = silu((x - mean) rstd scale + shift). own: 1 if every image has its own scale and shift, else 0."""
-    at, of_cell, of_group, inside, is_channel = _place(own, H, W, C, h, w, group, P, N)
+    at, of_cell, of_group, inside, is_channel = _place(own, row, H, W, C, h, w, group, P, N)
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    m, r = tl.load(mean + of_group, mask=is_channel, other=0.0), tl.load(rstd + of_group, mask=is_channel, other=0.0)
+    m = tl.load(statistics + of_group, mask=is_channel, other=0.0)
+    r = tl.load(statistics + B_G + of_group, mask=is_channel, other=0.0)
     a = tl.load(scale + of_cell, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(shift + of_cell, mask=inside, other=0.0).to(tl.float32)
     v = (v - m[None, :]) * r[None, :] * a + s
@@ -112,8 +115,8 @@ def _forward(x, y, mean, rstd, scale, shift, own, H, W, C, h, w, group, P: tl.co
 
 
 @triton.jit
-def _sums(x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, spans,
-          SPAN: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
+def _sums(x, grad, statistics, scale, shift, sums, own, row, H, W, C, h, w, group, B_G, spans, SPAN: tl.constexpr,
+          P: tl.constexpr, N: tl.constexpr):
     """Gradients of shift and scale: sums of g = grad silu'(.) and of g x^ over a span of a cell's pixels, for each
     channel: sums (2, B, h, w, spans, C)."""
     of_image, number = tl.program_id(0) // spans, tl.program_id(0) % spans
@@ -122,8 +125,9 @@ def _sums(x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, sp
     rows, columns = H // h, W // w
     image = b.to(tl.int64) * H * W * C
     of_group = b * (C // group) + c // group
-    of_cell = (own * b * h * w + cell) * C + c
-    m, r = tl.load(mean + of_group, mask=c < C, other=0.0), tl.load(rstd + of_group, mask=c < C, other=0.0)
+    of_cell = (own * b * h * w + cell) * row + c
+    m = tl.load(statistics + of_group, mask=c < C, other=0.0)
+    r = tl.load(statistics + B_G + of_group, mask=c < C, other=0.0)
     a = tl.load(scale + of_cell, mask=c < C, other=0.0).to(tl.float32)
     s = tl.load(shift + of_cell, mask=c < C, other=0.0).to(tl.float32)
     total, products = tl.zeros([P, N], tl.float32), tl.zeros([P, N], tl.float32)
@@ -143,7 +147,7 @@ def _sums(x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, sp
 
 
 @triton.jit
-def _means(sums, scale, means, own, H_W, C, cells, group, spans, ROWS: tl.constexpr, S: tl.constexpr,
+def _means(sums, scale, means, own, row, H_W, C, cells, group, spans, ROWS: tl.constexpr, S: tl.constexpr,
            N: tl.constexpr):
     """Means over a group of scale g and of scale g x^: means (2, B, groups)."""
     groups = C // group
@@ -154,7 +158,7 @@ def _means(sums, scale, means, own, H_W, C, cells, group, spans, ROWS: tl.conste
         s = start + tl.arange(0, S)
         inside = (s < cells * spans)[:, None] & (c < group)[None, :]
         at = sums + (b.to(tl.int64) * cells * spans + s[:, None]) * C + first + c[None, :]
-        a = tl.load(scale + (own * b * cells + s // spans)[:, None] * C + first + c[None, :], mask=inside, other=0.0)
+        a = tl.load(scale + (own * b * cells + s // spans)[:, None] * row + first + c[None, :], mask=inside, other=0.0)
         a = a.to(tl.float32)
         total += a * tl.load(at, mask=inside, other=0.0)
         products += a * tl.load(at + (tl.num_programs(0) // groups).to(tl.int64) * cells * spans * C, mask=inside,
@@ -164,11 +168,12 @@ def _means(sums, scale, means, own, H_W, C, cells, group, spans, ROWS: tl.conste
 
 
 @triton.jit
-def _backward(x, grad, dx, mean, rstd, scale, shift, means, own, H, W, C, h, w, group, B_G,
+def _backward(x, grad, dx, statistics, scale, shift, means, own, row, H, W, C, h, w, group, B_G,
               P: tl.constexpr, N: tl.constexpr):
     """dx = rstd (scale g - mean(scale g) - x^ mean(scale g x^)), the means over a group: means (2, B, groups)."""
-    at, of_cell, of_group, inside, is_channel = _place(own, H, W, C, h, w, group, P, N)
-    m, r = tl.load(mean + of_group, mask=is_channel, other=0.0), tl.load(rstd + of_group, mask=is_channel, other=0.0)
+    at, of_cell, of_group, inside, is_channel = _place(own, row, H, W, C, h, w, group, P, N)
+    m = tl.load(statistics + of_group, mask=is_channel, other=0.0)
+    r = tl.load(statistics + B_G + of_group, mask=is_channel, other=0.0)
     m_g, m_gx = (tl.load(means + of_group, mask=is_channel, other=0.0),
                  tl.load(means + B_G + of_group, mask=is_channel, other=0.0))
     a = tl.load(scale + of_cell, mask=inside, other=0.0).to(tl.float32)
@@ -182,9 +187,20 @@ def _backward(x, grad, dx, mean, rstd, scale, shift, means, own, H, W, C, h, w, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def in_memory(t):
-    """(B, C, H, W) -> contiguous (B, H, W, C): a view of channels_last maps."""
-    return t.permute(0, 2, 3, 1).contiguous()
+def channels_last(t):
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def with_row(scale, shift):
+    """A norm's scale and shift, (C,) or (., C, h, w), as they may lie in memory for the kernels, and the number of
+    values from one cell to the next: that of a larger map where they are some of its channels."""
+    if scale.ndim == 1:
+        return scale, shift, len(scale)
+    _, _, h, w = scale.shape
+    row = scale.stride(3)
+    if scale.stride() == shift.stride() == (h * w * row, 1, w * row, row):
+        return scale, shift, row
+    return channels_last(scale), channels_last(shift), scale.shape[1]
 
 
 def on_device_of(t):
@@ -198,30 +214,31 @@ class GpuNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, shift, groups, eps):
         B, C, H, W = x.shape
-        h, w = scale.shape[2:]
-        x, scale, shift = in_memory(x), in_memory(scale), in_memory(shift)
-        group, own = C // groups, int(len(scale) > 1)
+        own, h, w = (0, 1, 1) if scale.ndim == 1 else (int(len(scale) > 1), *scale.shape[2:])
+        x, (scale, shift, row) = channels_last(x), with_row(scale, shift)
+        group = C // groups
         P, N = tile(H * W, C)
         spans, columns = triton.cdiv(H * W, span(H * W)), triton.cdiv(C, N)
         S, M, covered = group_tile(spans, group)
         sums = x.new_empty((2, B, spans, C), dtype=torch.float32)
-        mean, rstd = (x.new_empty((B, groups), dtype=torch.float32) for _ in range(2))
+        statistics = x.new_empty((2, B, groups), dtype=torch.float32)
         y = torch.empty_like(x)
         with on_device_of(x):
             _moments[(B * spans, columns)](x, sums, H * W, C, group, spans, SPAN=span(H * W), P=P, N=N)
-            _statistics[(B * groups,)](x, sums, mean, rstd, H * W, C, group, spans, eps, SPANS=covered, S=S, N=M)
+            _statistics[(B * groups,)](x, sums, statistics, H * W, C, group, spans, eps, SPANS=covered, S=S, N=M)
             _forward[(B * triton.cdiv(H * W, P), columns)](
-                x, y, mean, rstd, scale, shift, own, H, W, C, h, w, group, P=P, N=N)
-        ctx.save_for_backward(x, scale, shift, mean, rstd)
-        return y.permute(0, 3, 1, 2)
+                x, y, statistics, scale, shift, own, row, H, W, C, h, w, group, B * groups, P=P, N=N)
+        ctx.save_for_backward(x, scale, shift, statistics)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, scale, shift, mean, rstd = ctx.saved_tensors
-        (B, H, W, C), (_, h, w, _), groups = x.shape, scale.shape, mean.shape[1]
-        grad = in_memory(grad)
-        group, own = C // groups, int(len(scale) > 1)
+        x, scale, shift, statistics = ctx.saved_tensors
+        (B, C, H, W), groups = x.shape, statistics.shape[2]
+        own, h, w = (0, 1, 1) if scale.ndim == 1 else (int(len(scale) > 1), *scale.shape[2:])
+        grad, (_, _, row) = channels_last(grad), with_row(scale, shift)
+        group = C // groups
         pixels = H // h * (W // w)                                                            # of a cell
         spans, columns = triton.cdiv(pixels, span(pixels)), triton.cdiv(C, tile(pixels, C)[1])
         sums = x.new_empty((2, B, h, w, spans, C), dtype=torch.float32)
@@ -230,13 +247,17 @@ class GpuNormSiLU(torch.autograd.Function):
         with on_device_of(x):
             P, N = tile(pixels, C)
             _sums[(B * h * w * spans, columns)](
-                x, grad, mean, rstd, scale, shift, sums, own, H, W, C, h, w, group, spans, SPAN=span(pixels), P=P, N=N)
+                x, grad, statistics, scale, shift, sums, own, row, H, W, C, h, w, group, B * groups, spans,
+                SPAN=span(pixels), P=P, N=N)
             S, M, covered = group_tile(h * w * spans, group)
-            _means[(B * groups,)](sums, scale, means, own, H * W, C, h * w, group, spans, ROWS=covered, S=S, N=M)
+            _means[(B * groups,)](
+                sums, scale, means, own, row, H * W, C, h * w, group, spans, ROWS=covered, S=S, N=M)
             P, N = tile(H * W, C)
             _backward[(B * triton.cdiv(H * W, P), columns)](
-                x, grad, dx, mean, rstd, scale, shift, means, own, H, W, C, h, w, group, B * groups, P=P, N=N)
+                x, grad, dx, statistics, scale, shift, means, own, row, H, W, C, h, w, group, B * groups, P=P, N=N)
         sums = sums.sum(4) if spans > 1 else sums[:, :, :, :, 0]                              # (2, B, h, w, C)
+        sums = sums.permute(0, 1, 4, 2, 3)                                                    # (2, B, C, h, w)
+        if scale.ndim == 1:
+            sums = sums.sum((1, 3, 4))                                                        # (2, C)
         dshift, dscale = (s.sum_to_size(t.shape).to(t.dtype) for s, t in zip(sums, (shift, scale)))
-        dx, dscale, dshift = (t.permute(0, 3, 1, 2) for t in (dx, dscale, dshift))
         return dx, dscale, dshift, None, None

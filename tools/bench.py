@@ -2,12 +2,16 @@
 
     python -m tools.bench decode --size 256 --dtype float32 bf16
     python -m tools.bench train --dec S --size 128 --batch_size 24 --dtype bf16
+    python -m tools.bench count                          # operations of a decode, on a CPU
+    python -m tools.bench gpu --minutes 8 | tee gpu.txt  # in bf16: batches, sizes, graphs, compiled
 
-Without names all four. Decoders and encoders stand beside diffusers' KL-VAE and DC-AE if that package is installed.
-Candidates run in turn, round by round; times are medians, ratios are taken within the rounds. MiB is what one call
-allocates beside the weights. A training step is train.py's, without its data and bookkeeping.
+Without names decode, encode, train and input. Decoders and encoders stand beside diffusers' KL-VAE and DC-AE if that
+package is installed. Candidates run in turn, round by round, on a GPU also as CUDA graphs. Times are medians, ratios
+are taken within the rounds. MiB is what one call allocates beside the weights. A training step is train.py's, without
+its data and bookkeeping.
 """
 import argparse
+import collections
 import copy
 import functools
 import importlib.util
@@ -16,11 +20,14 @@ import os
 import platform
 import random
 import tempfile
+import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import make_dataset
@@ -28,26 +35,30 @@ from encoder import parse_name
 from evaluate import Peer
 from losses import LPIPSLoss, draw
 from model import DCSSDAE, SIZES, compile_blocks
-from plumbing import flags
+from plumbing import fast, flags, graphs
 from plumbing.optim import adamw, step_if
 from plumbing.process import autocast, check_compiler, guarded, now, setup
 from train import Objective, weighted_sum
 
 TASKS = ["decode", "encode", "train", "input"]
+MORE_TASKS = ["count", "gpu"]                                # only by name
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 NARROW = 0.125                                               # width of the encoder that a timed decoder comes with
 W_KL, W_LPIPS = 1e-6, 0.5                                    # train.py's default weights
 JPEG_SIDES = ((500, 375), (2000, 1500))                      # as in ImageNet, and as a camera's
 JPEG_COUNT, CROP = 16, 128                                   # files of each, and pixels a side of what is made of them
+GPU_SIZES, GPU_BATCHES, GPU_TRAIN = (256, 512, 1024), (1, 4, 16), (128, 24)  # the last: pixels a side, images a step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
 def interleaved(runs, device, rounds):
-    """{name: callable} -> {name: (rounds,) seconds}, each called once before, then in turn."""
+    """{name: callable} -> {name: (rounds,) seconds}, each called before, twice on a GPU to record graphs, then in turn.
+    """
     for run in runs.values():
-        run()
+        for _ in range(2 if device.type == "cuda" else 1):
+            run()
     seconds = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -84,30 +95,40 @@ def compiled(network):
     return network
 
 
+def replayed(network):
+    """A copy of our network whose calls are replayed by CUDA graphs."""
+    network = copy.deepcopy(network)
+    network.use_graphs = True
+    return network
+
+
 def print_bench(title, tasks, networks, part, dtype, device, args, reference=None):
-    """Time {name: function(network) -> callable without arguments} on {name: network}, eager and, with --compile,
-    compiled, whichever is faster, and print a line for each, with `reference`'s throughput as 1. part: "encoder" or
-    "decoder", the part of each network that works and whose parameters count, or None for all."""
-    runs = {name: task(networks[name]) for name, task in tasks.items()}
-    candidates = dict(runs)
-    if args.compile:
-        candidates |= {f"{name} compiled": task(compiled(networks[name])) for name, task in tasks.items()}
-    measured = interleaved(candidates, device, args.rounds)
-    labels = {name: min((label for label in candidates if label.removesuffix(" compiled") == name),
-                        key=lambda label: np.median(measured[label])) for name in runs}  # the faster form of each
-    title = f"{title}, {str(dtype).removeprefix('torch.')}"
+    """Time {name: function(network) -> callable without arguments} on {name: network}, eager, with --compile compiled
+    and, on a GPU, replayed, and print a line for each, with `reference`'s throughput as 1. part: "encoder" or
+    "decoder", the part of each network that works and whose parameters count, or None for all, which is not replayed.
+    """
+    forms = {"": lambda network: network}
+    if device.type == "cuda" and part:
+        forms[" graph"] = replayed
+    if args.compile:  # last: a copy would not be compiled
+        forms |= {f" compiled{form}": lambda network, make=make: compiled(make(network))
+                  for form, make in forms.items()}
+    candidates = {name + form: (name, task(make(networks[name]))) for name, task in tasks.items()
+                  for form, make in forms.items() if "graph" not in form or isinstance(networks[name], DCSSDAE)}
+    measured = interleaved({label: run for label, (_, run) in candidates.items()}, device, args.rounds)
+    title = f"{title}, {str(dtype).removeprefix('torch.')}, batch {args.batch_size}"
     print(f"{title:36s} {'params':>8s} {'GFLOP':>8s} {'ms':>9s} {'images/s':>9s} {'MiB':>8s}")
-    for name, run in runs.items():
-        seconds = measured[labels[name]]
+    for label, (name, run) in candidates.items():
+        seconds = measured[label]
         median = float(np.median(seconds))
         with FlopCounterMode(display=False) as counter:
-            run()
+            candidates[name][1]()  # of a replayed call it sees nothing
         network = getattr(networks[name], part) if part else networks[name]
         millions = sum(p.numel() for p in network.parameters()) / 1e6
-        line = (f"{labels[name]:36s} {millions:6.1f} M {counter.get_total_flops() / 1e9:8.1f} {1000 * median:9.1f} "
+        line = (f"{label:36s} {millions:6.1f} M {counter.get_total_flops() / 1e9:8.1f} {1000 * median:9.1f} "
                 f"{args.batch_size / median:9.2f} {peak_memory(run, device) / 2**20:8.0f}")
         if reference:
-            line += f"  {float(np.median(measured[labels[reference]] / seconds)):.2f} x {reference}"
+            line += f"  {float(np.median(measured[reference] / seconds)):.2f} x {reference}"
         print(line, flush=True)
 
 
@@ -143,10 +164,12 @@ def place(t, dtype, device):
 
 
 def our_model(enc, dec, loss, width):
-    """As train.py makes it: the network adds to a linear image."""
+    """As train.py makes it: the network adds to a linear image. Without graphs."""
     _, _, z_dim = parse_name(enc)
-    return DCSSDAE(enc, dec, loss, width, input_skip=True, linear_encoder=not enc.startswith("dcae_"),
-                   linear_decoder=z_dim)
+    model = DCSSDAE(enc, dec, loss, width, input_skip=True, linear_encoder=not enc.startswith("dcae_"),
+                    linear_decoder=z_dim)
+    model.use_graphs = False
+    return model
 
 
 def decoding(z, noise=None):
@@ -186,8 +209,57 @@ def bench_encode(args, others, size, dtype, device):
     image = place(torch.randn(args.batch_size, 3, size, size), dtype, device)
     networks = {name: place(peer, dtype, device).eval() for name, (peer, _, _) in others.items()}
     networks[args.enc] = place(DCSSDAE(args.enc, "XS", args.loss), dtype, device).eval()
+    networks[args.enc].use_graphs = False
     tasks = dict.fromkeys(networks, encoding(image))
     print_bench(f"encode, {size} px", tasks, networks, "encoder", dtype, device, args, "KL-VAE" if others else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting operations
+
+NO_KERNELS = ("empty", "new_empty", "empty_like", "_unsafe_view", "_reshape_alias", "promote_types")
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations below autograd by name, and of these the kernels: no views, nor what only allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.all, self.kernels = collections.Counter(), collections.Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        self.all[name] += 1
+        self.kernels[name] += not (function.is_view or name in NO_KERNELS)
+        return function(*arguments, **(options or {}))
+
+
+@torch.library.custom_op("bench::norm_silu", mutates_args=())
+def one_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, groups: int, eps: float = 1e-5) -> torch.Tensor:
+    """In the place of plumbing.triton's norm, which is three kernels: no values, but an operation to count."""
+    if not x.is_contiguous(memory_format=torch.channels_last) or scale.stride() != shift.stride():
+        raise ValueError("the GPU's norm would copy its arguments")
+    return torch.empty_like(x)
+
+
+def counted_decode(enc, dec, loss, size, on_gpu):
+    """Operations of a second decode of one image in one step. on_gpu: of the forms that a GPU gets, with Triton."""
+    model = place(our_model(enc, dec, loss, NARROW), torch.float32, "cpu").eval()
+    z, noise = torch.zeros(1, *model.latent_shape(size, size)), torch.zeros(1, 3, size, size)
+    forms = {"eager_cpu": lambda x: False, "norm_silu": one_norm} if on_gpu else {"eager_cpu": lambda x: True}
+    with torch.no_grad(), mock.patch.multiple(fast, **forms):
+        model.decode(z, 1, noise)
+        with Operations() as operations:
+            model.decode(z, 1, noise)
+    return operations
+
+
+def bench_count(args, size):
+    for dec, on_gpu in itertools.product(args.dec, (False, True)):
+        operations = counted_decode(args.enc, dec, args.loss, size, on_gpu)
+        print(f"decode {dec}, {size} px, {'GPU' if on_gpu else 'CPU'}: {operations.all.total()} operations, of which "
+              f"kernels {operations.kernels.total()}:", flush=True)
+        print("  " + ", ".join(f"{name} {count}" for name, count in operations.kernels.most_common() if count))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,11 +356,35 @@ def bench_input(rounds):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What needs a GPU
+
+def bench_gpu(args, device):
+    """Everything in turn, as far as the minutes reach; what is most worth knowing first, the compiler last."""
+    others, lpips, begin = peers() | named_peers(args.peer), random_lpips(device), time.monotonic()
+    graphs.MOST_VALUES = float("inf")  # to see where graphs no longer help
+    sizes = args.size or GPU_SIZES
+    jobs = [(bench_decode, others, size, batch, False) for size in sizes for batch in GPU_BATCHES]
+    jobs += [(bench_encode, others, sizes[0], batch, False) for batch in GPU_BATCHES]
+    jobs += [(bench_train, lpips, min(GPU_TRAIN[0], sizes[0]), GPU_TRAIN[1], True)]
+    jobs += [(bench_decode, others, sizes[0], batch, True) for batch in GPU_BATCHES]
+    for bench, others_or_lpips, size, args.batch_size, args.compile in jobs:
+        if time.monotonic() - begin > 60 * args.minutes:
+            print(f"{bench.__name__}, {size} px, batch {args.batch_size}: left out, the time is up")
+            continue
+        try:
+            with torch.set_grad_enabled(bench is bench_train):
+                bench(args, others_or_lpips, size, torch.bfloat16, device)
+        except torch.OutOfMemoryError:
+            print(f"{bench.__name__}, {size} px, batch {args.batch_size}: out of memory", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("tasks", nargs="*", metavar="TASK", help=f"of {' '.join(TASKS)}; default: all")
-    add("--size", type=flags.count, nargs="+", default=[256], metavar="N", help="image sides in pixels %(default)s")
+    add("tasks", nargs="*", metavar="TASK", help=f"of {' '.join(TASKS + MORE_TASKS)}; default: "
+        f"{' '.join(TASKS)}")
+    add("--size", type=flags.count, nargs="+", metavar="N", help="image sides in pixels [256; gpu: 256 512 1024]")
     add("--dtype", choices=list(DTYPES), nargs="+", default=["float32"], help="of weights and maps %(default)s; in the "
         "training step of autocast")
     add("--batch_size", type=flags.count, default=1, metavar="N", help="images at a time [%(default)s]")
@@ -300,20 +396,20 @@ def main():
         "[%(default)s]")
     add("--peer", nargs="+", default=[], metavar="NAME", help="more autoencoders of diffusers', as in evaluate.py")
     add("--loss", choices=["fm", "eqm"], default="eqm", help="the decoder that is timed [%(default)s]")
-    add("--compile", action="store_true", help="also time torch.compile, and report the faster")
+    add("--compile", action="store_true", help="also time torch.compile")
+    add("--minutes", type=flags.positive, default=8.0, metavar="X", help="gpu: start nothing after these [%(default)s]")
     add("--checkpointing", action="store_true", help="train with activation checkpointing")
     args = parser.parse_args()
     tasks = args.tasks or TASKS
-    if not set(tasks) <= set(TASKS):
-        parser.error(f"tasks are {' '.join(TASKS)}")
+    if not set(tasks) <= set(TASKS + MORE_TASKS):
+        parser.error(f"tasks are {' '.join(TASKS + MORE_TASKS)}")
     _, _, device = setup(args.device)
     if args.compile:
         check_compiler(device)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
-    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}, "
-          "channels_last")
-    combinations = list(itertools.product([DTYPES[name] for name in args.dtype], args.size))
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, channels_last")
+    combinations = list(itertools.product([DTYPES[name] for name in args.dtype], args.size or [256]))
     others = peers() | named_peers(args.peer) if "decode" in tasks or "encode" in tasks else {}
     with torch.no_grad():
         for task, bench in (("decode", bench_decode), ("encode", bench_encode)):
@@ -326,6 +422,11 @@ def main():
             bench_train(args, lpips, size, dtype, device)
     if "input" in tasks:
         bench_input(args.rounds)
+    if "count" in tasks:
+        for size in args.size or [256]:
+            bench_count(args, size)
+    if "gpu" in tasks:
+        bench_gpu(args, device)
 
 
 if __name__ == "__main__":
