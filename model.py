@@ -342,7 +342,6 @@ class UViT(nn.Module):
         self.norm_out = GroupNorm(c, 0 if base else 32)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
-        self.projections = tuple(m.proj for m in self.modules() if isinstance(m, AdaGN))  # in the order of their use
         for m in self.modules():
             if isinstance(m, ResBlock):
                 start_at_zero(m.conv2)
@@ -375,6 +374,14 @@ class UViT(nn.Module):
         field, _ = self.forward_with_tokens(x, z, t, condition)
         return field
 
+    def projections(self):
+        """What every AdaGN makes of the context by, in the order of their use. No list that is kept: a replica of
+        nn.DataParallel has modules of its own."""
+        found = []
+        for level in (*self.down, *self.up):
+            found += [block.norm1.proj for block in level if isinstance(block, ResBlock)]
+        return found
+
     def condition(self, z, H, W):
         """The Condition of images of H x W: all that depends on the latent z (B, z_dim, h, w) alone."""
         h, w = z.shape[-2:]
@@ -395,10 +402,11 @@ class UViT(nn.Module):
         normalised = self.norm_z(z.to(dtype))
         context = self.context(normalised)                                                              # (B, C, h, w)
         # Every norm's projection of the context, all at once.
-        weight = torch.cat([p.weight for p in self.projections])
-        bias = torch.cat([p.bias for p in self.projections])
+        projections = self.projections()
+        weight = torch.cat([p.weight for p in projections])
+        bias = torch.cat([p.bias for p in projections])
         adagn = F.conv2d(context, weight, bias)
-        counts = tuple(p.out_channels // 2 for p in self.projections for _ in ("scale", "shift"))
+        counts = tuple(p.out_channels // 2 for p in projections for _ in ("scale", "shift"))
         adagn = adagn + fast.ones_and_zeros(counts, adagn.dtype, adagn.device)
         adaln = attention_bias = None
         if self.blocks:
@@ -450,7 +458,7 @@ class UViT(nn.Module):
         temb = None
         if self.time_cond:
             temb = self.time(time_embedding(t, self.channels).to(self.conv_out.weight.dtype))           # (B, 4 C)
-        mods = iter(condition.adagn.split([p.out_channels for p in self.projections], dim=1))
+        mods = iter(condition.adagn.split([p.out_channels for p in self.projections()], dim=1))
 
         h = self.input_layer(x, condition)                                                              # (B, C, H, W)
         skips = [h]
