@@ -38,7 +38,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import distill
@@ -48,6 +47,7 @@ import losses
 import model as model_module
 import sampler
 import train
+from conftest import SMALLEST_SIZE
 from encoder import (
     DiagonalGaussian,
     LappedCode,
@@ -82,19 +82,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TOOLS = sorted(f"tools.{path.stem}" for path in Path(HERE, "tools").glob("[!_]*.py"))
 EXAMPLE = Path(HERE, "examples", "f32c32.safetensors")
 torch.set_num_threads(1)  # a second one wins nothing on small tensors, and beside other work it waits for a core
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    """Every test draws the same numbers, whatever ran before it."""
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def tmp_path(tmp_path):
-    """pytest's folder, emptied after the test: kept to the end, all checkpoints would come to many gigabytes."""
-    yield tmp_path
-    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def slow(test):
@@ -213,33 +200,27 @@ def offline(monkeypatch, tmp_path):
 
 # Models and runs
 
-SMALLEST_SIZE = 32, (1, 1, 1, 1), 1  # of a decoder
 TINY = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--workers", 0, "--batch_size", 4,
-        "--eval_images", 4, "--log_every", 1, "--enc_width", 0.0625, "--depth", 1]
+        "--eval_images", 2, "--log_every", 1, "--enc_width", 0.0625, "--depth", 1]
 SMALL = [*TINY, "--decay", 0, "--warmup", 2, "--size", 24, "--eval_every", 3, "--save_every", 2, "--eval_steps", 1]
-
-
-@pytest.fixture
-def smallest(monkeypatch):
-    """Decoder XS is the smallest possible, also in `run`'s processes: for tests where any will do."""
-    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
+DISTILL = ["--teacher_steps", 2, "--batch_size", 4, "--eval_images", 2, "--log_every", 1, "--device", "cpu", "--dtype",
+           "float32", "--workers", 0]
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.125, depth=1, loss="eqm", notes={"size": 32})
+    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1, loss="eqm", notes={"size": 32, "w_lpips": 0})
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     model.save(path)
     return path
 
 
-@pytest.fixture(scope="module", params=["eqm", "fm"])
-def trained(request, tmp_path_factory):
-    """A tiny run of train.py for either loss: its folder."""
-    out = tmp_path_factory.mktemp("runs") / request.param
-    launch = cli if request.param == "eqm" else command
-    output = launch("train.py", *TINY, "--loss", request.param, "--steps", 6, "--eval_every", 3, "--out", out)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny run of train.py: its folder."""
+    out = tmp_path_factory.mktemp("runs") / "eqm"
+    output = cli("train.py", *TINY, "--steps", 4, "--eval_every", 2, "--out", out)
     assert "PSNR" in output and "saved" in output
     return out
 
@@ -341,7 +322,7 @@ KILLED = (0, 1, -signal.SIGKILL)
 
 def child(module, argv, env, output, sabotage):
     """A command in a child process. sabotage: {step: name of a signal, "nan" or "lost"} for this rank, when that step
-    draws its noise, or its images; {"evaluation": ...}: Ctrl-C twice in one."""
+    draws its noise, or its images."""
     os.environ.update(env, CUDA_VISIBLE_DEVICES="")
     if "SMALLEST" in env:
         SIZES["XS"] = SMALLEST_SIZE
@@ -369,14 +350,6 @@ def child(module, argv, env, output, sabotage):
             yield
         return next_batch(run, lost() if sabotage.get(run.done) == "lost" else batches)
 
-    def interrupted(*args, **options):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-        time.sleep(60)
-
-    if "evaluation" in sabotage:
-        train.evaluate = interrupted
     train.draw = distill.draw = drawing
     checkpoint_module.Run.next_batch = losing
     try:
@@ -1258,8 +1231,8 @@ def test_only_a_linear_c_has_the_linear_decoders_field(c):
 # model.py: the autoencoder
 # Every configuration builds, trains and decodes; every parameter matters; any size; clear refusals.
 
-@pytest.mark.parametrize("enc", ["vq_f8c4", "vq_f16c16", "dc_f8c4", "dc_f16c16", "dc_f32c32", "dc_f32c64",
-                                 "dc_f64c128", "dc_f64c256", "dc_f128c512", "dc_f128c1024"])
+@pytest.mark.parametrize("enc", ["vq_f8c4", "vq_f16c16", "dc_f8c4", "dc_f16c16", "dc_f32c32", "dc_f64c128",
+                                 "dc_f128c512", "dc_f128c1024"])
 def test_every_latent_configuration_builds_and_trains(enc, smallest):
     torch.manual_seed(0)
     model = DCSSDAE(enc, "XS", "eqm", enc_width=0.125 if enc.startswith("dc") else 0.25, depth=1)
@@ -1332,10 +1305,12 @@ def test_latent_norm_is_batch_norm_in_evaluation():
 
 def test_what_the_model_refuses():
     fm, eqm = (DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=1) for loss in ("fm", "eqm"))
+    linear = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1, input_skip=True, linear_decoder=4)
     x, z = torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 2, 2)
     for call, words in ((lambda: fm.encode(x[..., :24]), "multiples of 16"),
                         (lambda: fm.encode(x.byte()), "127.5"),
                         (lambda: fm.decoder(x[..., :20], z, torch.zeros(1)), "multiples of 8"),
+                        (lambda: linear.decoder(x, z), "linear image of a 2x2 latent is 16x16"),
                         (lambda: fm.decoder(x, z), "needs t"),
                         (lambda: eqm.decoder(x, z, torch.zeros(1)), "leave t out"),
                         (lambda: fm.decode(z, eta=0.1), "takes the sampler options method, t_shift"),
@@ -1448,8 +1423,8 @@ def test_float16():
     assert relative_error(half.decode(found.half(), 1, noise), y) < 0.0012
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 130), (64, 64), (33, 47)])
-def test_any_size_by_reflection(size):
+@pytest.mark.parametrize("size", [(1, 1), (5, 70), (64, 32), (33, 47)])
+def test_any_size_by_reflection(size, smallest):
     x = torch.rand(1, 3, *size)
     padded = pad_to_multiple(x, 32)
     assert padded.shape[2] % 32 == 0 and padded.shape[3] % 32 == 0 and torch.equal(padded[..., :size[0], :size[1]], x)
@@ -1469,12 +1444,13 @@ def test_any_size_by_reflection(size):
 # model.py: weight files
 # What is saved loads again bit by bit, published files load, and others are refused in one sentence.
 
-@pytest.mark.parametrize("enc,loss", [("dc_f16c4", "fm"), ("vq_f8c4", "eqm")])
-def test_save_and_load_round_trip(tmp_path, enc, loss):
-    options = {"norm": False} if enc.startswith("dc") else {}
-    width = 0.0625 if enc.startswith("dc") else 0.25
-    model = randomise(DCSSDAE(enc, "XS", loss, enc_width=width, enc_options=options, depth=1, c="trunc", lam=4.0,
-                              input_skip=True, notes={"size": 64})).eval()
+@pytest.mark.parametrize("enc,loss,options", [
+    ("dc_f16c4", "fm", {"enc_width": 0.0625, "enc_options": {"norm": False}, "c": "trunc", "lam": 4.0}),
+    ("vq_f8c4", "eqm", {"enc_width": 0.25, "c": "trunc", "lam": 4.0}),
+    ("dc_f8c4", "fm", {"enc_width": 0.0625, "linear_encoder": True, "linear_decoder": 4}),
+])
+def test_save_and_load_round_trip(tmp_path, enc, loss, options):
+    model = randomise(DCSSDAE(enc, "XS", loss, depth=1, input_skip=True, notes={"size": 64}, **options)).eval()
     model.save(tmp_path / "m.safetensors")
     loaded = DCSSDAE.load(tmp_path / "m.safetensors")
     assert loaded.config == model.config and not loaded.training and os.listdir(tmp_path) == ["m.safetensors"]
@@ -1484,10 +1460,11 @@ def test_save_and_load_round_trip(tmp_path, enc, loss):
     with torch.no_grad():
         a, b = (m.decode(m.encode(x).mode(), 2, noise) for m in (loaded, model))
     assert torch.equal(a, b)
-    other = DCSSDAE(enc, "XS", loss, enc_width=width, depth=1)
-    # --enc_ckpt takes our own files; the variant without norms is built
+    # --enc_ckpt takes our own files; the variant without norms is built, and that with the linear code
+    other = DCSSDAE(enc, "XS", "eqm", enc_width=options["enc_width"], depth=1)
     other.load_published(tmp_path / "m.safetensors", part="encoder")
     assert torch.equal(other.encode(x).mean, model.encode(x).mean)
+    assert other.config["linear_encoder"] == model.config["linear_encoder"] and not other.config["linear_decoder"]
 
 
 @pytest.mark.parametrize("part", ["decoder", "all"])
@@ -1503,23 +1480,6 @@ def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path,
     assert other.config["latents"] == (stored if part == "all" else {"mean": [1.0] * 4, "std": [2.0] * 4})
     other.load_published(tmp_path / "m.safetensors", part="encoder")
     assert other.config["latents"] == stored
-
-
-@torch.no_grad()
-def test_linear_models_are_saved_and_their_encoders_taken_over(tmp_path):
-    model = DCSSDAE("dc_f8c4", "XS", "fm", 0.125, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4)
-    for p in model.eval().parameters():
-        torch.nn.init.normal_(p, std=0.02)
-    model.save(tmp_path / "m.safetensors")
-    x, noise = torch.rand(1, 3, 32, 32) * 2 - 1, torch.randn(1, 3, 32, 32)
-    again, other = DCSSDAE.load(tmp_path / "m.safetensors"), DCSSDAE("dc_f8c4", "XS", "eqm", 0.125, depth=1).eval()
-    other.load_published(tmp_path / "m.safetensors", part="encoder")
-    z = model.encode(x).mode()
-    assert torch.equal(again.encode(x).mode(), z) and torch.equal(other.encode(x).mode(), z)
-    assert torch.equal(again.decode(z, 2, noise), model.decode(z, 2, noise))
-    assert other.config["linear_encoder"] and not other.config["linear_decoder"]
-    with pytest.raises(ValueError, match="linear image of a 2x2 latent is 16x16"):
-        model.decoder(torch.randn(1, 3, 32, 32), torch.randn(1, 4, 2, 2), torch.rand(1))
 
 
 def test_a_saved_model_is_finite_and_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -1873,12 +1833,12 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
     files = {"model.safetensors", "best.safetensors", "latest.pt", "log.jsonl", "reconstructions.png", "metrics.json"}
     assert files <= set(os.listdir(trained))
     log = step_lines(trained)
-    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
     assert all(math.isfinite(line[k]) for line in log for k in ("loss", "kl", "lr", "grad_norm", "images_per_s"))
     assert all(line["peak_mib"] > 50 for line in log)
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert metrics["images"] == 4 and [row["steps"] for row in metrics["rows"]] == [0, 0, 1, 4]
-    assert [line["step"] for line in lines_of(trained / "log.jsonl") if "eval" in line] == [3, 6]
+    assert metrics["images"] == 2 and [row["steps"] for row in metrics["rows"]] == [0, 0, 1, 4]
+    assert [line["step"] for line in lines_of(trained / "log.jsonl") if "eval" in line] == [2, 4]
     assert Image.open(trained / "reconstructions.png").size[1] > 4 * 32  # original, baseline, 1 step, 4 steps
     model = DCSSDAE.load(trained / "model.safetensors")
     assert model.config["notes"]["size"] == 32
@@ -1889,9 +1849,9 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
 
 
 def test_the_deep_preset_and_progress_in_a_log_file(tmp_path, smallest):
-    output = command("train.py", "--preset", "deep", "--batch_size", 1, "--steps", 12, "--eval_images", 2,
-                     "--log_every", 1, "--enc_width", 0.0625, "--depth", 0, "--device", "cpu", "--dtype", "float32",
-                     "--workers", 0, "--out", tmp_path / "r")
+    output = command("train.py", "--preset", "deep", "--loss", "fm", "--batch_size", 1, "--steps", 4,
+                     "--eval_images", 2, "--log_every", 1, "--enc_width", 0.0625, "--depth", 0, "--device", "cpu",
+                     "--dtype", "float32", "--workers", 0, "--out", tmp_path / "r")
     assert "dc_f32c32" in output and "\r" not in output and len(output.splitlines()) < 20
     _, linear, one, _ = json.loads((tmp_path / "r" / "metrics.json").read_text())["rows"]
     assert one["psnr"] > linear["psnr"] - 0.3
@@ -1900,13 +1860,13 @@ def test_the_deep_preset_and_progress_in_a_log_file(tmp_path, smallest):
 @slow
 def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path, smallest):
     """One process, two, one and then two, micro-batches."""
-    flags = [*SMALL, "--save_every", 4, "--w_gan", 0.1, "--gan_start", 2, "--eval_every", 0]
-    two = aside(run, tmp_path / "two_output", *flags, "--steps", 4, "--out", tmp_path / "two", world=2)
-    command(train, *flags, "--steps", 4, "--out", tmp_path / "one")
-    command(train, *flags, "--steps", 4, "--out", tmp_path / "micro", "--micro_batch", 3)
+    flags = [*SMALL, "--save_every", 3, "--w_gan", 0.1, "--gan_start", 1, "--eval_every", 0]
+    two = aside(run, tmp_path / "two_output", *flags, "--steps", 3, "--out", tmp_path / "two", world=2)
+    command(train, *flags, "--steps", 3, "--out", tmp_path / "one")
+    command(train, *flags, "--steps", 3, "--out", tmp_path / "micro", "--micro_batch", 3)
     command(train, *flags, "--steps", 2, "--out", tmp_path / "more")
     two.result()
-    run(tmp_path / "more_output", *flags, "--steps", 4, "--out", tmp_path / "more", "--resume", world=2)
+    run(tmp_path / "more_output", *flags, "--steps", 3, "--out", tmp_path / "more", "--resume", world=2)
     one = latest(tmp_path / "one")
     for name in ("two", "micro", "more"):
         other = latest(tmp_path / name)
@@ -1938,7 +1898,7 @@ def test_the_plain_command_runs_offline_under_torchrun(tmp_path, offline):
 @slow
 def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file, smallest):
     common = [*TINY, "--w_lpips", 0.5, "--lpips_weights", vgg_file, "--w_repa", 0.25,
-              "--repa_weights", dino_file, "--decay", 0]
+              "--repa_weights", dino_file, "--decay", 0, "--batch_size", 2, "--eval_steps", 1]
     command("train.py", *common, "--steps", 2, "--out", tmp_path / "whole")
     command("train.py", *common, "--steps", 1, "--out", tmp_path / "parts")
     command("train.py", *common, "--steps", 2, "--out", tmp_path / "parts", "--resume")
@@ -1951,13 +1911,13 @@ def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file, smallest):
 def test_evaluations_measure_lpips_and_rfid_as_evaluate_does(tmp_path, vgg_file, monkeypatch, smallest):
     """Without changing a step; the best model is the one of the best rFID."""
     monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
-    common = [*TINY, "--eval_images", 3, "--eval_steps", 1, "--eval_every", 1, "--steps", 2]
+    common = [*TINY, "--eval_steps", 1, "--eval_every", 1, "--steps", 2]
     text = command(train, *common, "--lpips_weights", vgg_file, "--eval_metrics", "lpips", "rfid", "--out",
                    tmp_path / "r")
     assert "LPIPS vgg" in text and "rFID" in text
     command(train, *common, "--out", tmp_path / "plain")
     assert same_weights(tmp_path / "plain", tmp_path / "r")
-    command("evaluate.py", "--ckpt", tmp_path / "r" / "model.safetensors", "--lpips_weights", vgg_file, "--limit", 3,
+    command("evaluate.py", "--ckpt", tmp_path / "r" / "model.safetensors", "--lpips_weights", vgg_file, "--limit", 2,
             "--device", "cpu", "--workers", 0, "--out", tmp_path / "e")
     ours, theirs = (json.loads((tmp_path / name / "metrics.json").read_text())["rows"] for name in "re")
     evaluations = [line for line in lines_of(tmp_path / "r" / "log.jsonl") if "eval" in line]
@@ -1971,14 +1931,13 @@ def test_evaluations_measure_lpips_and_rfid_as_evaluate_does(tmp_path, vgg_file,
 
 
 def test_a_frozen_encoder_from_a_file(trained, tmp_path):
-    loss = DCSSDAE.load(trained / "model.safetensors").config["loss"]
-    command("train.py", *TINY, "--loss", loss, "--steps", 2, "--enc_ckpt", trained / "model.safetensors",
+    command("train.py", *TINY, "--steps", 2, "--eval_steps", 1, "--enc_ckpt", trained / "model.safetensors",
             "--freeze_enc", "--out", tmp_path / "run")
     before, after = (DCSSDAE.load(folder / "model.safetensors") for folder in (trained, tmp_path / "run"))
     assert all(torch.equal(a, b) for a, b in zip(before.encoder.parameters(), after.encoder.parameters()))
     assert not torch.equal(before.decoder.conv_in.weight, after.decoder.conv_in.weight)
     assert after.config["linear_encoder"] and after.config["linear_decoder"] == 128
-    _, linear, one, *_ = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
+    _, linear, one = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
     assert one["psnr"] > linear["psnr"] - 0.3  # hardly trained: this is the least-squares fit
 
 
@@ -2004,14 +1963,14 @@ def test_bad_input_to_train(tmp_path, flags, words, smallest):
     assert not (tmp_path / "run" / "latest.pt").exists()
 
 
-def test_bad_files_and_folders(tmp_path):
+def test_bad_files_and_folders(tmp_path, smallest):
     empty, images = tmp_path / "empty", tmp_path / "images"
     empty.mkdir()
     assert "no images" in sentence(train, *TINY, "--data", empty, "--out", tmp_path / "a")
     folder_of(images, 5, ext="jpg")
     broken = (images / "02.jpg").read_bytes()
     (images / "02.jpg").write_bytes(broken[:len(broken) // 3])
-    output = command("train.py", *TINY, "--steps", 3, "--data", images, "--eval_images", 5, "--out", tmp_path / "b")
+    output = command("train.py", *TINY, "--steps", 2, "--data", images, "--eval_images", 5, "--out", tmp_path / "b")
     assert "02.jpg" in output and "1 unreadable images were replaced" in output
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["images"] == 4
     message = sentence(train, *TINY, "--enc", "dc_f8c4", "--enc_ckpt", tmp_path / "b" / "model.safetensors",
@@ -2075,7 +2034,7 @@ def test_the_linear_base_stays_as_it_is(tmp_path, smallest):
         assert decoder.conv_out.weight.any()
 
 
-def test_checkpointing_works_on_a_loaded_model(tmp_path, monkeypatch):
+def test_checkpointing_works_on_a_loaded_model(tmp_path, monkeypatch, smallest):
     """--init_from gives a model in evaluation mode, which would compute without it."""
     calls = []
     monkeypatch.setattr(model_module, "checkpoint", lambda block, *a, **kw: (calls.append(block), block(*a))[1])
@@ -2089,8 +2048,8 @@ def test_the_discriminators_gradients_and_when_it_starts(tmp_path, smallest):
     """One step: the discriminator's Adam moment is (1 - beta) times the gradient that autograd gives for the hinge loss
     on the whole batch, whatever the micro-batch; the model's is that of the weighted sum. Before gan_start nothing
     differs from a run without."""
-    common = [*SMALL, "--optimizer", "adamw", "--eval_every", 0, "--grad_clip", 1e9, "--ema_start", 2,
-              "--linear", "off"]
+    common = [*SMALL, "--optimizer", "adamw", "--eval_every", 0, "--eval_images", 1, "--grad_clip", 1e9,
+              "--ema_start", 2, "--linear", "off"]
     command(train, *common, "--w_gan", 0.5, "--micro_batch", 3, "--steps", 1, "--out", tmp_path / "g")
     state = latest(tmp_path / "g")
     args = train.get_args([*map(str, common), "--w_gan", "0.5"])
@@ -2145,15 +2104,15 @@ def test_tensorboard_shows_the_log(tmp_path, monkeypatch, smallest):
 
 
 @slow
-def test_weights_and_biases_offline(tmp_path, monkeypatch):
+def test_weights_and_biases_offline(tmp_path, monkeypatch, smallest):
     """Into --out, without an account: the numbers, the pictures; a resumed run is the same one."""
     pytest.importorskip("wandb")
-    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    monkeypatch.setenv("WANDB_MODE", "offline"), monkeypatch.setenv("WANDB_SILENT", "true")
     for steps, more in ((1, []), (2, ["--resume"])):
-        cli("train.py", *SMALL, "--wandb", "--out", tmp_path / "r", "--steps", steps, *more, env=quiet)
+        command(train, *SMALL, "--wandb", "--out", tmp_path / "r", "--steps", steps, *more)
     folders = sorted((tmp_path / "r" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and folders[0].name.rsplit("-", 1)[1] == folders[1].name.rsplit("-", 1)[1]
-    for steps, folder in enumerate(folders, start=1):
+    for folder in folders:
         (record,) = folder.glob("*.wandb")
         content = record.read_bytes()
         assert b"grad_norm" in content and b"1 step/psnr" in content
@@ -2163,191 +2122,12 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# train.py: runs that are stopped, resumed or go wrong
-# No signal, crash, full disk or bad step costs more than the steps since the last checkpoint, or changes a bit.
-
-def log_of(folder):
-    """A run's log without what a clock or the memory measures."""
-    lines = []
-    for line in lines_of(folder / "log.jsonl"):
-        line = {k: v for k, v in line.items() if k not in ("images_per_s", "peak_mib")}
-        if "eval" in line:
-            line["eval"] = [{k: v for k, v in row.items() if k != "ms"} for row in line["eval"]]
-        lines.append(line)
-    return lines
-
-
-DISTILL = ["--teacher_steps", 2, "--batch_size", 4, "--eval_images", 4, "--log_every", 1, "--device", "cpu", "--dtype",
-           "float32", "--workers", 0]
-
-
-@slow
-@pytest.mark.parametrize("world,workers,module", [(1, 2, "train"), (2, 0, "train"), (1, 0, "distill")])
-def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, module, smallest):
-    """One command four times: killed before the first checkpoint and after one, then a polite signal to one rank and
-    its data loader: weights, average, optimisers and log are bit-identical in the end."""
-    flags, steps = [*SMALL, "--w_gan", 0.1, "--gan_start", 2], 7
-    if module == "distill":
-        teacher = DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0})
-        teacher.save(tmp_path / "t.safetensors")
-        flags = [*DISTILL, "--ckpt", tmp_path / "t.safetensors", "--save_every", 2]
-    flags += ["--workers", workers, "--steps", steps, "--resume"]
-
-    def parts(**options):
-        return run(tmp_path / "o", *flags, "--out", tmp_path / "parts", world=world, module=module, **options)
-
-    whole = aside(run, tmp_path / "w", *flags, "--out", tmp_path / "whole", world=world, module=module)
-    parts(sabotage={world - 1: {1: "SIGKILL"}}, ok=KILLED)
-    assert not (tmp_path / "parts" / "latest.pt").exists()
-    parts(sabotage={0: {3: "SIGKILL"}}, ok=KILLED)
-    # Of every second step there is a checkpoint, and before an evaluation, which distill.py has at the end alone.
-    assert latest(tmp_path / "parts")["step"] == (2 if module == "distill" else 3)
-    name = "SIGINT" if module == "distill" else "SIGTERM"
-    stopped = 128 + getattr(signal, name), 128 + signal.SIGTERM
-    _, output = parts(sabotage={world - 1: {4: name}}, ok=stopped)
-    assert "stopped after step 5 and saved" in output and latest(tmp_path / "parts")["step"] == 5
-    parts()
-    whole.result()
-    assert same_weights(tmp_path / "whole", tmp_path / "parts")
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
-    if module == "train":
-        assert latest(tmp_path / "whole")["gan_optimizer"]["state"][0]["step"] == steps - 2
-    _, output = parts(ok=(1,))
-    assert f"has done its {steps} steps" in output
-
-
-def test_ctrl_c_twice_in_an_evaluation_ends_the_program_at_once(tmp_path, smallest):
-    codes, _ = run(tmp_path / "o", *SMALL, "--steps", 3, "--out", tmp_path / "r", ok=(-signal.SIGINT,),
-                   sabotage={0: {"evaluation": "SIGINT"}})
-    assert latest(tmp_path / "r")["step"] == 3 and codes == [-signal.SIGINT]
-
-
-def test_a_run_that_dies_in_its_last_evaluation_catches_up(tmp_path, monkeypatch, smallest):
-    flags = [*SMALL, "--steps", 3, "--out", tmp_path / "r"]
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train, "evaluate", lambda *a, **kw: 1 / 0)
-        command(train, *flags)
-    assert latest(tmp_path / "r")["step"] == 3 and len(lines_of(tmp_path / "r" / "log.jsonl")) == 3
-    command(train, *flags, "--resume")
-    assert "eval" in lines_of(tmp_path / "r" / "log.jsonl")[-1] and (tmp_path / "r" / "metrics.json").exists()
-
-
-def test_what_may_change_when_a_run_goes_on(tmp_path, smallest):
-    """The number of steps, rates, paths: said. Not the model, its parts, the number of images."""
-    for name, n in (("here", 6), ("there", 6), ("other", 7)):
-        folder_of(tmp_path / name, n)
-    flags = [*SMALL, "--data", tmp_path / "here", "--out", tmp_path / "r", "--steps", 2]
-    command(train, *flags)
-    assert "holds latest.pt already: continue that run with --resume" in sentence(train, *flags)
-    for change, words in ((["--steps", 2], "has done its 2 steps"), (["--steps", 1], "has done its 2 steps"),
-                          (["--loss", "fm"], "continues a run with --loss eqm, not fm"),
-                          (["--enc", "dc_f8c8"], "continues a run with --enc dc_f8c16, not dc_f8c8"),
-                          (["--data", tmp_path / "other"], "a run on 6 images, but"),
-                          (["--w_gan", 0.1], "begun without the part 'gan'"),
-                          (["--optimizer", "adamw"], "begun with the part 'muon'")):
-        message = sentence(train, *flags, "--resume", "--steps", 3, *change)
-        assert words in message and len(lines_of(tmp_path / "r" / "log.jsonl")) == 3, change
-    os.rename(tmp_path / "r" / "model.safetensors", tmp_path / "model.safetensors")
-    (tmp_path / "r" / "model.safetensors").symlink_to(tmp_path / "model.safetensors")
-    before = (tmp_path / "model.safetensors").read_bytes()
-    output = command(train, *flags, "--resume", "--steps", 3, "--data", tmp_path / "there", "--lr", 0.01)
-    assert "resuming with --lr 0.01 instead of 0.001" in output and f"--data {tmp_path}/there instead of" in output
-    assert latest(tmp_path / "r")["step"] == 3 and step_lines(tmp_path / "r")[-1]["lr"] == 0.01
-    assert (tmp_path / "r" / "model.safetensors").is_symlink()  # written through to its target
-    assert (tmp_path / "model.safetensors").read_bytes() != before
-
-
-def test_a_bad_step_of_one_rank_is_skipped_on_all(tmp_path, smallest):
-    flags = [*SMALL, "--steps", 4, "--w_gan", 0.1]
-    _, output = run(tmp_path / "o", *flags, "--out", tmp_path / "a", world=2, sabotage={1: {1: "nan"}})
-    assert output.count("not finite and are skipped") == 1
-    log = step_lines(tmp_path / "a")
-    assert [line["skipped"] for line in log] == [0, 1, 1, 1] and log[1]["grad_norm"] is None
-    state = latest(tmp_path / "a")
-    assert state["skipped"] == 1
-    assert state["optimizer"]["state"][0]["step"] == 3 == state["gan_optimizer"]["state"][0]["step"]
-    assert state["model"]["decoder.norm_z.num_batches_tracked"] == 3
-    assert all(v.isfinite().all() for part in ("model", "ema", "gan") for v in state[part].values())
-
-
-def test_ten_bad_steps_in_a_row_end_the_run(tmp_path, smallest):
-    """Read every tenth step; the images of the last one are named."""
-    _, output = run(tmp_path / "o", *SMALL, "--steps", 40, "--log_every", 100, "--save_every", 100, "--eval_every", 0,
-                    "--out", tmp_path / "r", world=2, ok=(1,), sabotage={0: dict.fromkeys(range(1, 40), "nan")})
-    images = next(iter(data.make_loader(data.make_dataset("demo", 24, True), 4, True, start=19)))[1].tolist()
-    last = output[output.index("error: "):]
-    assert "19 steps in a row were skipped, being not finite, the last is 20, " in last and "eqm nan" in last
-    assert f"images {', '.join(map(str, images))}:" in last and last.count("\n") == 1
-    assert not (tmp_path / "r" / "latest.pt").exists()
-
-
-def test_an_infinite_loss_with_finite_gradients_skips_the_step(tmp_path, monkeypatch, smallest):
-    """KL may overflow where the encoder is frozen: no gradient shows it. Nothing is saved before a good step."""
-    values, saves, save = iter([math.inf, math.inf, 0.0]), [], checkpoint_module.save_checkpoint
-    monkeypatch.setattr(train, "kl_loss", lambda posterior: torch.tensor(next(values)))
-    monkeypatch.setattr(checkpoint_module, "save_checkpoint", lambda out, state, ema: (saves.append(state["step"]),
-                                                                                       save(out, state, ema)))
-    DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1).save(tmp_path / "m.safetensors")
-    command(train, *SMALL, "--init_from", tmp_path / "m.safetensors", "--freeze_enc", "--steps", 3, "--save_every", 1,
-            "--out", tmp_path / "r")
-    state = latest(tmp_path / "r")
-    assert state["optimizer"]["state"][0]["step"] == 1 and state["skipped"] == 2 and saves == [3]
-
-
-def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch, smallest):
-    """Skipped steps, weights that are not finite, a full disk; weights that are finite and ruined."""
-    good = tmp_path / "r"
-    flags = [*SMALL, "--warmup", 0, "--eval_every", 1, "--save_every", 1, "--out", good, "--resume"]
-    command(train, *flags, "--steps", 2)
-    kept = {name: (good / name).read_bytes() for name in ("latest.pt", "previous.pt", "model.safetensors")}
-    best = DCSSDAE.load(good / "best.safetensors")
-    rows = [line["eval"][-1] for line in lines_of(good / "log.jsonl") if "eval" in line]
-    note = best.config["notes"]["best"]
-    assert note["metric"] == "psnr" and note["value"] == max(row["psnr"] for row in rows)
-    assert note["images"] == 4 and note["decoding_steps"] == 1
-
-    def full(state, file):
-        file.write(b"half a checkpoint")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    for module, name, broken, words in (
-        (train, "kl_loss", lambda posterior: torch.tensor(math.nan), "the last 2 steps were skipped"),
-        (train.Average, "update", lambda self, *a: self.averages[0].fill_(math.nan),
-         "after step 3 the weights of the part 'ema' are not finite"),
-        (torch, "save", full, "No space left on device): make room and continue with --resume"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, broken)
-            assert words in sentence(train, *flags, "--steps", 4)
-        assert all((good / name).read_bytes() == content for name, content in kept.items()), words
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Average, "update", lambda self, *a: [p.fill_(9.0) for p in self.averages])
-        command(train, *flags, "--steps", 3)
-    assert (good / "latest.pt").read_bytes() != kept["latest.pt"]
-    after = DCSSDAE.load(good / "best.safetensors")
-    assert after.config == best.config
-    assert all(torch.equal(a, b) for a, b in zip(after.state_dict().values(), best.state_dict().values()))
-
-
-def test_data_that_one_process_loses_ends_all(tmp_path, smallest):
-    """Both save what they have done, and say it once."""
-    codes, output = run(tmp_path / "o", *SMALL, "--save_every", 100, "--eval_every", 0, "--steps", 5, "--out",
-                        tmp_path / "r", world=2, ok=(1,), sabotage={1: {2: "lost"}})
-    assert codes == [1, 1] and "error: " not in output
-    said = (tmp_path / "o" / "output1").read_text()
-    assert said.count("error: ") == 1 and "Stale file handle" in said and "Traceback" not in said
-    assert latest(tmp_path / "r")["step"] == 2 and (tmp_path / "r" / "model.safetensors").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # distill.py
 # One step comes closer to the teacher's several; encoder and latents stay.
 
-@slow
 def test_distill_then_evaluate(trained, tmp_path):
-    launch = cli if trained.name == "fm" else command  # each program once in a process of its own
-    output = launch("distill.py", "--ckpt", trained / "model.safetensors", *DISTILL, "--steps", 3, "--size", 40,
-                    "--out", tmp_path / "d")
+    output = cli("distill.py", "--ckpt", trained / "model.safetensors", *DISTILL, "--steps", 3, "--size", 40,
+                 "--out", tmp_path / "d")
     assert "mean squared distance of one step to the teacher's 2 steps" in output
     teacher, student = (DCSSDAE.load(folder / "model.safetensors") for folder in (trained, tmp_path / "d"))
     assert all(torch.equal(a, b) for a, b in zip(*(m.encoder.state_dict().values() for m in (teacher, student))))
@@ -2359,8 +2139,8 @@ def test_distill_then_evaluate(trained, tmp_path):
     assert not torch.equal(teacher.decoder.conv_out.weight, student.decoder.conv_out.weight)
     assert [line["step"] for line in step_lines(tmp_path / "d")] == [1, 2, 3]
     assert "mse_to_teacher" in lines_of(tmp_path / "d" / "log.jsonl")[-1]
-    output = launch("evaluate.py", "--ckpt", tmp_path / "d" / "model.safetensors", "--data", "demo", "--limit", 4,
-                    "--out", tmp_path / "e", "--device", "cpu", "--workers", 0)
+    output = cli("evaluate.py", "--ckpt", tmp_path / "d" / "model.safetensors", "--data", "demo", "--limit", 2,
+                 "--out", tmp_path / "e", "--device", "cpu", "--workers", 0)
     assert "PSNR" in output and "HF ratio" in output
 
 
@@ -2378,8 +2158,10 @@ def test_distillation_brings_one_step_to_the_teacher(tmp_path, smallest, loss):
     assert distance["distilled"] < 0.8 * distance["undistilled"], distance
 
 
-def test_distillation_in_micro_batches_with_evaluations_on_the_way(tmp_path, checkpoint):
-    common = ["--ckpt", checkpoint, *DISTILL, "--steps", 2, "--out"]
+def test_distillation_in_micro_batches_with_evaluations_on_the_way(tmp_path, smallest):
+    start = tmp_path / "m.safetensors"
+    DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, notes={"size": 32, "w_lpips": 0}).save(start)
+    common = ["--ckpt", start, *DISTILL, "--steps", 2, "--out"]
     command(distill, *common, tmp_path / "a")
     command(distill, *common, tmp_path / "b", "--micro_batch", 3, "--checkpointing", "--eval_every", 1)
     a, b = (DCSSDAE.load(tmp_path / name / "model.safetensors").state_dict() for name in "ab")
@@ -2394,9 +2176,9 @@ def test_distillation_writes_its_metrics_before_it_compares(tmp_path, checkpoint
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(distill, "closeness", lost)
-    flags = [*DISTILL, "--ckpt", checkpoint, "--steps", 1, "--w_lpips", 0, "--out", tmp_path]
+    flags = [*DISTILL, "--ckpt", checkpoint, "--steps", 1, "--out", tmp_path]
     assert "Input/output error" in sentence(distill, *flags)
-    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 4
+    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2410,7 +2192,7 @@ def test_inception_equals_pytorch_fid(inception_file, monkeypatch):
     monkeypatch.setattr(peer, "load_state_dict_from_url", lambda *args, **kwargs: state)
     state |= {k: v for k, v in fid.InceptionFeatures(inception_file).state_dict().items() if k.endswith("tracked")}
     theirs, ours = peer.InceptionV3().eval(), fid.InceptionFeatures(inception_file)
-    for h, w in ((64, 64), (299, 299), (40, 70)):
+    for h, w in ((299, 299), (40, 70)):
         image = torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8)
         with torch.no_grad():
             want = theirs(image / 255)[0].flatten(1)
@@ -2931,60 +2713,6 @@ def test_evaluate_help_is_in_groups():
 # ---------------------------------------------------------------------------------------------------------------------
 # tools/check.py, tools/bench.py
 # A healthy machine is healthy; every task runs and prints its line; nothing waits for the host.
-
-
-# Operations that read a value back, so that a GPU and its host wait for each other.
-READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique2", "_unique2")
-
-
-class HostTraffic(TorchDispatchMode):
-    """Counts, while it is active, what would make a GPU and its host wait for each other. The operations are the same
-    on every device, so this can be counted on the CPU too.
-
-    copies  tensors made of Python numbers or moved between devices
-    reads   values read back: item(), bool(), tolist(), indexing by a mask, copies to the CPU
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.copies, self.reads, self.paused = [], [], False
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        out = function(*arguments, **(options or {}))
-        if self.paused:
-            return out
-        name = function.overloadpacket.__name__
-        if name == "lift_fresh":  # torch.tensor([...])
-            self.copies.append(name)
-        elif name in READS:
-            self.reads.append(name)
-        elif name in ("index", "index_put_"):
-            t = arguments[0]
-            for index in arguments[1]:  # a mask, whose number of hits the host must know, or indices that lie elsewhere
-                if index is not None and (index.dtype is torch.bool or index.device != t.device):
-                    self.reads.append(name)
-        elif name in ("_to_copy", "copy_"):
-            target, source = (out, arguments[0]) if name == "_to_copy" else arguments[:2]
-            if source.device != target.device:
-                (self.reads if target.device.type == "cpu" else self.copies).append(name)
-        return out
-
-
-@pytest.mark.parametrize("what", ["decode", "training step"])
-def test_nothing_waits_for_the_host(smallest, what):
-    network = check.small_model("dc_f8c4", "eqm")
-    z, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 3, 32, 32)
-    if what == "decode":
-        run_once = torch.no_grad()(lambda: network.decode(z, 2, noise))
-    else:
-        run_once = bench.training_step(network, None, 2, 32, torch.float32, torch.device("cpu"))
-    run_once()
-    with HostTraffic() as traffic:
-        run_once()
-    assert traffic.copies == traffic.reads == []
-    with HostTraffic() as traffic:
-        noise * z.mean().item(), z[z > 0]
-    assert len(traffic.reads) == 2
 
 
 def test_check_command(smallest):

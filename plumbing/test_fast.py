@@ -23,8 +23,8 @@ from model import (
     compile_blocks,
 )
 from plumbing import fast
-from test_all import HERE, randomise, relative_error, seeded, slow  # noqa: F401
-from tools import bench
+from test_all import HERE, randomise, relative_error, slow
+from tools import bench, check
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing/fast.py: the fast forms against the plain ones
@@ -417,3 +417,57 @@ def test_kernels_of_our_own_need_a_compiler(monkeypatch):
     for compiler in ("gcc", "clang", None):
         monkeypatch.setattr(fast.shutil, "which", lambda name, compiler=compiler: name == compiler or None)
         assert there("cuda") == (compiler is not None)
+
+
+# Operations that read a value back, so that a GPU and its host wait for each other.
+READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique2", "_unique2")
+
+
+class HostTraffic(TorchDispatchMode):
+    """Counts, while it is active, what would make a GPU and its host wait for each other. The operations are the same
+    on every device, so this can be counted on the CPU too.
+
+    copies  tensors made of Python numbers or moved between devices
+    reads   values read back: item(), bool(), tolist(), indexing by a mask, copies to the CPU
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.copies, self.reads, self.paused = [], [], False
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        if self.paused:
+            return out
+        name = function.overloadpacket.__name__
+        if name == "lift_fresh":  # torch.tensor([...])
+            self.copies.append(name)
+        elif name in READS:
+            self.reads.append(name)
+        elif name in ("index", "index_put_"):
+            t = arguments[0]
+            for index in arguments[1]:  # a mask, whose number of hits the host must know, or indices that lie elsewhere
+                if index is not None and (index.dtype is torch.bool or index.device != t.device):
+                    self.reads.append(name)
+        elif name in ("_to_copy", "copy_"):
+            target, source = (out, arguments[0]) if name == "_to_copy" else arguments[:2]
+            if source.device != target.device:
+                (self.reads if target.device.type == "cpu" else self.copies).append(name)
+        return out
+
+
+@pytest.mark.parametrize("what", ["decode", "training step"])
+def test_nothing_waits_for_the_host(smallest, what):
+    network = check.small_model("dc_f8c4", "eqm")
+    z, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 3, 32, 32)
+    if what == "decode":
+        run_once = torch.no_grad()(lambda: network.decode(z, 2, noise))
+    else:
+        run_once = bench.training_step(network, None, 2, 32, torch.float32, torch.device("cpu"))
+    run_once()
+    with HostTraffic() as traffic:
+        run_once()
+    assert traffic.copies == traffic.reads == []
+    with HostTraffic() as traffic:
+        noise * z.mean().item(), z[z > 0]
+    assert len(traffic.reads) == 2

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from encoder import make_encoder
 from model import DCSSDAE, SIZES, UViT
 from plumbing import published
-from test_all import randomise, relative_error, seeded  # noqa: F401
+from test_all import randomise, relative_error
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoders of other people
