@@ -226,21 +226,21 @@ def test_official_dc_ae_encoders_have_the_published_names_and_shapes(name):
 
 @pytest.mark.parametrize("name", DCAE)
 def test_official_dc_ae_encoders_against_diffusers(tmp_path, name):
-    """An eighth as wide: both published layouts, square and not, float32; and bf16 to its accuracy."""
+    """An eighth as wide: both published layouts, one square, one not, float32; and bf16 to its accuracy."""
     # no fewer channels than latent channels
     narrow = "dcae_f128c64" if name == "dcae_f128c512" else name
     ours = DCSSDAE(narrow, "XS", enc_width=0.125, depth=1).eval()
     theirs = randomise(diffusers_dc_ae_encoder(name, 0.125, ours.encoder.z_dim)).eval()
     side = max(64, ours.downscale)
-    for layout, tensors in published_dc_ae_layouts(name, theirs.state_dict()).items():
+    layouts = published_dc_ae_layouts(name, theirs.state_dict()).items()
+    for (layout, tensors), shape in zip(layouts, ((1, 3, side, 2 * side), (2, 3, side, side)), strict=True):
         torch.save(tensors | {"decoder.conv_in.weight": torch.zeros(1)}, tmp_path / f"{layout}.pt")
         ours.load_published(tmp_path / f"{layout}.pt", part="encoder")
-        for shape in ((1, 3, side, 2 * side), (2, 3, side, side)):
-            x = torch.rand(shape) * 2 - 1
-            with torch.no_grad():
-                expected, posterior = theirs(x), ours.encode(x)
-            assert relative_error(posterior.mean, expected) < 1e-4
-            assert torch.allclose(posterior.sample(), posterior.mean, atol=1e-5)  # deterministic
+        x = torch.rand(shape) * 2 - 1
+        with torch.no_grad():
+            expected, posterior = theirs(x), ours.encode(x)
+        assert relative_error(posterior.mean, expected) < 1e-4
+        assert torch.allclose(posterior.sample(), posterior.mean, atol=1e-5)  # deterministic
     x, expected = x[:1], expected[:1]
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -359,7 +359,7 @@ def reference_decoder(p, x, z, t=None, window=15):
 
 
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
-@pytest.mark.parametrize("enc,size", [("vq_f8c4", (64, 64)), ("dc_f16c8", (32, 96)), ("dc_f32c8", (32, 160))])
+@pytest.mark.parametrize("enc,size", [("vq_f8c4", (64, 32)), ("dc_f32c8", (32, 160))])
 def test_published_decoder_loads_and_equals_the_reference(tmp_path, loss, enc, size):
     """Published names, a 15 x 15 table in a 17 x 17 window, square and not, grids smaller and larger than the
     window."""
