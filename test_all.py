@@ -218,9 +218,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny run of train.py: its folder."""
+    """A tiny run of train.py in two processes of torchrun's: its folder."""
     out = tmp_path_factory.mktemp("runs") / "eqm"
-    output = cli("train.py", *TINY, "--steps", 4, "--eval_every", 2, "--out", out)
+    output = cli("train.py", *TINY, "--steps", 4, "--eval_every", 2, "--out", out, nproc=2)
     assert "PSNR" in output and "saved" in output
     return out
 
@@ -1878,21 +1878,18 @@ def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path, smallest):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
 
 
-@slow
-def test_the_plain_command_runs_offline_under_torchrun(tmp_path, offline):
+def test_the_plain_command_runs_offline(tmp_path, offline, smallest):
     """No --data, no networks: the built-in images, the missing terms named and recorded. (Full width is the README's
     command.)"""
-    plain = aside(cli, "train.py", "--enc", "dc_f32c32", "--loss", "eqm", "--steps", 1, "--batch_size", 2, "--size", 32,
-                  "--enc_width", 0.125, "--dec", "XS", "--eval_images", 2, "--out", tmp_path / "run", "--device", "cpu",
-                  nproc=2)
-    folder_of(tmp_path / "images", 2)
-    message = sentence(train, "--data", tmp_path / "images", "--size", 32, "--enc_width", 0.125, "--dec", "XS",
-                       "--out", tmp_path / "real", "--device", "cpu")
-    assert "vgg16-397923af.pth" in message and "--lpips_weights" in message  # an objective never changes silently
-    output = plain.result()
+    common = ["--size", 32, "--enc_width", 0.125, "--dec", "XS", "--device", "cpu", "--workers", 0]
+    output = command(train, *common, "--enc", "dc_f32c32", "--loss", "eqm", "--steps", 1, "--batch_size", 2,
+                     "--eval_images", 2, "--out", tmp_path / "run")
     assert "training WITHOUT LPIPS" in output and "training WITHOUT REPA" in output
     notes = DCSSDAE.load(tmp_path / "run" / "model.safetensors").config["notes"]
     assert notes["w_lpips"] == notes["w_repa"] == 0
+    folder_of(tmp_path / "images", 2)
+    message = sentence(train, *common, "--data", tmp_path / "images", "--out", tmp_path / "real")
+    assert "vgg16-397923af.pth" in message and "--lpips_weights" in message  # an objective never changes silently
 
 
 @slow
