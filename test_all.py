@@ -251,6 +251,15 @@ def step_lines(folder):
 
 # Networks with random weights
 
+@contextlib.contextmanager
+def no_values():
+    """Layers start at zero, which saves seconds: where values are replaced or do not count."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("kaiming_uniform_", "kaiming_normal_", "uniform_", "normal_"):
+            patch.setattr(nn.init, name, lambda weight, *args, **kwargs: nn.init.zeros_(weight))
+        yield
+
+
 @pytest.fixture(scope="session")
 def vgg_file(tmp_path_factory):
     import torchvision
@@ -1648,7 +1657,7 @@ def test_patch_gan_and_hinge_loss():
 # LPIPS against its package and REPA against timm's model, with random weights.
 
 @pytest.mark.parametrize("net", ["vgg", "alex"])
-def test_lpips_against_the_lpips_package(tmp_path, vgg_file, net, monkeypatch):
+def test_lpips_against_the_lpips_package(tmp_path, vgg_file, net):
     import torchvision
     peer = pytest.importorskip("lpips")
     path = vgg_file
@@ -1656,9 +1665,8 @@ def test_lpips_against_the_lpips_package(tmp_path, vgg_file, net, monkeypatch):
         path = tmp_path / "alex.pth"
         torch.save(torchvision.models.alexnet(weights=None).double().state_dict(), path)  # read into float32
     ours = losses.LPIPSLoss(net, weights=path)
-    for name in ("kaiming_uniform_", "kaiming_normal_", "normal_"):  # seconds for values that are replaced below
-        monkeypatch.setattr(nn.init, name, lambda weight, *args, **kwargs: weight)
-    theirs = peer.LPIPS(net=net, pnet_rand=True, verbose=False)
+    with no_values():
+        theirs = peer.LPIPS(net=net, pnet_rand=True, verbose=False)
     features, slices = torch.load(path, weights_only=True), theirs.net
     for k in range(1, 6):
         block = getattr(slices, f"slice{k}")
@@ -1782,6 +1790,7 @@ def test_a_size_for_each_step():
     out, nfe = sampler.gradient_descent(lambda y, z: y - z, x, z, 3, eta=[0.5, 0.25, 0.5])
     assert torch.allclose(out - z, 0.5 * 0.75 * 0.5 * (x - z), atol=1e-6) and nfe.tolist() == [3] * 4
     # The default ones, along Euler's times, take the noise from each time to the next, and land in the end.
+    assert sampler.noise_times(2, 3.0) == [1, 0.125, 0]
     options = sampler.default_steps(EqM(lam=2.0), 4, t_shift=1.5)
     left, times = 1.0, sampler.noise_times(4, 1.5)
     for size, then in zip(options["eta"][:-1], times[1:]):
@@ -2714,12 +2723,12 @@ def test_check_command(monkeypatch, smallest):
         command(check, "values", "--device", "cpu")
 
 
-@slow
 def test_bench_command(monkeypatch, smallest):
     """Every task: in float32, the training step in bfloat16."""
-    monkeypatch.setattr(bench, "JPEG_COUNT", 4)
+    monkeypatch.setattr(bench, "JPEG_COUNT", 2)
     quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
-    text = command(bench, "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
+    with no_values():
+        text = command(bench, "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
     text += command(bench, "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--dtype", "bf16", "--checkpointing")
     text += command(bench, "input", *quick)
     rows = [line for line in text.splitlines() if line.startswith(("U-ViT XS", "vq_f8c4"))]

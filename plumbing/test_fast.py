@@ -26,7 +26,6 @@ from plumbing import fast
 from test_all import HERE, randomise, relative_error, slow
 from tools import bench, check
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # plumbing/fast.py: the fast forms against the plain ones
 # Windowed attention, norms, upsampling, conditioning: equal to their plain forms, compiled, linear in pixels.
