@@ -99,7 +99,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path, smallest):
                           (["--enc", "dc_f8c8"], "continues a run with --enc dc_f8c16, not dc_f8c8"),
                           (["--data", tmp_path / "other"], "a run on 6 images, but"),
                           (["--w_gan", 0.1], "begun without the part 'gan'"),
-                          (["--optimizer", "adamw"], "begun with the part 'muon'")):
+                          (["--optimizer", "adamw"], "the part 'optimizer' of the checkpoint does not fit")):
         message = sentence(train, *flags, "--resume", "--steps", 3, *change)
         assert words in message and len(lines_of(tmp_path / "r" / "log.jsonl")) == 3, change
     os.rename(tmp_path / "r" / "model.safetensors", tmp_path / "model.safetensors")
