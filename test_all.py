@@ -1,7 +1,9 @@
 """Tests of what users rely on: the mathematics, equivalences, parity with independent implementations, every command.
 
-    python -m pytest                        # no network, no GPU; 10 to 20 minutes on one core
-    python -m pytest test_all.py -k slow & python -m pytest -k "not slow" && wait $!    # on two cores
+    python -m pytest                                                       # no network, no GPU; 5 to 10 minutes
+    python -m pytest -k slow & python -m pytest -k "not slow" && wait $!   # half as long, on two cores
+
+Published weights, fast forms, runs that are stopped or go wrong, files and optimisers: plumbing/test_*.py.
 
 Tests that compare with another library are skipped where it is not installed. Networks whose weights would have to be
 downloaded (VGG-16, DINOv2, Inception) stand here with random weights, given as files.
@@ -326,7 +328,6 @@ class TinyInception(nn.Module):
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__, "torch._dynamo"])
-KILLED = (0, 1, -signal.SIGKILL)
 
 
 def child(module, argv, env, output, sabotage):
@@ -1240,8 +1241,7 @@ def test_only_a_linear_c_has_the_linear_decoders_field(c):
 # model.py: the autoencoder
 # Every configuration builds, trains and decodes; every parameter matters; any size; clear refusals.
 
-@pytest.mark.parametrize("enc", ["vq_f8c4", "vq_f16c16", "dc_f8c4", "dc_f16c16", "dc_f32c32", "dc_f64c128",
-                                 "dc_f128c512", "dc_f128c1024"])
+@pytest.mark.parametrize("enc", ["vq_f8c4", "vq_f16c16", "dc_f8c4", "dc_f32c32", "dc_f64c256", "dc_f128c1024"])
 def test_every_latent_configuration_builds_and_trains(enc, smallest):
     torch.manual_seed(0)
     model = DCSSDAE(enc, "XS", "eqm", enc_width=0.125 if enc.startswith("dc") else 0.25, depth=1)
@@ -2158,8 +2158,8 @@ def test_distillation_brings_one_step_to_the_teacher(tmp_path, smallest, loss):
     closer."""
     model = DCSSDAE("dc_f8c4", "XS", loss, 0.0625, depth=1, input_skip=True, notes={"size": 16, "w_lpips": 0})
     randomise(model, scale=0.7).save(tmp_path / "t.safetensors")
-    command(distill, "--ckpt", tmp_path / "t.safetensors", *DISTILL, "--steps", 14, "--batch_size", 8,
-            "--teacher_steps", 4, "--lr", 1e-3, "--warmup", 0, "--decay", 0, "--ema", 0.8, "--eval_images", 8,
+    command(distill, "--ckpt", tmp_path / "t.safetensors", *DISTILL, "--steps", 14, "--batch_size", 4,
+            "--teacher_steps", 3, "--lr", 1e-3, "--warmup", 0, "--decay", 0, "--ema", 0.8, "--eval_images", 4,
             "--out", tmp_path / "d")
     distance = json.loads((tmp_path / "d" / "metrics.json").read_text())["mse_to_teacher"]
     assert distance["distilled"] < 0.8 * distance["undistilled"], distance

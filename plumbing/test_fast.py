@@ -117,24 +117,30 @@ def test_latent_work_is_done_once_per_decode_and_in_float32_sums():
 
 
 @slow
-def test_compiles_without_graph_breaks():
-    """Encoders whole, and a decoder's block with the gradients that the compiler makes of it."""
-    x = torch.randn(2, 3, 32, 32)
-    for enc in ("vq_f8c4", "dcae_f32c32"):
-        encoder = make_encoder(enc, width=0.125)
-        for stage in encoder.stages if enc.startswith("dc") else ():
-            del stage[1:-1]  # further blocks like the first one, which the compiler would trace again
-        fast = torch.compile(lambda x, encoder=encoder: encoder(x).mean, fullgraph=True, backend="eager")
-        assert relative_error(fast(x), encoder(x).mean) < 1e-5
+def test_every_kind_of_block_compiles_in_one_graph():
+    """And one with the gradients that the compiler makes of it."""
+    x, found = torch.randn(2, 3, 32, 32), {}
 
-    block = randomise(UViT("XS", 4, depth=1).down[0][0])
-    h, modulation, temb = torch.randn(2, 32, 8, 8), torch.randn(2, 64, 2, 2), torch.randn(2, 128)
-    found = []
+    def keep(block, arguments, output):
+        found.setdefault(type(block), (block, arguments, output))
+
+    for network, arguments in ((make_encoder("vq_f8c4", 0.125), (x,)), (make_encoder("dcae_f32c32", 0.125), (x,)),
+                               (randomise(UViT("XS", 4, depth=1)), (x, torch.randn(2, 4, 4, 4), torch.rand(2)))):
+        hooks = [block.register_forward_hook(keep) for block in network.modules() if isinstance(block, BLOCKS)]
+        network(*arguments)
+        for hook in hooks:
+            hook.remove()
+    assert found.keys() == set(BLOCKS)
+    for block, arguments, output in found.values():
+        compiled = torch.compile(block, fullgraph=True, backend="eager")
+        assert relative_error(compiled(*arguments).detach(), output.detach()) < 1e-5
+
+    block, arguments, _ = found[ResBlock]
+    values = []
     for run in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
-        y = run(h, modulation, temb)
-        gradients = torch.autograd.grad(y.square().sum(), [block.conv1.weight, block.conv2.weight])
-        found.append([y.detach(), *gradients])
-    for a, b in zip(*found, strict=True):
+        y = run(*(argument.detach() for argument in arguments))
+        values.append([y.detach(), *torch.autograd.grad(y.square().sum(), [block.conv1.weight, block.conv2.weight])])
+    for a, b in zip(*values, strict=True):
         assert relative_error(a, b) < 1e-5
 
 
