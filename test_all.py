@@ -222,7 +222,7 @@ def checkpoint(tmp_path_factory):
 def trained(tmp_path_factory):
     """A tiny run of train.py in two processes of torchrun's: its folder."""
     out = tmp_path_factory.mktemp("runs") / "eqm"
-    output = cli("train.py", *TINY, "--steps", 4, "--eval_every", 2, "--out", out, nproc=2)
+    output = cli("train.py", *TINY, "--steps", 2, "--eval_every", 1, "--out", out, nproc=2)
     assert "PSNR" in output and "saved" in output
     return out
 
@@ -385,7 +385,7 @@ def run(folder, *argv, module="train", world=1, sabotage=None, ok=(0,)):
         arguments = module, argv, env, str(folder / f"output{rank}"), (sabotage or {}).get(rank, {})
         processes.append(FORKS.Process(target=child, args=arguments))
         processes[-1].start()
-    deadline = time.time() + 100
+    deadline = time.time() + 300
     while any(p.is_alive() for p in processes):
         multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
         if time.time() > deadline or any(p.exitcode == -signal.SIGKILL for p in processes):
@@ -1087,7 +1087,7 @@ def test_a_model_without_memory_is_whole_once_its_weights_are_loaded():
 
 @pytest.mark.parametrize("enc, steps", [("dc_f32c32", (1, 4)), ("vq_f8c4", (1, 25)), ("dc_f64c128", (1,))])
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
-def test_an_untrained_model_is_the_linear_code(enc, steps, loss):
+def test_an_untrained_model_is_the_linear_code(enc, steps, loss, smallest):
     torch.manual_seed(0)
     _, f, c = parse_name(enc)
     model = DCSSDAE(enc, "XS", loss, 0.125, depth=1, input_skip=True, linear_encoder=True, linear_decoder=c).eval()
@@ -1217,7 +1217,7 @@ def test_a_new_decoder_sees_the_latent_in_its_base_alone():
 
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_decoding_in_float64_is_that_in_float32_but_for_rounding(loss, steps):
+def test_decoding_in_float64_is_that_in_float32_but_for_rounding(loss, steps, smallest):
     torch.manual_seed(0)
     model = DCSSDAE("dc_f8c4", "XS", loss, 0.0625, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4)
     randomise(model, scale=0.5).eval()
@@ -1264,7 +1264,7 @@ def test_every_latent_configuration_builds_and_trains(enc, smallest):
 
 
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
-def test_every_parameter_gets_a_gradient_and_matters_at_every_call(loss):
+def test_every_parameter_gets_a_gradient_and_matters_at_every_call(loss, smallest):
     """Also after a first call: nothing derived from parameters may be kept between calls."""
     def build(seed):
         return randomise(DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=2, input_skip=True), seed)
@@ -1312,7 +1312,7 @@ def test_latent_norm_is_batch_norm_in_evaluation():
     assert torch.allclose(ours(z), theirs.eval()(z), atol=1e-6)
 
 
-def test_what_the_model_refuses():
+def test_what_the_model_refuses(smallest):
     fm, eqm = (DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=1) for loss in ("fm", "eqm"))
     linear = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1, input_skip=True, linear_decoder=4)
     x, z = torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 2, 2)
@@ -1339,7 +1339,7 @@ def test_what_the_model_refuses():
 
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
 @pytest.mark.parametrize("c", ["linear", "piecewise"])
-def test_input_skip_is_the_field_at_the_noise_end(loss, c):
+def test_input_skip_is_the_field_at_the_noise_end(loss, c, smallest):
     """With skip and a network that outputs the image (up to scale), one step from pure noise returns the image."""
     model = DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=1, c=c, lam=2.0, input_skip=True).eval()
     nn.init.zeros_(model.decoder.conv_out.weight)
@@ -1347,7 +1347,7 @@ def test_input_skip_is_the_field_at_the_noise_end(loss, c):
     assert torch.allclose(model.decode(torch.randn(2, 4, 2, 2)), torch.full((2, 3, 32, 32), 0.5), atol=1e-5)
 
 
-def test_a_step_size_alone_keeps_the_last_step():
+def test_a_step_size_alone_keeps_the_last_step(smallest):
     """Which lands on the estimate: without it the noise that a step of eta leaves stays in the image."""
     model = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1, lam=2.0, input_skip=True, linear_encoder=True,
                     linear_decoder=4).eval()
@@ -1382,7 +1382,7 @@ def test_default_step_sizes_end_on_the_data(c, lam):
     assert nfe.tolist() == [3]
 
 
-def test_decode_is_reproducible_and_differentiable():
+def test_decode_is_reproducible_and_differentiable(smallest):
     model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)).eval()
     z = torch.randn(2, 4, 2, 3, requires_grad=True)
     a, b = (model.decode(z, steps=2, generator=torch.Generator().manual_seed(1)) for _ in range(2))
@@ -1396,7 +1396,7 @@ def test_decode_is_reproducible_and_differentiable():
 
 
 @pytest.mark.parametrize("lam", [1.0, 4.0])
-def test_energy_of_a_perfect_linear_field(lam):
+def test_energy_of_a_perfect_linear_field(lam, smallest):
     """An untrained model's field leads straight to the linear code x0: f = lam (x - x0)."""
     model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1, lam=lam, input_skip=True, linear_encoder=True,
                     linear_decoder=4).eval()
@@ -1458,7 +1458,7 @@ def test_any_size_by_reflection(size, smallest):
     ("vq_f8c4", "eqm", {"enc_width": 0.25, "c": "trunc", "lam": 4.0}),
     ("dc_f8c4", "fm", {"enc_width": 0.0625, "linear_encoder": True, "linear_decoder": 4}),
 ])
-def test_save_and_load_round_trip(tmp_path, enc, loss, options):
+def test_save_and_load_round_trip(tmp_path, enc, loss, options, smallest):
     model = randomise(DCSSDAE(enc, "XS", loss, depth=1, input_skip=True, notes={"size": 64}, **options)).eval()
     model.save(tmp_path / "m.safetensors")
     loaded = DCSSDAE.load(tmp_path / "m.safetensors")
@@ -1478,7 +1478,7 @@ def test_save_and_load_round_trip(tmp_path, enc, loss, options):
 
 @pytest.mark.parametrize("part", ["decoder", "all"])
 @torch.no_grad()
-def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path, part):
+def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path, part, smallest):
     stored = {"mean": [0.0] * 4, "std": [1.0] * 4}
     model = DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, c="trunc", a=0.6, lam=4.0, input_skip=True, latents=stored)
     randomise(model).eval().save(tmp_path / "m.safetensors")
@@ -1505,7 +1505,7 @@ def test_a_saved_model_is_finite_and_on_the_disk_before_it_has_its_name(tmp_path
     assert (tmp_path / "m.safetensors").read_bytes() == before and os.listdir(tmp_path) == ["m.safetensors"]
 
 
-def test_files_that_do_not_fit(tmp_path):
+def test_files_that_do_not_fit(tmp_path, smallest):
     model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
     config = model.config | {"without": []}  # an entry of older files of this format
     for name, metadata in (("m", {"format": "5", "config": json.dumps(config)}),
@@ -1842,12 +1842,12 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
     files = {"model.safetensors", "best.safetensors", "latest.pt", "log.jsonl", "reconstructions.png", "metrics.json"}
     assert files <= set(os.listdir(trained))
     log = step_lines(trained)
-    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert [line["step"] for line in log] == [1, 2]
     assert all(math.isfinite(line[k]) for line in log for k in ("loss", "kl", "lr", "grad_norm", "images_per_s"))
     assert all(line["peak_mib"] > 50 for line in log)
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["images"] == 2 and [row["steps"] for row in metrics["rows"]] == [0, 0, 1, 4]
-    assert [line["step"] for line in lines_of(trained / "log.jsonl") if "eval" in line] == [2, 4]
+    assert [line["step"] for line in lines_of(trained / "log.jsonl") if "eval" in line] == [1, 2]
     assert Image.open(trained / "reconstructions.png").size[1] > 4 * 32  # original, baseline, 1 step, 4 steps
     model = DCSSDAE.load(trained / "model.safetensors")
     assert model.config["notes"]["size"] == 32
@@ -2158,8 +2158,8 @@ def test_distillation_brings_one_step_to_the_teacher(tmp_path, smallest, loss):
     closer."""
     model = DCSSDAE("dc_f8c4", "XS", loss, 0.0625, depth=1, input_skip=True, notes={"size": 16, "w_lpips": 0})
     randomise(model, scale=0.7).save(tmp_path / "t.safetensors")
-    command(distill, "--ckpt", tmp_path / "t.safetensors", *DISTILL, "--steps", 14, "--batch_size", 4,
-            "--teacher_steps", 3, "--lr", 1e-3, "--warmup", 0, "--decay", 0, "--ema", 0.8, "--eval_images", 4,
+    command(distill, "--ckpt", tmp_path / "t.safetensors", *DISTILL, "--steps", 14, "--batch_size", 8,
+            "--teacher_steps", 4, "--lr", 1e-3, "--warmup", 0, "--decay", 0, "--ema", 0.8, "--eval_images", 8,
             "--out", tmp_path / "d")
     distance = json.loads((tmp_path / "d" / "metrics.json").read_text())["mse_to_teacher"]
     assert distance["distilled"] < 0.8 * distance["undistilled"], distance
