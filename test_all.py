@@ -1838,6 +1838,7 @@ def test_samplers_refuse_bad_arguments():
 # train.py: runs
 # What a run leaves behind; its phases, objectives and flags; the same steps by any processes and micro-batches.
 
+@slow
 def test_train_leaves_model_log_picture_and_metrics(trained):
     files = {"model.safetensors", "best.safetensors", "latest.pt", "log.jsonl", "reconstructions.png", "metrics.json"}
     assert files <= set(os.listdir(trained))
@@ -1936,6 +1937,7 @@ def test_evaluations_measure_lpips_and_rfid_as_evaluate_does(tmp_path, vgg_file,
     assert (best["metric"], best["value"], best["step"]) == ("rfid", *found)
 
 
+@slow
 def test_a_frozen_encoder_from_a_file(trained, tmp_path):
     command("train.py", *TINY, "--steps", 2, "--eval_steps", 1, "--enc_ckpt", trained / "model.safetensors",
             "--freeze_enc", "--out", tmp_path / "run")
@@ -2132,6 +2134,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch, smallest):
 # distill.py
 # One step comes closer to the teacher's several; encoder and latents stay.
 
+@slow
 def test_distill_then_evaluate(trained, tmp_path):
     output = cli("distill.py", "--ckpt", trained / "model.safetensors", *DISTILL, "--steps", 3, "--size", 40,
                  "--out", tmp_path / "d")

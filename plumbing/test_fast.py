@@ -256,6 +256,7 @@ def test_the_forms_for_gpus_equal_those_for_cpus(name, monkeypatch):
         assert a is None or (a - b).norm() <= 1e-6 * (b.norm() + 1e-3)  # some are 0 but for rounding
 
 
+@slow
 def test_the_gpus_norm_equals_the_plain_form():
     """On a GPU, or in Triton's interpreter, which is chosen before anything imports Triton."""
     pytest.importorskip("triton")

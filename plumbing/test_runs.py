@@ -88,6 +88,7 @@ def test_a_run_that_dies_in_its_last_evaluation_catches_up(tmp_path, monkeypatch
     assert "eval" in lines_of(tmp_path / "r" / "log.jsonl")[-1] and (tmp_path / "r" / "metrics.json").exists()
 
 
+@slow
 def test_what_may_change_when_a_run_goes_on(tmp_path, smallest):
     """The number of steps, rates, paths: said. Not the model, its parts, the number of images."""
     for name, n in (("here", 6), ("there", 6), ("other", 7)):
@@ -112,6 +113,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path, smallest):
     assert (tmp_path / "model.safetensors").read_bytes() != before
 
 
+@slow
 def test_a_bad_step_of_one_rank_is_skipped_on_all(tmp_path, smallest):
     flags = [*SMALL, "--eval_every", 0, "--steps", 3, "--w_gan", 0.1]
     _, output = run(tmp_path / "o", *flags, "--out", tmp_path / "a", world=2, sabotage={1: {1: "nan"}})
@@ -125,6 +127,7 @@ def test_a_bad_step_of_one_rank_is_skipped_on_all(tmp_path, smallest):
     assert all(v.isfinite().all() for part in ("model", "ema", "gan") for v in state[part].values())
 
 
+@slow
 def test_ten_bad_steps_in_a_row_end_the_run(tmp_path, smallest):
     """Read every tenth step; the images of the last one are named."""
     flags = [*SMALL, "--size", 16, "--batch_size", 2, "--log_every", 100, "--save_every", 100, "--eval_every", 0]
@@ -150,6 +153,7 @@ def test_an_infinite_loss_with_finite_gradients_skips_the_step(tmp_path, monkeyp
     assert state["optimizer"]["state"][0]["step"] == 1 and state["skipped"] == 2 and saves == [3]
 
 
+@slow
 def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch, smallest):
     """Skipped steps, weights that are not finite, a full disk; weights that are finite and ruined."""
     good = tmp_path / "r"
