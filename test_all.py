@@ -188,15 +188,14 @@ def sentence(program, *args):
     return command(program, *args, ok=False)
 
 
-def offline_environment(folder):
-    """Environment variables: no cached networks, and no way to download one."""
-    return {"TORCH_HOME": str(folder), "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "no_proxy": "", "NO_PROXY": "",
-            **dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")}
-
-
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    for name, value in offline_environment(tmp_path).items():
+    """No cached networks, and no way to download one."""
+    for name in ("TORCH_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name, value in (("HF_HUB_OFFLINE", "1"), ("no_proxy", ""), ("NO_PROXY", "")):
         monkeypatch.setenv(name, value)
 
 
@@ -1503,33 +1502,6 @@ def test_a_saved_model_is_finite_and_on_the_disk_before_it_has_its_name(tmp_path
     with pytest.raises(ValueError, match="1 of its tensors hold values that are not finite"):
         model.save(tmp_path / "m.safetensors")
     assert (tmp_path / "m.safetensors").read_bytes() == before and os.listdir(tmp_path) == ["m.safetensors"]
-
-
-def test_files_that_do_not_fit(tmp_path, smallest):
-    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
-    config = model.config | {"without": []}  # an entry of older files of this format
-    for name, metadata in (("m", {"format": "5", "config": json.dumps(config)}),
-                           ("old", {"format": "4", "config": json.dumps(config)}),
-                           ("odd", {"format": "5", "config": json.dumps(config | {"dec": "XXL"})}),
-                           ("new", {"format": "5", "config": json.dumps(config | {"flavour": 1})})):
-        save_file(model.state_dict(), tmp_path / f"{name}.safetensors", metadata=metadata)
-    torch.save({"w": torch.zeros(1)}, tmp_path / "other.pt")
-    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "step": 3}, tmp_path / "latest.pt")
-    torch.save({"step": 3}, tmp_path / "none.pt")
-    assert DCSSDAE.load(tmp_path / "m.safetensors").config == model.config
-    for name, words in (("old.safetensors", "file format 4; this code reads format 5"),
-                        ("odd.safetensors", "no model that can be built: unknown decoder size 'XXL'"),
-                        ("new.safetensors", "no model that can be built: .*flavour"),
-                        ("other.pt", "no DC-SSDAE configuration and holds no encoder"),
-                        ("latest.pt", r"several tables of tensors \(model, ema\), as a checkpoint of training"),
-                        ("none.pt", "not hold a flat table")):
-        with pytest.raises(ValueError, match=words) as stop:
-            DCSSDAE.load(tmp_path / name)
-        assert name in str(stop.value) and "\n" not in str(stop.value)
-    for enc, loss, words in (("dc_f16c8", "eqm", "does not fit this model.*of another shape"),
-                             ("dc_f16c4", "fm", "missing.*time")):
-        with pytest.raises(ValueError, match=words):
-            DCSSDAE(enc, "XS", loss, enc_width=0.0625, depth=1).load_published(tmp_path / "m.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

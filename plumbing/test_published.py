@@ -2,6 +2,7 @@
 
     python -m pytest plumbing
 """
+import json
 import math
 import re
 
@@ -454,3 +455,30 @@ def test_refusals_name_what_the_file_holds(tmp_path):
         with pytest.raises(ValueError, match=words):
             model.load_published(tmp_path / f"{file}.pt", part=part)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing has changed
+
+
+def test_files_that_do_not_fit(tmp_path, smallest):
+    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
+    config = model.config | {"without": []}  # an entry of older files of this format
+    for name, metadata in (("m", {"format": "5", "config": json.dumps(config)}),
+                           ("old", {"format": "4", "config": json.dumps(config)}),
+                           ("odd", {"format": "5", "config": json.dumps(config | {"dec": "XXL"})}),
+                           ("new", {"format": "5", "config": json.dumps(config | {"flavour": 1})})):
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors", metadata=metadata)
+    torch.save({"w": torch.zeros(1)}, tmp_path / "other.pt")
+    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "step": 3}, tmp_path / "latest.pt")
+    torch.save({"step": 3}, tmp_path / "none.pt")
+    assert DCSSDAE.load(tmp_path / "m.safetensors").config == model.config
+    for name, words in (("old.safetensors", "file format 4; this code reads format 5"),
+                        ("odd.safetensors", "no model that can be built: unknown decoder size 'XXL'"),
+                        ("new.safetensors", "no model that can be built: .*flavour"),
+                        ("other.pt", "no DC-SSDAE configuration and holds no encoder"),
+                        ("latest.pt", r"several tables of tensors \(model, ema\), as a checkpoint of training"),
+                        ("none.pt", "not hold a flat table")):
+        with pytest.raises(ValueError, match=words) as stop:
+            DCSSDAE.load(tmp_path / name)
+        assert name in str(stop.value) and "\n" not in str(stop.value)
+    for enc, loss, words in (("dc_f16c8", "eqm", "does not fit this model.*of another shape"),
+                             ("dc_f16c4", "fm", "missing.*time")):
+        with pytest.raises(ValueError, match=words):
+            DCSSDAE(enc, "XS", loss, enc_width=0.0625, depth=1).load_published(tmp_path / "m.safetensors")
