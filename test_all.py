@@ -3141,7 +3141,7 @@ def test_sweep_command(tmp_path, checkpoint, monkeypatch, vgg_file):
     for a, b in zip(*tables, strict=True):
         assert a["name"] == b["name"]
         for key in a.keys() - {"name", "method", "ms"}:
-            assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-6), key
+            assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-5), key  # rounding
     for row in rows[2:]:  # the numbers are evaluate's for these options
         assert row["steps"] in (1, 2) and row["eta"] > 0 and row["nfe"] <= row["steps"]
     assert sweep.csv_text([{"name": "a", "psnr": math.nan}, {"name": "b", "psnr": 1.5, "hf": None}]) == (
