@@ -6,14 +6,16 @@ Three families, one naming rule NAME = FAMILY_f<downscale>c<latent channels>:
   dc_*  the deep-compression encoder of DC-AE (Chen et al. 2024, arXiv 2410.10733), residual blocks only: dc_f32c32, ...
   dcae_*  the published DC-AE encoders, with EfficientViT blocks: dcae_f32c32, dcae_f64c128, dcae_f128c512
         (in-1.0 and mix-1.0), and dcae_f32c32_sana (sana-1.0)
+and timm_NAME, a frozen vision transformer of timm's, as RAE (Zheng et al. 2025, arXiv 2510.11690)
 
     python -c "from encoder import make_encoder; print(make_encoder('dc_f32c32', width=0.125))"
 
 Convention: images (B, 3, H, W) in [-1, 1], H and W multiples of the downscale f; latents (B, c, H/f, W/f).
 """
 import math
+import os
 import re
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing import fast
+from plumbing.files import WeightsUnavailable
+from plumbing.process import first_line
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion: a variance that is neither 0 nor infinite in float32
 
@@ -46,6 +50,11 @@ class DiagonalGaussian:
         mean, logvar = self.mean.float(), self.logvar.float()
         # KL = 1/2 sum (mu^2 + var - 1 - log var)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
+
+
+def point_mass(mean):
+    """The posterior of an encoder that is sure: (almost) no width around mean (B, c, h, w)."""
+    return DiagonalGaussian(mean, torch.full_like(mean, LOGVAR_RANGE[0]))
 
 
 START_LOGVAR = -5.0         # A standard deviation of 0.08: with 1, as default weights have it, latents begin as noise.
@@ -468,7 +477,7 @@ class DCEncoder(nn.Module):
                 mean = mean + self.code.encode(x)
             else:
                 mean = mean + h.unflatten(1, (self.z_dim, -1)).mean(dim=2).float()           # DC-AE's shortcut
-            return DiagonalGaussian(mean, torch.full_like(mean, LOGVAR_RANGE[0]))
+            return point_mass(mean)
         mean, logvar = self.conv_out(h).float().chunk(2, dim=1)
         if self.code is not None:
             mean = mean + self.code.encode(x)
@@ -476,9 +485,86 @@ class DCEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# timm_*: a vision transformer that was trained to see. Its patch tokens are the latent, for a decoder to learn from.
+
+class TimmEncoder(nn.Module):
+    """A vision transformer of timm's as a frozen, deterministic encoder (RAE, arXiv 2510.11690): the latent is its
+    patch tokens, each normalised over its channels (the last layer norm, without weight and bias), on their grid.
+
+    name    as timm has it, say vit_base_patch14_dinov2.lvd142m; with random weights, see `read_weights`
+    .downscale is the patch's side p, for the decoder rounded up to a multiple of 8: images are resized by
+    p / downscale, DINOv2's from 256 to 224 px, and both have 16 x 16 cells. .z_dim: the tokens' width.
+    raises  ValueError where timm has no vision transformer of that name
+    """
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.network = name, tokens_alone(timm_vit(name))
+        self.patch, self.z_dim = self.network.patch_embed.patch_size[0], self.network.embed_dim
+        self.downscale = math.ceil(self.patch / 8) * 8
+        for key in ("mean", "std"):  # of R, G, B in [0, 1]
+            self.register_buffer(key, torch.tensor(self.network.pretrained_cfg[key])[:, None, None])
+        self.requires_grad_(False)
+
+    def read_weights(self, path=None):
+        """Weights of the network by timm's or the original names from a file; None: timm's own, from the Hugging Face
+        cache or a download. WeightsUnavailable, ValueError."""
+        if path and not os.path.isfile(path):
+            raise WeightsUnavailable(f"no weight file at {path}")
+        try:
+            network = timm_vit(self.name, pretrained=True, pretrained_cfg_overlay={"file": str(path)} if path else None)
+            self.network.load_state_dict(tokens_alone(network).state_dict())
+        except Exception as error:  # noqa: BLE001 the hub client raises many classes; offline, all mean the same
+            if path:
+                raise ValueError(f"{path} does not hold the weights of timm's {self.name} "
+                                 f"({first_line(error)})") from None
+            raise WeightsUnavailable(f"the weights of timm/{self.name} are not in the Hugging Face cache and could not "
+                                     "be downloaded: give them with --enc_ckpt FILE") from None
+
+    def forward(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over (B, z_dim, H/f, W/f), of (almost) no width."""
+        grid = [side // self.downscale for side in x.shape[2:]]
+        dtype, x = x.dtype, (x.float() + 1) / 2
+        if self.patch != self.downscale:
+            x = F.interpolate(x, size=[self.patch * n for n in grid], mode="bicubic", antialias=True)
+        tokens = self.network.forward_features(((x - self.mean) / self.std).to(dtype))
+        tokens = tokens[:, self.network.num_prefix_tokens:]                                  # (B, h w, z_dim)
+        return point_mass(tokens.mT.unflatten(2, grid).float())
+
+
+@cache
+def timm_shape(name):
+    """(downscale, z_dim) of timm_NAME, which takes building it."""
+    encoder = make_encoder(name)
+    return encoder.downscale, encoder.z_dim
+
+
+def timm_vit(name, **options):
+    """timm's vision transformer of this name, for images of any size. ValueError where there is none."""
+    import timm
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no network {name}")
+    try:
+        network = timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
+        network.num_prefix_tokens, network.patch_embed.patch_size  # what a vision transformer has
+    except (TypeError, AttributeError):
+        raise ValueError(f"timm's {name} is no vision transformer for images of any size") from None
+    return network
+
+
+def tokens_alone(network):
+    """The network without what follows its tokens, and its last layer norm without weight and bias."""
+    network.norm = nn.LayerNorm(network.embed_dim, eps=1e-6, elementwise_affine=False)
+    for name in ("fc_norm", "attn_pool", "head"):
+        setattr(network, name, nn.Identity())
+    return network
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 FAMILIES = {"vq": VQEncoder, "dc": DCEncoder, "dcae": partial(DCEncoder, kind="dcae"),
             "dcae_sana": partial(DCEncoder, kind="sana")}
+TIMM = "timm_"  # begins the names of timm's networks
 
 
 def _scaled(channels, width, multiple):
@@ -492,8 +578,9 @@ def _scaled(channels, width, multiple):
 def make_encoder(name, width=1.0, **options):
     """Build an encoder by name, with random weights.
 
-    name    (vq|dc|dcae)_f<8|16|32|64|128>c<latent channels>, e.g. vq_f8c4, dc_f32c32, dcae_f64c128; dcae_f32c32_sana
-    width   multiplies all widths; 1.0 is the published size, 0.125 runs on a laptop
+    name    (vq|dc|dcae)_f<8|16|32|64|128>c<latent channels>, e.g. vq_f8c4, dc_f32c32, dcae_f64c128; dcae_f32c32_sana;
+            timm_NAME
+    width   multiplies all widths but timm's; 1.0 is the published size, 0.125 runs on a laptop
     options vq, dc: linear=True adds the linear code (LappedCode) to the mean, and starts the rest of it at zero
             dc: norm=False leaves out the RMS norms, as the published DC-SSDAE encoders do
             vq: quant=False leaves out the last 1x1 convolution (quant_conv), as FLUX's layout does
@@ -502,17 +589,22 @@ def make_encoder(name, width=1.0, **options):
     returns nn.Module with .downscale (f) and .z_dim (c); forward(x) -> DiagonalGaussian
     raises  ValueError for a name outside this rule or a width that gives fractional channels
     """
+    if name.startswith(TIMM):
+        return TimmEncoder(name.removeprefix(TIMM), **options)
     family, downscale, z_dim = parse_name(name)
     return FAMILIES[family](downscale, z_dim, width, **options)
 
 
 def parse_name(name):
-    """An encoder's name -> (key of FAMILIES, downscale f, latent channels c). ValueError for an unknown one."""
+    """An encoder's name -> (key of FAMILIES or "timm", downscale f, latent channels c). ValueError for an unknown one.
+    """
+    if name.startswith(TIMM):
+        return "timm", *timm_shape(name)
     match = re.fullmatch(r"([a-z][a-z0-9]*)_f(8|16|32|64|128)c([1-9]\d*)(_sana)?", name)
     family = None
     if match:
         family = match[1] + (match[4] or "")
     if family not in FAMILIES:
         raise ValueError(f"unknown encoder '{name}': expected (vq|dc|dcae)_f<8|16|32|64|128>c<channels>, for example "
-                         "dc_f32c32, or dcae_f32c32_sana")
+                         "dc_f32c32, or dcae_f32c32_sana, or timm_NAME")
     return family, int(match[2]), int(match[3])

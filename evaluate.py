@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 evaluate.py --ckpt F --data imagenet/ --size 256      # the same numbers, faster
     python evaluate.py --ckpt F --images a.jpg b.png --out D                          # your own pictures, of any size
     python evaluate.py --ckpt F --data D --save_images E     # then python fid.py E/originals E/reconstructions
+    python evaluate.py --ckpt F --data D --peer stabilityai/sd-vae-ft-mse             # beside another autoencoder
 
 All on images clamped to [-1, 1] and rounded to 8 bit, against the identically prepared originals (the protocol line):
   PSNR      dB, mean of the per-image values (as DC-AE reports); "pooled": of the mean squared error (as SSDD's code)
@@ -14,6 +15,7 @@ All on images clamped to [-1, 1] and rounded to 8 bit, against the identically p
   DreamSim  Fu et al. 2023 (arXiv 2306.09344), the package's ensemble
   rFID      see fid.py, also for FD-DINOv2 and features of your own, which are not rFID; biased below 10,000 images
   NFE, ms   network evaluations an image; milliseconds an image of decoding, the first batch (warm-up) left out
+  numbers   of an image's latent, beside --peer
   cells     step across the borders of the encoder's cells over that elsewhere, over the originals'; 1: none show
 +- is the standard error of the mean over images. Two rows are no networks at all: shrinking by the model's factor with
 antialiasing and enlarging bilinearly; and the linear code with as many numbers an image as the latent.
@@ -31,13 +33,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import make_dataset, make_loader
-from encoder import LappedCode
+from encoder import LappedCode, point_mass
 from fid import UNBIASED_FROM, Statistics, distance_or_none, load_metrics, metric_of
 from model import DCSSDAE, check_size
 from plumbing import flags, log
 from plumbing.files import save_grid, strict, write_json
 from plumbing.images import read_image
-from plumbing.process import gathered, guarded, keep_freed_memory, now, setup
+from plumbing.process import first_line, gathered, guarded, keep_freed_memory, now, setup
 from sampler import image_noise, seeded_generator
 
 REFERENCES = {"baseline": "shrink/enlarge x {f}", "linear": "linear code"}  # first rows of every table
@@ -321,7 +323,8 @@ def table_columns(rows, images):
     """{key in a row: (heading, number format)}, in the order of the table."""
     biased = f" (biased, N={images})" if images < UNBIASED_FROM else ""
     columns = {
-        "name": ("", "{}"), "runs": ("runs", "{}"), "gain": ("gain, dB", "{:.2f}"), "nfe": ("NFE", "{:.4g}"),
+        "name": ("", "{}"), "numbers": ("numbers", "{}"), "runs": ("runs", "{}"), "gain": ("gain, dB", "{:.2f}"),
+        "nfe": ("NFE", "{:.4g}"),
         "psnr": ("PSNR", "{:.2f}"), "psnr_pooled": ("pooled", "{:.2f}"), "ssim": ("SSIM", "{:.4f}"),
         "hf": ("HF ratio", "{:.3f}"), "cells": ("cells", "{:.2f}"),
         "lpips_vgg": ("LPIPS vgg", "{:.4f}"), "lpips_alex": ("LPIPS alex", "{:.4f}"),
@@ -449,12 +452,72 @@ def reconstruct_images(model, args, options, device, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Autoencoders of others
+
+PEERS = ("AutoencoderKL", "AutoencoderDC")                   # diffusers' classes: Stable Diffusion's and its kin; DC-AE
+
+
+class Peer(torch.nn.Module):
+    """An autoencoder of diffusers' as `evaluate` takes a model; it decodes in one step and without noise.
+
+    name    a folder with config.json and weights, or of the Hugging Face hub owner/repo or owner/repo/folder
+    raises  ValueError where diffusers is missing, or there is no such autoencoder
+    """
+
+    def __init__(self, name):
+        super().__init__()
+        try:
+            import diffusers
+        except ImportError:
+            raise ValueError("--peer needs diffusers: pip install diffusers") from None
+        self.name, folder = name, None
+        if name.count("/") > 1 and not os.path.isdir(name):
+            owner, repo, folder = name.split("/", 2)
+            name = f"{owner}/{repo}"
+        try:
+            config = diffusers.AutoencoderKL.load_config(name, subfolder=folder)
+            kind = config.get("_class_name")
+            if kind in PEERS:
+                self.network = getattr(diffusers, kind).from_pretrained(name, subfolder=folder, low_cpu_mem_usage=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--peer {self.name} is no folder and not on the Hugging Face hub, or cannot be read "
+                             f"({first_line(error)})") from None
+        if kind not in PEERS:
+            raise ValueError(f"--peer {self.name} is of diffusers' class {kind}, not of {' or '.join(PEERS)}")
+        self.config = dict(config)
+        widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        self.downscale, self.z_dim = 2 ** (len(widths) - 1), config["latent_channels"]
+
+    def encode(self, x):
+        output = self.network.encode(x.to(self.network.dtype))
+        return output.latent_dist if "latent_dist" in output else point_mass(output.latent)
+
+    def sample(self, z, steps, noise):
+        return self.network.decode(z.to(self.network.dtype)).sample, torch.ones(len(z))
+
+    def latent_shape(self, height, width):
+        return self.z_dim, height // self.downscale, width // self.downscale
+
+
+def load_peers(args, size, device):
+    """{row of the table: Peer} of --peer. ValueError for a size that does not fit one."""
+    set_precision(args)
+    peers = {}
+    for name in args.peer:
+        peer = Peer(name).to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval()
+        if size % peer.downscale:
+            raise ValueError(f"--size {size} is not a multiple of {peer.downscale}, which --peer {name} needs")
+        peers[name.rstrip("/").split("/")[-1]] = peer.to(memory_format=torch.channels_last)
+    return peers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What tools/ share: the flags of programs that open a trained model and a data set, and their start
 
-def shared_arguments(parser):
-    """The flags of every program that opens a trained model and a data set."""
+def shared_arguments(parser, required=True):
+    """The flags of every program that opens a trained model, which --ckpt must or may name, and a data set."""
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="FILE", help="model.safetensors written by train.py or distill.py")
+    add("--ckpt", required=required, metavar="FILE", help="model.safetensors written by train.py or distill.py")
     add("--out", metavar="DIR", help="folder of what is written; default: the checkpoint's")
     add("--device", metavar="NAME", help="default: cuda, mps or cpu, the first that is there")
     add("--dtype", choices=["float32", "tf32", "bf16"], default="float32", help="weights and maps of both parts; tf32: "
@@ -503,14 +566,18 @@ def out_folder(args):
     """Where results go: --out, else the checkpoint's folder; for an hf:// address this one."""
     if args.out:
         return Path(args.out)
-    return Path() if args.ckpt.startswith("hf://") else Path(args.ckpt).parent
+    return Path() if not args.ckpt or args.ckpt.startswith("hf://") else Path(args.ckpt).parent
+
+
+def set_precision(args):
+    """float32 means float32, also in LPIPS: torch's own choice is TF32 for convolutions."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.dtype == "tf32"
 
 
 def load_model(args, device):
     """The model of --ckpt in --dtype on `device`, and the image size: --size, the training's, or 256: (model, int).
     ValueError, OSError: no such model, a size that does not fit it."""
-    # float32 means float32, also in LPIPS: torch's own choice is TF32 for convolutions.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.dtype == "tf32"
+    set_precision(args)
     model = DCSSDAE.load(args.ckpt, device=device).to(memory_format=torch.channels_last)
     if args.dtype == "bf16":
         model.to(torch.bfloat16)
@@ -536,13 +603,24 @@ def sampler_options(args, loss):
     return options
 
 
-def report(args, model, dataset, networks, runs, sampler, out, rank, world, device, save=None):
-    """Evaluate, write the files, then print the table. `sampler` says in the protocol how it was set. -> the result, in
-    the first process alone."""
+def report(args, model, dataset, networks, runs, sampler, out, rank, world, device, save=None, peers=None):
+    """Evaluate, write the files, then print the table. `sampler` says in the protocol how it was set; peers: {name:
+    Peer}, each below references of its own. -> the result, in the first process alone."""
     distances, features, unavailable = networks
     loader = make_loader(dataset, args.batch_size * world, False, args.workers, rank=rank, world=world, device=device)
     result = evaluate(model, loader, device, runs, distances, features, seed=args.seed, rank=rank, world=world,
                       progress=True, save=save)
+    results = [(model, result)]
+    for name, peer in (peers or {}).items():
+        results.append((peer, evaluate(peer, loader, device, {name: (1, {})}, distances, features, seed=args.seed,
+                                       rank=rank, world=world, progress=True)))
+    if peers is not None:  # the numbers of an image's latent, which differ
+        for one, part in results:
+            for row in part["rows"][1:]:
+                row["numbers"] = math.prod(one.latent_shape(dataset.size, dataset.size))
+    for _, part in results[1:]:
+        result["rows"] += part["rows"]
+        result["pictures"] += part["pictures"][1:]
     if rank > 0:
         return None
     if result["images"] < 2:
@@ -575,9 +653,11 @@ def protocol(args, result, size, sampler, distances, features, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared_arguments(parser)
+    shared_arguments(parser, required=False)
     loader_arguments(parser)
     add = parser.add_argument
+    add("--peer", nargs="+", default=[], metavar="NAME", help="autoencoders of diffusers' in the table, alone or "
+        "beside --ckpt: a folder, or of the Hugging Face hub owner/repo or owner/repo/folder")
     add("--images", nargs="+", metavar="FILE", help="instead of a data set: reconstruct pictures of any size with the "
         "first of --steps")
     add("--save_images", metavar="DIR", help="new folder for originals/ and reconstructions/ of the first of --steps, "
@@ -596,9 +676,15 @@ def main():
         "times; default: the sampler's")
     metric_arguments(parser)
     args = parser.parse_args()
+    if not args.ckpt and (args.images or not args.peer):
+        parser.error("give --ckpt FILE, or for a table --peer NAME")
     rank, world, device = setup(args.device)
-    model, size = load_model(args, device)
-    options = sampler_options(args, model.config["loss"])
+    if args.ckpt:
+        model, size = load_model(args, device)
+        options = sampler_options(args, model.config["loss"])
+        runs = {row_name(steps): (steps, options) for steps in args.steps}
+    else:
+        model, size, options = None, args.size or DEFAULT_SIZE, {}
     out = out_folder(args)
     if args.images:
         if rank == 0:
@@ -606,12 +692,15 @@ def main():
         return
 
     dataset = make_dataset(args.data, size, train=False, limit=args.limit, crop=args.crop, split=args.part)
-    runs = {row_name(steps): (steps, options) for steps in args.steps}
+    peers = load_peers(args, size, device) if args.peer else None
+    if model is None:
+        name = next(iter(peers))
+        model, runs = peers.pop(name), {name: (1, {})}
     ready_folder(out)
     save = image_writer(args.save_images, dataset) if args.save_images else None
     networks = load_networks(args, size, device, world)
     sampler = ", ".join(f"{key} {value}" for key, value in options.items()) or "defaults"
-    report(args, model, dataset, networks, runs, sampler, out, rank, world, device, save)
+    report(args, model, dataset, networks, runs, sampler, out, rank, world, device, save, peers)
 
 
 if __name__ == "__main__":

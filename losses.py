@@ -7,6 +7,8 @@ FM     Lipman et al. 2022 (arXiv 2210.02747), as SSDD trains its decoder (arXiv 
 EqM    Wang, Du 2025 (arXiv 2510.02300)
 LPIPS  Zhang et al. 2018 (arXiv 1801.03924)        REPA  Yu et al. 2024 (arXiv 2410.06940)
 
+Off by default, for latents that generators learn sooner: noise on them, codes of fewer channels, smaller images, VF.
+
     python train.py --loss eqm --w_lpips 0.5 --lpips_weights vgg16-397923af.pth
 
 Conventions: images x (B, 3, H, W) in [-1, 1]; noise e ~ N(0, I); FM time t: 0 data, 1 noise; EqM level
@@ -188,6 +190,61 @@ def kl_loss(posterior):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What the decoder is shown of a latent in training, off by default: with noise, the first channels alone, smaller
+
+def draw_latent(seed, step, rows, z_shape, device, z_noise=0.0, nested=()):
+    """Per sample, from (seed, step, row) alone: noise for the latent (B, *z_shape), in deviations of its channels, and
+    how many of its channels are shown (B,). Each None where it is not asked for.
+
+    z_noise  tau of sigma n, sigma = tau |N(0, 1)|, n ~ N(0, I): RAE (Zheng et al. 2025, arXiv 2510.11690), whose tau
+             is 0.8. A generator's latents are never exact
+    nested   numbers k: a sample shows its first k channels, one of these or all, with equal chances, as DC-AE 1.5 (Chen
+             et al. 2025, arXiv 2508.00413)
+    """
+    noise = shown = None
+    generators = [seeded_generator(device, seed, step, row, "latent") for row in rows]
+    if nested:
+        chosen = [torch.randint(len(nested) + 1, (), generator=gen, device=device) for gen in generators]
+        shown = torch.tensor([*nested, z_shape[0]], device=device)[torch.stack(chosen)]
+    if z_noise:
+        sigma = [z_noise * torch.randn((), generator=gen, device=device).abs() for gen in generators]
+        n = [torch.randn(z_shape, generator=gen, device=device) for gen in generators]
+        noise = per_image(torch.stack(sigma)) * torch.stack(n)
+    return noise, shown
+
+
+def first_channels(z, shown):
+    """z (B, c, h, w) with 0 for all but the first `shown` (B,) channels of each sample."""
+    return z * (torch.arange(z.shape[1], device=z.device) < shown[:, None])[:, :, None, None]
+
+
+SHARES, LEAST_SIDE = (0.25, 0.5, 0.75), 24  # of --size that smaller images have; the least that a PatchGAN takes
+
+
+def smaller_sides(size, f):
+    """The sides of whole cells of f pixels at about SHARES of `size`: [] where there are none from LEAST_SIDE on."""
+    sides = {round(size * share / f) * f for share in SHARES}
+    return sorted(side for side in sides if LEAST_SIDE <= side < size)
+
+
+def draw_side(seed, step, size, f, p_scale=0.0):
+    """The side of what a step decodes, from (seed, step) alone: with probability p_scale one of smaller_sides."""
+    gen = seeded_generator("cpu", seed, step, "side")
+    if torch.rand((), generator=gen) >= p_scale:
+        return size
+    sides = smaller_sides(size, f)
+    return sides[torch.randint(len(sides), (), generator=gen)]
+
+
+def resized(maps, height, width):
+    """Images or latents (B, C, H, W) -> (B, C, height, width). EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509) decodes
+    the shrunk latent and compares with the shrunk image; here with antialiasing."""
+    if maps.shape[2:] == (height, width):
+        return maps
+    return F.interpolate(maps, size=(height, width), mode="bilinear", antialias=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # GAN, on the one-step estimate. Constant weight, as in SSDD's gan block; VQGAN's adaptive one needs further gradients.
 
 GAN_SLOPE, GAN_DEVIATION = 0.2, 0.02  # pix2pix's: of LeakyReLU below 0, and of the first weights
@@ -359,10 +416,41 @@ class REPALoss(nn.Module):
         x = F.interpolate((x.float() + 1) / 2, size=size, mode="bicubic", antialias=True)
         return self.dino.forward_features((x - self.mean) / self.std)[:, self.dino.num_prefix_tokens:]
 
-    def forward(self, tokens, x):
-        """tokens (B, H/8 * W/8, width) of the decoder, x (B, 3, H, W) clean images in [-1, 1] -> scalar in [0, 2]."""
+    def forward(self, tokens, x, theirs=None):
+        """tokens (B, H/8 * W/8, width) of the decoder, x (B, 3, H, W) clean images in [-1, 1], theirs: target(x), if
+        it is known -> scalar in [0, 2]."""
         rows, columns = (side // 8 for side in x.shape[-2:])
         if [rows, columns] != self.grid(x):
             tokens = F.adaptive_avg_pool2d(tokens.mT.unflatten(2, (rows, columns)), self.grid(x)).flatten(2).mT
-        ours, theirs = self.mlp(tokens).float(), self.target(x).float()          # (B, N, 768) each
+        if theirs is None:
+            theirs = self.target(x)
+        ours, theirs = self.mlp(tokens).float(), theirs.float()                  # (B, N, 768) each
         return 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
+
+
+VF_COSINE, VF_PAIRS = 0.5, 0.25  # VA-VAE's margins m1 and m2: what is nearer than these is near enough
+
+
+class VFLoss(nn.Module):
+    """VA-VAE's likeness of latent and vision network (Yao et al. 2025, arXiv 2501.01423), from z' = W z and DINOv2's
+    tokens f of the same places:
+
+      mean_i relu(1 - m1 - cos(z'_i, f_i))  +  mean_ij relu(|cos(z'_i, z'_j) - cos(f_i, f_j)| - m2)
+
+    Its weight is constant; theirs follows the gradients. W trains with the model and is not exported.
+    """
+
+    def __init__(self, z_dim, width=768):
+        super().__init__()
+        self.proj = nn.Linear(z_dim, width, bias=False)
+
+    def forward(self, z, features):
+        """z (B, c, h, w), features (B, 768, rows, columns) of the same images -> scalar, at least 0. The finer grid is
+        averaged to the coarser one."""
+        grid = [min(ours, theirs) for ours, theirs in zip(z.shape[2:], features.shape[2:])]
+        with torch.autocast(z.device.type, enabled=False):
+            z, f = (F.adaptive_avg_pool2d(maps.float(), grid).flatten(2).mT for maps in (z, features))  # (B, N, .)
+            z, f = F.normalize(self.proj(z), dim=2), F.normalize(f, dim=2)
+            cosine = (z * f).sum(2)                                                                     # (B, N)
+            pairs = (z @ z.mT - f @ f.mT).abs()                                                         # (B, N, N)
+            return F.relu(1 - VF_COSINE - cosine).mean() + F.relu(pairs - VF_PAIRS).mean()

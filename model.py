@@ -613,6 +613,11 @@ class DCSSDAE(nn.Module):
     def downscale(self):
         return self.encoder.downscale
 
+    @property
+    def t_shift(self):
+        """The sampling times' exponent where none is given: sampler.noise_times."""
+        return sampler.T_SHIFT if self.decoder.base is None else sampler.BASE_SHIFT
+
     @torch.no_grad()
     def retargeted(self, loss, source):
         """A copy to be trained on for another loss, which it fits at once but for a new time's use, or from another
@@ -661,6 +666,7 @@ class DCSSDAE(nn.Module):
     def sample(self, z, steps=1, noise=None, generator=None, **options):
         """As decode, and the number of network evaluations of every sample: (x, nfe (B,)).
 
+        z        with fewer channels than the model's these are the first ones (train.py --nested); the others are 0
         noise    standard normal (B, 3, h*f, w*f), of which UViT.noise_end makes the starting point; drawn from
                  `generator` where None
         options  FM: method "euler", t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta or t_shift
@@ -668,6 +674,8 @@ class DCSSDAE(nn.Module):
         raises   ValueError for options of the other loss or sampler, and for noise of another shape
         """
         loss, shape = self.config["loss"], self._image_shape(z)
+        if z.shape[1] < self.encoder.z_dim:
+            z = F.pad(z, (0, 0, 0, 0, 0, self.encoder.z_dim - z.shape[1]))
         allowed = {"fm": ("method", "t_shift"), "eqm": ("method", "t_shift", "eta", "last_eta", "mu", "tol")}[loss]
         unknown = sorted(set(options) - set(allowed))
         if unknown:
@@ -686,16 +694,15 @@ class DCSSDAE(nn.Module):
         def field(x, condition, t=None):
             return self.decoder(x, t=t, condition=condition)
 
-        start, is_near = self.decoder.noise_end(noise, condition), self.decoder.source > 0
+        start = self.decoder.noise_end(noise, condition)
+        t_shift = options.pop("t_shift", self.t_shift)
         if loss == "fm":
-            options = {"t_shift": sampler.NEAR_SHIFT if is_near else sampler.T_SHIFT} | options
             if options.pop("method", "euler") != "euler":
                 raise ValueError("flow matching is sampled with the method euler alone")
-            return sampler.euler(field, start, condition, steps, **options)
+            return sampler.euler(field, start, condition, steps, t_shift)
         method = options.pop("method", "nesterov" if "mu" in options else "gd")
         if method not in ("gd", "nesterov") or (method == "gd" and "mu" in options):
             raise ValueError(f"unknown sampling method '{method}': expected gd, or nesterov, which alone takes mu")
-        t_shift = options.pop("t_shift", sampler.NEAR_SHIFT if is_near else None)
         options = sampler.default_steps(self.eqm, steps, t_shift) | options
         descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
         return descend(field, start, condition, steps, lam=self.eqm.lam, **options)

@@ -20,8 +20,8 @@ import math
 
 import torch
 
-T_SHIFT = 4.0     # from N(0, I), as SSDD: most of its path says nothing about the image
-NEAR_SHIFT = 1.5  # from noise around the linear image (model.UViT.noise_end)
+T_SHIFT = 4.0     # SSDD's
+BASE_SHIFT = 3.0  # beside a linear base: nearer than one step, on photographs and drawn images (docs/results.md)
 
 
 def noise_times(steps, t_shift):
@@ -98,20 +98,18 @@ def nesterov(field, x, z, steps=1, eta=1.0, mu=0.3, lam=1.0, tol=0.0, last_eta=N
     return out.index_copy(0, alive, x), nfe
 
 
-def default_steps(eqm, steps, t_shift=None):
+def default_steps(eqm, steps, t_shift=T_SHIFT):
     """Step sizes of EqM sampling where none is given, as the samplers' options. eqm: losses.EqM.
 
-    With c = linear a step of 1 / lam lands on the network's estimate: the last one does, or else what is left of the
-    noise would stay in the picture. With t_shift the steps are Euler's of flow matching on noise_times: a step of size
-    eta lam = 1 - t' / t takes what is left of the noise from t to t'.
+    With c = linear the steps are Euler's of flow matching on noise_times: one of size eta lam = 1 - t' / t takes what
+    is left of the noise from t to t'. The last, 1 / lam, lands on the network's estimate, or else what is left of the
+    noise would stay in the picture.
     """
     if steps == 1 or eqm.kind != "linear":
         return {"eta": default_eta(eqm, steps)}
-    if t_shift is not None:
-        times = noise_times(steps, t_shift)
-        sizes = [(1 - t_next / t) / eqm.lam for t, t_next in itertools.pairwise(times)]
-        return {"eta": sizes, "last_eta": 1.0 / eqm.lam}
-    return {"eta": (1.0 - NOISE_LEFT ** (1.0 / (steps - 1))) / eqm.lam, "last_eta": 1.0 / eqm.lam}
+    times = noise_times(steps, t_shift)
+    sizes = [(1 - t_next / t) / eqm.lam for t, t_next in itertools.pairwise(times)]
+    return {"eta": sizes, "last_eta": 1.0 / eqm.lam}
 
 
 def default_eta(eqm, steps):
@@ -129,7 +127,6 @@ def default_eta(eqm, steps):
     return candidates[noise.abs().argmin()].item() / eqm.lam
 
 
-NOISE_LEFT = 0.01  # of what EqM sampling starts from, with c = linear before the last default step
 MOST_STEPS = 10**6  # of a sampler
 
 

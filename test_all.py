@@ -75,7 +75,7 @@ from plumbing import checkpoint as checkpoint_module
 from plumbing import process
 from plumbing.checkpoint import load_checkpoint
 from plumbing.files import WeightsUnavailable
-from tools import bench, check, compare, field, latents, study, sweep
+from tools import bench, check, compare, field, latents, proxies, study, sweep
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers and fixtures that several sections share
@@ -1763,7 +1763,7 @@ def test_a_size_for_each_step():
     assert torch.allclose(out - z, 0.5 * 0.75 * 0.5 * (x - z), atol=1e-6) and nfe.tolist() == [3] * 4
     # The default ones, along Euler's times, take the noise from each time to the next, and land in the end.
     assert sampler.noise_times(2, 3.0) == [1, 0.125, 0]
-    options = sampler.default_steps(EqM(lam=2.0), 4, t_shift=1.5)
+    options = sampler.default_steps(EqM(lam=2.0), 4, 1.5)
     left, times = 1.0, sampler.noise_times(4, 1.5)
     for size, then in zip(options["eta"][:-1], times[1:]):
         left *= 1 - 2.0 * size
@@ -3074,7 +3074,7 @@ class Quadratic:
     """A model for calibrate: descent on sum of a (x - x*)^2 / 2 over two directions, starting at distance 1."""
 
     def __init__(self, *curvatures):
-        self.a, self.config, self.eqm = curvatures, {"loss": "eqm"}, EqM()
+        self.a, self.config, self.eqm = curvatures, {"loss": "eqm"}, EqM("trunc")
 
     def measure(self, runs):
         for n, o in runs.values():
@@ -3090,9 +3090,7 @@ class Quadratic:
 
 def test_calibration_finds_the_best_step_sizes(monkeypatch):
     model = Quadratic(1.0, 4.0)
-    assert sweep.starting_options("gd", 4, model)[0] == {"method": "gd"} | sampler.default_steps(model.eqm, 4)
-    assert all(options["last_eta"] == 1 for options in sweep.starting_options("nesterov", 4, model))
-    monkeypatch.setattr(sweep, "default_steps", lambda eqm, steps: {"eta": 1.0})
+    monkeypatch.setattr(sweep, "default_eta", lambda eqm, steps: 1.0)
     best = sweep.calibrate(model, [1, 2, 8], lambda runs: list(model.measure(runs)))
     assert set(best) == {(s, n) for s in ("gd", "nesterov") for n in (1, 2, 8)}
     one = best["gd", 1][1]
@@ -3108,6 +3106,23 @@ def test_calibration_finds_the_best_step_sizes(monkeypatch):
     assert [o for _, o in runs.values()][-1] == best["nesterov", 8][1] | {"tol": 0.02}
     diverging = Quadratic(1e6)
     assert np.isfinite(sweep.calibrate(diverging, [9], lambda r: list(diverging.measure(r)))["gd", 9][1]["eta"])
+
+
+def test_calibration_by_sharpness_and_distance():
+    """With the noise left before the landing as a stand-in for detail: each measure finds its own best times."""
+    model = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=0)
+
+    def measure(runs):
+        for steps, options in runs.values():
+            left = sampler.noise_times(steps, options["t_shift"])[-2]
+            yield {"psnr_pooled": 30 - left, "hf": 2 * left, "rfid": abs(left - 0.25)}
+
+    found = {}
+    for by in ("psnr", "hf", "rfid"):
+        _, options = sweep.calibrate(model, [2], measure, by)["gd", 2]
+        found[by] = sampler.noise_times(2, options["t_shift"])[-2]
+    assert found["psnr"] < 1e-3
+    assert found["hf"] == pytest.approx(0.5, abs=0.05) and found["rfid"] == pytest.approx(0.25, abs=0.02)
 
 
 @slow
@@ -3143,7 +3158,7 @@ def test_sweep_command(tmp_path, checkpoint, monkeypatch, vgg_file):
         for key in a.keys() - {"name", "method", "ms"}:
             assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-5), key  # rounding
     for row in rows[2:]:  # the numbers are evaluate's for these options
-        assert row["steps"] in (1, 2) and row["eta"] > 0 and row["nfe"] <= row["steps"]
+        assert row["steps"] in (1, 2) and row["t_shift"] > 0 and row["nfe"] <= row["steps"]
     assert sweep.csv_text([{"name": "a", "psnr": math.nan}, {"name": "b", "psnr": 1.5, "hf": None}]) == (
         "name,psnr,hf\na,,\nb,1.5,\n")
     folder_of(tmp_path / "one", 1)
@@ -3203,7 +3218,8 @@ def helps():
 
 def test_every_program_explains_itself(helps):
     assert all("--" in text for text in helps.values())
-    assert TOOLS == [f"tools.{name}" for name in ("bench", "check", "compare", "field", "latents", "study", "sweep")]
+    assert TOOLS == [f"tools.{name}" for name in ("bench", "check", "compare", "field", "latents", "proxies",
+                                                 "study", "sweep")]
     for tool in TOOLS:
         assert f"-m {tool} " in helps[tool], tool
     for title in ("data:", "sampler:", "metrics that need a network:"):
@@ -3352,3 +3368,242 @@ def test_the_notebook_runs_without_a_network(tmp_path, offline, monkeypatch):
     pictures = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
                 if "image/jpeg" in output.get("data", {})]
     assert len(pictures) == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents that generators learn sooner: noise, nested channels, smaller images, likeness to a vision network
+
+def test_draws_of_latents_are_a_function_of_seed_step_and_row():
+    def drawn(rows, seed=0, step=5):
+        return losses.draw_latent(seed, step, rows, (4, 2, 2), torch.device("cpu"), 0.8, [1, 2])
+
+    noise, shown = drawn(range(6))
+    for part, first, last in zip((noise, shown), drawn(range(2)), drawn(range(2, 6))):
+        assert torch.equal(part, torch.cat([first, last]))
+    assert not torch.equal(noise, drawn(range(6), step=6)[0]) and not torch.equal(noise, drawn(range(6), seed=1)[0])
+    noise, shown = drawn(range(1500))
+    assert all(abs((shown == k).float().mean() - 1 / 3) < 0.05 for k in (1, 2, 4))
+    assert abs(noise.std() - 0.8) < 0.05  # E sigma^2 = tau^2
+    deviation = noise.flatten(1).square().mean(1).sqrt()
+    assert abs(deviation.mean() - 0.8 * math.sqrt(2 / math.pi)) < 0.05  # E |N(0, tau^2)|
+    assert losses.draw_latent(0, 5, range(2), (4, 2, 2), torch.device("cpu")) == (None, None)
+
+    sides = [losses.draw_side(0, step, 128, 16, 0.5) for step in range(600)]
+    assert set(sides) == {32, 64, 96, 128} and abs(sides.count(128) / 600 - 0.5) < 0.07
+    assert {losses.draw_side(0, step, 128, 16) for step in range(50)} == {128}
+    assert losses.smaller_sides(64, 32) == [32] and losses.smaller_sides(32, 8) == [24]
+    assert losses.smaller_sides(32, 32) == []
+
+
+def test_what_the_decoder_sees_of_a_latent(smallest, monkeypatch):
+    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4)
+    model.decoder.norm_z.running_var.copy_(torch.tensor([4.0, 1.0, 1.0, 9.0]))
+    seen = []
+
+    def matching(decoder, eqm, x, e, z, level):
+        seen.append((x, z))
+        return losses.matching(decoder, eqm, x, e, z, level)
+
+    monkeypatch.setattr(train, "matching", matching)
+    objective = train.Objective(model, None)
+    x, e, eps = demo_batch(2, 32), torch.randn(2, 3, 32, 32), torch.randn(2, 4, 4, 4)
+    noise, level = torch.randn(2, 4, 4, 4), torch.tensor([0.2, 0.7])
+    _, _, z, _ = objective(x, e, eps, level)
+    _, _, known, _ = objective(x, e, eps, level, noise, torch.tensor([1, 4]))
+    assert torch.equal(seen[0][1], z) and torch.equal(z, known)  # what the statistics are of has no noise
+    wanted = z + noise * torch.tensor([2.0, 1.0, 1.0, 3.0])[:, None, None]
+    wanted[0, 1:] = 0
+    assert torch.allclose(seen[1][1], wanted)
+
+    # A linear code of flat images commutes with shrinking them: what is decoded is the code of the smaller image
+    flat = torch.tensor([[0.5, -0.25, 0.1], [0.0, 1.0, -1.0]])[:, :, None, None].expand(2, 3, 32, 32).contiguous()
+    _, _, _, estimate = objective(flat, e[..., :24, :24], torch.zeros_like(eps), level)
+    small, z = seen[2]
+    assert torch.allclose(small, flat[..., :24, :24], atol=1e-6)
+    assert torch.allclose(z, model.encode(small).mode(), atol=1e-5)
+    assert torch.allclose(estimate, model.decode(z, noise=e[..., :24, :24]), atol=1e-5)
+
+
+def test_fewer_channels_are_a_code_of_their_own(smallest):
+    """An untrained model's first k channels are the linear code with k numbers a cell: the order is there at first."""
+    model = DCSSDAE("dc_f8c16", "XS", enc_width=0.0625, depth=1, input_skip=True, linear_encoder=True,
+                    linear_decoder=16).eval()
+    x = demo_batch(4, 32)
+    errors = []
+    with torch.no_grad():
+        z = model.encode(x).mode()
+        for k in (1, 3, 6, 12, 16):
+            decoded = model.decode(z[:, :k])
+            assert torch.allclose(decoded, evaluate.linear_code(x, 8, k), atol=1e-4)
+            errors.append(float((decoded - x).square().mean()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
+
+
+def test_vf_closed_forms():
+    """VA-VAE's two terms: nothing within the margins; 1 - m1 for orthogonal features, 1 - m2 for pairs that differ."""
+    vf, f = losses.VFLoss(8, 8), F.normalize(torch.randn(2, 8, 2, 3), dim=1)
+    nn.init.eye_(vf.proj.weight)
+    vf.requires_grad_(False)
+    assert float(vf(3 * f, f)) == 0
+    axes = torch.eye(8)[:, :6].view(1, 8, 2, 3)
+    same = torch.eye(8)[:, 7:].view(1, 8, 1, 1).expand(1, 8, 2, 3)
+    pairs = (1 - losses.VF_PAIRS) * (6 * 6 - 6) / 36  # all but those of a place with itself
+    assert float(vf(same, axes)) == pytest.approx(1 - losses.VF_COSINE + pairs)
+    assert float(vf(f, f.repeat_interleave(2, 2).repeat_interleave(2, 3))) == pytest.approx(0, abs=1e-6)  # a finer grid
+    nearly = f + 0.3 * torch.randn_like(f) * f.square().mean().sqrt()
+    assert float(vf(nearly, f)) == 0
+
+
+@slow
+def test_training_for_a_generator(tmp_path, dino_file, smallest):
+    """All four at once; what is drawn does not depend on micro-batches; resumed as if it had not been stopped."""
+    flags = [*SMALL, "--size", 32, "--z_noise", 0.5, "--nested", 4, 8, "--p_scale", 0.5, "--w_vf", 0.1,
+             "--repa_weights", dino_file]
+    command(train, *flags, "--steps", 4, "--out", tmp_path / "whole")
+    command(train, *flags, "--steps", 4, "--out", tmp_path / "micro", "--micro_batch", 3)
+    command(train, *flags, "--steps", 2, "--out", tmp_path / "parts")
+    command(train, *flags, "--steps", 4, "--out", tmp_path / "parts", "--resume")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    whole, micro = (step_lines(tmp_path / name) for name in ("whole", "micro"))
+    for a, b in zip(whole, micro, strict=True):
+        assert b["eqm"] == pytest.approx(a["eqm"], rel=1e-3) and a["vf"] > 0
+        assert a["loss"] == pytest.approx(a["eqm"] + 0.1 * a["vf"] + 1e-6 * a["kl"], rel=1e-5)
+    assert "16 channels, of which fewer" in sentence(train, *flags, "--nested", 16, "--out", tmp_path / "n")
+    assert "no smaller ones" in sentence(train, *flags, "--size", 24, "--out", tmp_path / "n")
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderDC"])
+def test_a_peer_is_a_row_of_the_table(tmp_path, checkpoint, kind, offline, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    if kind == "AutoencoderKL":
+        network = diffusers.AutoencoderKL(block_out_channels=(32, 32, 32), layers_per_block=1, latent_channels=4,
+                                          down_block_types=("DownEncoderBlock2D",) * 3,
+                                          up_block_types=("UpDecoderBlock2D",) * 3)
+    else:
+        network = diffusers.AutoencoderDC(
+            latent_channels=4, encoder_block_out_channels=(32, 32, 32), decoder_block_out_channels=(32, 32, 32),
+            encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1), encoder_qkv_multiscales=((),) * 3, decoder_qkv_multiscales=((),) * 3)
+    network.save_pretrained(tmp_path / "peer")
+    common = ["--peer", tmp_path / "peer", "--limit", 4, "--size", 32, "--workers", 0, "--features", "--device", "cpu"]
+    output = command(evaluate, *common, "--ckpt", checkpoint, "--out", tmp_path / "both")
+    command(evaluate, *common, "--out", tmp_path / "alone")
+    both, alone = (json.loads(Path(tmp_path, name, "metrics.json").read_text()) for name in ("both", "alone"))
+    assert "numbers" in output
+    x = torch.stack([data.make_dataset("demo", 32, train=False, limit=4)[i][0] for i in range(4)])
+    with torch.no_grad():
+        code = network.eval().encode(x)
+        z = code.latent_dist.mode() if kind == "AutoencoderKL" else code.latent
+        error = (evaluate.to8bit(network.decode(z).sample) - evaluate.to8bit(x)).square().mean((1, 2, 3))
+    for rows in (both["rows"][3:], alone["rows"]):
+        assert [row["name"] for row in rows] == ["shrink/enlarge x 4", "linear code", "peer"]
+        assert rows[2]["psnr"] == pytest.approx(float(evaluate.psnr(error).mean()), abs=1e-3)
+        assert rows[2]["numbers"] == z[0].numel() == 256 and rows[2]["ms"] > 0 and rows[2]["nfe"] == 1
+    assert both["rows"][2]["numbers"] == 4 * 4 * 4 and both["rows"][2]["psnr"] != both["rows"][5]["psnr"]
+    assert evaluate.psnr((evaluate.linear_code(x, 4, 4) - x).square().mean((1, 2, 3))).mean() == pytest.approx(
+        alone["rows"][1]["psnr"], abs=0.05)
+    if kind == "AutoencoderKL":
+        shutil.copytree(tmp_path / "peer", tmp_path / "other")
+        other = json.loads((tmp_path / "peer" / "config.json").read_text()) | {"_class_name": "UNet2DModel"}
+        (tmp_path / "other" / "config.json").write_text(json.dumps(other))
+        assert "UNet2DModel" in sentence(evaluate, *common, "--peer", tmp_path / "other", "--out", tmp_path / "n")
+        assert "multiple of 4" in sentence(evaluate, *common, "--size", 34, "--out", tmp_path / "n")
+        assert "no folder" in sentence(evaluate, *common, "--peer", tmp_path / "nothing", "--out", tmp_path / "n")
+        others = bench.named_peers([str(tmp_path / "peer")])
+        assert [part[1:] for part in others.values()] == [(4, 4)]
+        monkeypatch.setitem(sys.modules, "diffusers", None)
+        assert "pip install diffusers" in sentence(evaluate, *common, "--out", tmp_path / "n")
+
+
+def test_a_vision_transformer_as_encoder(tmp_path, offline, smallest, monkeypatch):
+    """DINOv2's tokens, normalised, on their grid; trained with its decoder alone; rebuilt from our file without timm's.
+    """
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
+    name = "vit_small_patch14_dinov2.lvd142m"
+    reference = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
+    randomise(reference)
+    torch.save(reference.state_dict(), tmp_path / "vit.pth")
+    monkeypatch.setattr(train, "FIT_CELLS", 1)
+    common = [*TINY, "--enc", f"timm_{name}", "--size", 32, "--decay", 0, "--out"]
+    command(train, *common, tmp_path / "run", "--enc_ckpt", tmp_path / "vit.pth", "--steps", 2)
+    assert "--enc_ckpt" in sentence(train, *common, tmp_path / "n")  # timm's own weights cannot be had
+    assert "does not hold the weights" in sentence(train, *common, tmp_path / "n", "--enc_ckpt",
+                                                   tmp_path / "run" / "model.safetensors")
+    model = DCSSDAE.load(tmp_path / "run" / "model.safetensors")
+    assert (model.downscale, model.encoder.z_dim, model.config["enc"]) == (16, 384, f"timm_{name}")
+
+    x = demo_batch(2, 64)[..., :48]
+    mean, std = (torch.tensor(reference.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    reference.norm = nn.Identity()
+    with torch.no_grad():
+        small = F.interpolate((x + 1) / 2, size=(56, 42), mode="bicubic", antialias=True)  # 14 pixels a cell of 16
+        tokens = reference.forward_features((small - mean) / std)[:, 1:]                  # (2, 4 * 3, 384)
+        z = model.encode(x).mode()
+    wanted = F.layer_norm(tokens, (384,), eps=1e-6)
+    assert z.shape == (2, 384, 4, 3) and relative_error(z, wanted.mT.unflatten(2, (4, 3))) < 1e-5
+    assert z.mean(1).abs().max() < 1e-5 and (z.square().mean(1) - 1).abs().max() < 1e-3
+    assert model.decode(z).shape == x.shape
+    assert model.decoder.base.weight.abs().max() > 0 and model.decoder.base.out_channels == 3 * 16**2
+    for bad, words in (("timm_nothing", "no network nothing"), ("timm_vgg11", "no vision transformer")):
+        with pytest.raises(ValueError, match=words):
+            make_encoder(bad)
+
+
+def test_proxies_of_latents(tmp_path, checkpoint):
+    """White noise, and an AR(1) field, of which each has its numbers in closed form."""
+    white = torch.randn(256, 2, 16, 16)
+    n = torch.fft.fftfreq(16)
+    share = float((torch.hypot(n[:, None], n) > 0.25).float().mean())
+    assert abs(proxies.high_share(white) - share) < 0.01 and abs(proxies.predictability(white)) < 0.01
+    r = 0.7
+    field = torch.randn(256, 2, 64, 64)
+    for dim in (2, 3):  # z_i = r z_(i-1) + sqrt(1 - r^2) e_i along the columns, then along the rows
+        line = [field.select(dim, 0)]
+        for i in range(1, 64):
+            line.append(r * line[-1] + math.sqrt(1 - r * r) * field.select(dim, i))
+        field = torch.stack(line, dim)
+    field = field[:, :, -16:, -16:]
+    # An AR(1) cell between its two neighbours has the variance (1 - r^2) / (1 + r^2) left; a product of two, the square
+    left = ((1 - r * r) / (1 + r * r)) ** 2
+    assert proxies.predictability(field) == pytest.approx(1 - left, abs=0.01)
+    mixed = torch.einsum("dc,bchw->bdhw", torch.tensor([[0.6, 0.8], [-0.8, 0.6]]), field)
+    assert proxies.predictability(mixed) == pytest.approx(proxies.predictability(field), abs=1e-4)  # rotated channels
+    assert proxies.predictability(field[..., :2]) is None
+    lag = torch.arange(-15, 16).double()  # the expected periodogram: sum over lags (16 - |l|) r^|l| cos(2 pi k l / 16)
+    power = ((16 - lag.abs()) * r ** lag.abs() * torch.cos(2 * math.pi * n[:, None].double() * lag)).sum(1)
+    power = power[:, None] * power
+    share = float(power[torch.hypot(n[:, None], n) > 0.25].sum() / power.sum())
+    assert proxies.high_share(field) == pytest.approx(share, abs=0.01)
+    stored_latents(tmp_path / "latents", white[:40, :, :4, :4], torch.zeros(40).long(), DCSSDAE.load(checkpoint))
+    assert "2 x 4 x 4 =   32" in command(proxies, tmp_path / "latents")
+
+
+def test_the_generator_is_diffusers_dit():
+    """With the same weights, and the same sinusoids of time and place, whose order diffusers has another way."""
+    diffusers = pytest.importorskip("diffusers")
+    ours = randomise(generate.DiT((8, 4, 4), 128, 2, classes=3))
+    theirs = diffusers.DiTTransformer2DModel(2, 64, 8, num_layers=2, sample_size=4, patch_size=1, num_embeds_ada_norm=3,
+                                             norm_eps=1e-6).eval()
+
+    def copied(layer, weight, bias):
+        layer.weight.data.copy_(weight.reshape(layer.weight.shape)), layer.bias.data.copy_(bias)
+
+    copied(theirs.pos_embed.proj, ours.token.weight, ours.token.bias)
+    theirs.pos_embed.pos_embed = ours.places(4, 4, "cpu")[None]
+    copied(theirs.proj_out_1, ours.ada.weight, ours.ada.bias), copied(theirs.proj_out_2, ours.out.weight, ours.out.bias)
+    for block, known in zip(theirs.transformer_blocks, ours.blocks, strict=True):
+        embedding = block.norm1.emb
+        embedding.time_proj.downscale_freq_shift = 0
+        embedding.class_embedder.embedding_table.weight.data[:3] = ours.label.weight
+        for layer, mine in ((embedding.timestep_embedder.linear_1, ours.time[0]),
+                            (embedding.timestep_embedder.linear_2, ours.time[2]),
+                            (block.norm1.linear, known.ada), (block.attn1.to_out[0], known.proj),
+                            (block.ff.net[0].proj, known.mlp[0]), (block.ff.net[2], known.mlp[2])):
+            copied(layer, mine.weight, mine.bias)
+        for layer, weight, bias in zip((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v),
+                                       known.qkv.weight.chunk(3), known.qkv.bias.chunk(3), strict=True):
+            copied(layer, weight, bias)
+    x, labels, t = torch.randn(3, 8, 4, 4), torch.tensor([0, 2, 1]), torch.tensor([0.1, 0.5, 1.0])
+    with torch.no_grad():
+        assert relative_error(ours(x, labels, t), theirs(x, 1000 * t, labels).sample) < 1e-5

@@ -26,10 +26,25 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import make_dataset, make_loader, parts_taken
-from encoder import parse_name
+from encoder import TIMM, parse_name
 from evaluate import REFERENCES, evaluate, print_table, write_results
 from fid import load_metrics
-from losses import LPIPSLoss, PatchGAN, REPALoss, draw, hinge_loss, kl_loss, level_sums, matching
+from losses import (
+    LPIPSLoss,
+    PatchGAN,
+    REPALoss,
+    VFLoss,
+    draw,
+    draw_latent,
+    draw_side,
+    first_channels,
+    hinge_loss,
+    kl_loss,
+    level_sums,
+    matching,
+    resized,
+    smaller_sides,
+)
 from model import DCSSDAE, SIZES, AdaGN, check_size, compile_blocks
 from plumbing.checkpoint import Run, compare_flags, is_finite, open_run
 from plumbing.fast import has_triton
@@ -55,8 +70,8 @@ from plumbing.process import (
 TEACHING = {"enc_width": 0.125, "dec": "XS", "depth": 2, "optimizer": "muon", "lr": 1e-3, "warmup": 50, "decay": 0.5,
             "ema": 0.99, "w_lpips": 0.0, "w_repa": 0.0, "compile": False}
 PRESETS = {
-    "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 1000, "t_mean": 2.0, "g_power": 2.0,
-                        "eval_every": 250, "eval_images": 256, "save_every": 500},
+    "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 500, "t_mean": 2.0, "g_power": 2.0,
+                        "eval_every": 250, "eval_images": 256, "save_every": 250},
     "deep": TEACHING | {"enc": "dc_f32c32", "size": 64, "batch_size": 4, "steps": 1200, "t_mean": 4.0, "g_power": 20.0,
                         "eval_every": 300, "eval_images": 64, "save_every": 600},
 }
@@ -96,7 +111,8 @@ def get_args(argv=None):
 
     add = p.add_argument_group("model").add_argument
     add("--enc", metavar="NAME", type=str, default="dc_f32c32",
-        help="(vq|dc|dcae)_f<8|16|32|64|128>c<channels>, or dcae_f32c32_sana [%(default)s]")
+        help="(vq|dc|dcae)_f<8|16|32|64|128>c<channels>, dcae_f32c32_sana, or timm_NAME, a frozen vision transformer "
+        "with the weights of --enc_ckpt or timm [%(default)s]")
     add("--enc_width", type=positive, default=1.0,
         help="multiplies the encoder's widths; to teach: 0.125 [%(default)s]")
     add("--enc_ckpt", metavar="FILE", type=str, help="start the encoder from a file or hf://owner/repo/file (README)")
@@ -127,6 +143,16 @@ def get_args(argv=None):
     add("--w_gan", type=not_negative, default=0.0, help="weight of a PatchGAN on the one-step estimate [%(default)s]")
     add("--gan_start", type=natural, default=0, help="first step with the GAN [%(default)s]")
 
+    add = p.add_argument_group("latents that generators learn sooner").add_argument
+    add("--z_noise", type=not_negative, default=0.0, help="the decoder sees latents with noise of deviation |N(0, 1)| "
+        "times this, in units of their own; RAE's: 0.8 [%(default)s]")
+    add("--nested", type=count, nargs="+", default=[], help="numbers of channels: a sample keeps its first so many, or "
+        "all, so that these are codes of their own; default: all")
+    add("--p_scale", type=fraction, default=0.0, help="share of the steps that decode the shrunk latent, compared with "
+        "the shrunk image; EQ-VAE's: 0.5 [%(default)s]")
+    add("--w_vf", type=not_negative, default=0.0, help="weight of the latent's likeness to DINOv2's tokens, from "
+        "--repa_weights; VA-VAE's is 0.1 times a ratio of gradients [%(default)s]")
+
     image_arguments(p)
     run_arguments(p)
     p.add_argument("--eval_steps", type=count, nargs="+", default=[1, 4],
@@ -142,6 +168,7 @@ def get_args(argv=None):
         if getattr(args, name) != value and name not in RETARGETED:
             raise ValueError(f"--init_from {args.init_from} holds a model with --{name} {value}, but "
                              f"{getattr(args, name)} was given: leave it out, the file decides")
+    args.freeze_enc |= args.enc.startswith(TIMM)
     if not args.out:
         name = f"{args.preset or args.enc}_{args.loss}"
         if args.phase:
@@ -226,13 +253,24 @@ def run_arguments(p):
 
 
 def check_args(args):
-    if args.freeze_enc and (args.phase == 2 or not (args.enc_ckpt or args.init_from)):
+    if args.freeze_enc and (args.phase == 2 or not (encoder_is_given(args) or args.init_from)):
         raise ValueError("--freeze_enc needs an encoder, given by --enc_ckpt FILE, and not --phase 2, which adapts it")
     if LINEAR[args.linear][1] and args.loss == "eqm" and args.c != "linear":
         raise ValueError(f"--c {args.c} needs --linear off or encoder: beside a linear decoder the field is "
                          "lam c(0) (x_g - D), and only with --c linear is the target of that form")
     if LINEAR[args.linear][1] and not args.input_skip:
         raise ValueError("--no-input_skip needs --linear off or encoder: a linear decoder is part of the input skip")
+    _, downscale, z_dim = parse_name(args.enc)
+    if args.nested and max(args.nested) >= z_dim:
+        raise ValueError(f"--nested {max(args.nested)}: {args.enc} has {z_dim} channels, of which fewer are kept")
+    if args.p_scale and not smaller_sides(args.size, downscale):
+        raise ValueError(f"--p_scale: images of {args.size} px have no smaller ones of whole cells of {downscale} px: "
+                         "give a larger --size")
+
+
+def encoder_is_given(args):
+    """Latents of somebody's own, which the linear code does not know: the decoder is fitted to them."""
+    return bool(args.enc_ckpt) or args.enc.startswith(TIMM)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,14 +303,14 @@ def open_data(args, world):
     return dataset, val
 
 
-def perceptual_losses(args, width, device, world):
-    """LPIPS and REPA, on the device, each None where its weight is 0.
+def perceptual_losses(args, width, device, world, w_vf=0.0):
+    """LPIPS and REPA, on the device, each None where its weight is 0; REPA's DINOv2 also serves VF.
 
     A network that cannot be had ends the program, so that an objective never changes silently; only on the built-in
     images, which anybody should be able to try offline, is the term left out, in one visible line.
     """
     losses = {"lpips": None, "repa": None}
-    for name, weight in (("lpips", args.w_lpips), ("repa", args.w_repa)):
+    for name, weight in (("lpips", args.w_lpips), ("repa", args.w_repa or w_vf)):
         if not weight:
             continue
         reason = None
@@ -282,7 +320,7 @@ def perceptual_losses(args, width, device, world):
             else:
                 losses[name] = REPALoss(width, args.repa_weights and local_file(args.repa_weights), args.repa_size)
         except WeightsUnavailable as error:
-            if args.data != "demo" or args.lpips_weights or args.repa_weights:
+            if args.data != "demo" or args.lpips_weights or args.repa_weights or w_vf:
                 raise
             reason = str(error)
         reasons = [found for found in gathered(reason, world) if found]
@@ -378,7 +416,7 @@ def new_model(args):
     linear_encoder, linear_decoder = LINEAR[args.linear]
     _, downscale, z_dim = parse_name(args.enc)
     coefficients = z_dim
-    if args.enc_ckpt:  # latents of somebody's own, which the linear code does not know: the decoder is fitted to them
+    if encoder_is_given(args):
         linear_encoder = False
         coefficients = min(FITTED_COEFFICIENTS * z_dim, 3 * downscale**2)
     return DCSSDAE(args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, window=args.window, c=args.c,
@@ -393,7 +431,9 @@ def first_model(args, checkpoint):
     model = DCSSDAE.load(args.init_from) if args.init_from else new_model(args)
     if any(model.config[name] != getattr(args, name) for name in RETARGETED):
         model = model.retargeted(args.loss, args.source)
-    if args.enc_ckpt:
+    if args.enc.startswith(TIMM) and not args.init_from:
+        model.encoder.read_weights(args.enc_ckpt and local_file(args.enc_ckpt))
+    elif args.enc_ckpt:
         model.load_published(args.enc_ckpt, part="encoder")
     return model
 
@@ -461,19 +501,30 @@ class Objective(nn.Module):
     """All that the main optimisers train, and the loss terms of its outputs: one module, so that one DDP wrap covers
     it. Losses in the features of networks that do not train here, LPIPS and the GAN's, are added in the loop."""
 
-    def __init__(self, model, repa):
+    def __init__(self, model, repa, vf=None):
         super().__init__()
-        self.model, self.repa = model, repa
+        self.model, self.repa, self.vf = model, repa, vf
 
-    def forward(self, x, e, eps, level):
-        """x images, e noise (B, 3, H, W), eps (B, c, h, w) posterior noise, level (B,) -> ({name: scalar}, each
-        image's FM or EqM loss (B,), latents (B, c, h, w), both without gradient, one-step estimate (B, 3, H, W))."""
+    def forward(self, x, e, eps, level, noise=None, shown=None):
+        """x images (B, 3, H, W), e noise, as large or smaller (--p_scale), eps (B, c, h, w) posterior noise, level
+        (B,); noise, shown: draw_latent's -> ({name: scalar}, each image's FM or EqM loss (B,), latents (B, c, h, w),
+        both without gradient, one-step estimate, as large as e)."""
         posterior = self.model.encode(x)
         z = posterior.sample(eps)
-        losses, estimate, tokens = matching(self.model.decoder, self.model.eqm, x, e, z, level)
-        terms = {self.model.config["loss"]: losses.mean()}
+        x = resized(x, *e.shape[2:])
+        seen = resized(z, *(side // self.model.downscale for side in e.shape[2:]))
+        terms, theirs = {}, None
+        if self.vf is not None:
+            theirs = self.repa.target(x)
+            terms["vf"] = self.vf(seen, theirs.mT.unflatten(2, self.repa.grid(x)))
+        if noise is not None:
+            seen = seen + noise * self.model.decoder.norm_z.running_var.sqrt()[:, None, None]
+        if shown is not None:
+            seen = first_channels(seen, shown)
+        losses, estimate, tokens = matching(self.model.decoder, self.model.eqm, x, e, seen, level)
+        terms[self.model.config["loss"]] = losses.mean()
         if self.repa is not None:
-            terms["repa"] = self.repa(tokens, x)
+            terms["repa"] = self.repa(tokens, x, theirs)
         terms["kl"] = kl_loss(posterior)
         return terms, losses.detach(), z.detach(), estimate
 
@@ -525,23 +576,25 @@ def main():
     dataset, val = open_data(args, world)
     if checkpoint:
         compare_flags(checkpoint, args, MODEL_FLAGS, len(dataset))
-    elif args.enc_ckpt and not args.init_from and model.config["linear_decoder"]:
+    elif encoder_is_given(args) and not args.init_from and model.config["linear_decoder"]:
         model.fit_linear_decoder(fit_images(dataset, model, args, device))
 
     # Objective and optimisers
-    lpips, repa = perceptual_losses(args, model.decoder.mid_in.out_features, device, world)
+    w_vf = args.w_vf if encoder_trains else 0.0
+    lpips, repa = perceptual_losses(args, model.decoder.mid_in.out_features, device, world, w_vf)
+    vf = VFLoss(model.encoder.z_dim) if w_vf else None
     networks = evaluation_networks(args, device, world)
     gan = gan_optimizer = None
     if args.w_gan:
         gan = PatchGAN().requires_grad_(False).to(device, memory_format=torch.channels_last)
         gan_optimizer = adamw(gan.parameters(), args.lr, 0.0, device, GAN_BETAS)
     weights = {args.loss: 1.0, "lpips": args.w_lpips, "repa": args.w_repa, "gan": args.w_gan,
-               "kl": args.w_kl if encoder_trains else 0.0}
+               "kl": args.w_kl if encoder_trains else 0.0, "vf": w_vf}
     model.config["notes"] = {"size": args.size, "data": args.data, "w_lpips": 0.0 if lpips is None else args.w_lpips,
                              "w_repa": 0.0 if repa is None else args.w_repa}
     if encoder_trains:
         model.config["latents"] = None  # --init_from's statistics are of other latents
-    objective = Objective(model, repa).to(device)
+    objective = Objective(model, repa, vf).to(device)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizers = make_optimizers(trained, args.optimizer, args.lr, args.weight_decay, device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -549,8 +602,8 @@ def main():
         compile_blocks(model)
 
     # The run
-    parts = {"model": model, "ema": ema, "repa": repa and repa.mlp, "optimizer": None, "muon": None, **optimizers,
-             "gan": gan, "gan_optimizer": gan_optimizer}
+    parts = {"model": model, "ema": ema, "repa": repa and repa.mlp, "vf": vf, "optimizer": None, "muon": None,
+             **optimizers, "gan": gan, "gan_optimizer": gan_optimizer}
     run = Run(args, rank, world, device, parts, dataset, checkpoint)
     del checkpoint
     average = Average(ema, model)
@@ -579,27 +632,31 @@ def main():
         x = x.contiguous(memory_format=torch.channels_last)                     # (local, 3, size, size)
         rows = range(rank * local, (rank + 1) * local)                          # of the whole batch
         with_gan = gan is not None and step >= args.gan_start
+        side = draw_side(args.seed, step, args.size, model.downscale, args.p_scale)  # of what is decoded
 
         # Forward and backward, one micro-batch after the other
         totals, by_level, moments = {}, 0, 0
         for i in range(0, local, micro):
             xb = x[i:i + micro]
-            e, eps, level = draw(args.seed, step, rows[i:i + micro], xb.shape[1:], z_shape, device, args.loss,
+            e, eps, level = draw(args.seed, step, rows[i:i + micro], (3, side, side), z_shape, device, args.loss,
                                  args.t_mean, args.g_power)
+            noise, shown = draw_latent(args.seed, step, rows[i:i + micro], model.latent_shape(side, side), device,
+                                       args.z_noise, args.nested)
+            target = resized(xb, side, side)
             e = e.contiguous(memory_format=torch.channels_last)
             share = len(xb) / local
             is_last = i + micro >= local
             with nullcontext() if is_last or world == 1 else parallel.no_sync():
                 with autocast(device, dtype):
-                    terms, losses, z, estimate = parallel(xb, e, eps, level)
+                    terms, losses, z, estimate = parallel(xb, e, eps, level, noise, shown)
                     if lpips is not None:
-                        terms["lpips"] = lpips(xb, estimate).mean()
+                        terms["lpips"] = lpips(target, estimate).mean()
                     if with_gan:
                         terms["gan"] = -gan(estimate).mean()
                 terms["loss"] = weighted_sum(terms, weights)
                 (terms["loss"] * share).backward()
             if with_gan:
-                terms["gan_d"] = discriminator_backward(gan, xb, estimate.detach(), share, device, dtype)
+                terms["gan_d"] = discriminator_backward(gan, target, estimate.detach(), share, device, dtype)
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0) + term.detach() * share / world
             by_level = by_level + level_sums(losses, level, exact_type(device))  # (2, LEVELS)

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import make_dataset
 from encoder import parse_name
+from evaluate import Peer
 from losses import LPIPSLoss, draw
 from model import DCSSDAE, SIZES, compile_blocks
 from plumbing import flags
@@ -128,6 +129,12 @@ def peers():
         decoder_qkv_multiscales=((),) * 6, decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * 3,
         decoder_act_fns=("relu",) * 3 + ("silu",) * 3)
     return {"KL-VAE": (kl, 8, 4), "DC-AE f32c32": (dc, 32, 32)}
+
+
+def named_peers(names):
+    """As `peers`, of --peer: with their own weights."""
+    others = {name: Peer(name) for name in names}
+    return {name: (peer.network, peer.downscale, peer.z_dim) for name, peer in others.items()}
 
 
 def place(t, dtype, device):
@@ -291,6 +298,7 @@ def main():
     add("--enc", default="dc_f32c32", metavar="NAME", help="encoder, and the latents of the decoders [%(default)s]")
     add("--enc_width", type=flags.positive, default=0.125, metavar="X", help="encoder width in the training step "
         "[%(default)s]")
+    add("--peer", nargs="+", default=[], metavar="NAME", help="more autoencoders of diffusers', as in evaluate.py")
     add("--loss", choices=["fm", "eqm"], default="eqm", help="the decoder that is timed [%(default)s]")
     add("--compile", action="store_true", help="also time torch.compile, and report the faster")
     add("--checkpointing", action="store_true", help="train with activation checkpointing")
@@ -306,7 +314,7 @@ def main():
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}, "
           "channels_last")
     combinations = list(itertools.product([DTYPES[name] for name in args.dtype], args.size))
-    others = peers() if "decode" in tasks or "encode" in tasks else {}
+    others = peers() | named_peers(args.peer) if "decode" in tasks or "encode" in tasks else {}
     with torch.no_grad():
         for task, bench in (("decode", bench_decode), ("encode", bench_encode)):
             if task in tasks:

@@ -18,7 +18,7 @@ from losses import fm_mix, fm_predict_x
 from plumbing import flags
 from plumbing.files import save_grid
 from plumbing.process import guarded, setup
-from sampler import NEAR_SHIFT, T_SHIFT, euler, image_noise
+from sampler import euler, image_noise
 
 LEVELS = 6                                                   # columns, from pure noise to data
 SHOWN = (0, 1, 2, 4, 8, 16)                                  # steps after which the path is shown, one a column
@@ -50,7 +50,7 @@ def euler_path(model, start, z):
         seen.append(x)
         return model.decoder(x, z, t)
 
-    last, _ = euler(recorded, start, z, max(SHOWN), NEAR_SHIFT if model.decoder.source else T_SHIFT)
+    last, _ = euler(recorded, start, z, max(SHOWN), model.t_shift)
     seen.append(last)
     return torch.cat([seen[k] for k in SHOWN])
 

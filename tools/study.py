@@ -30,7 +30,7 @@ from tools.compare import read_run
 # {seed} for the seed. --seed and --out are added. A run that starts from another one's model names its file.
 DEEP = "train.py --preset deep --workers 0 --steps 300 --eval_every 0 --save_every 150"        # 1,200 images of 64 px
 LARGE = "train.py --preset deep --workers 0 --size 128 --batch_size 2 --steps 200 --eval_every 0 --save_every 100"
-TINY = "train.py --preset tiny --workers 0 --eval_every 0"                                     # 8,000 images of 32 px
+TINY = "train.py --preset tiny --workers 0 --steps 1000 --eval_every 0"                        # 8,000 images of 32 px
 SHORT = "train.py --preset tiny --workers 0 --eval_every 0 --steps 500 --lr 5e-4 --warmup 20"  # on from a tiny model
 DISTILL = "distill.py --workers 0 --steps 100 --lr 5e-4 --warmup 20 --decay 0.5 --ema 0.99 --eval_every 0"
 PHOTOS = "--data {photos} --aug_scale 4 --eval_images 7"

@@ -1,12 +1,12 @@
-"""Quality against compute: every sampler over several numbers of steps, each with the step size that suits it best.
+"""Quality against compute: every sampler over several numbers of steps, each with the steps that suit it best.
 
-    python -m tools.sweep --ckpt runs/eqm_s0/model.safetensors --plot
+    python -m tools.sweep --ckpt runs/eqm_s0/model.safetensors --by rfid --plot
     torchrun --nproc_per_node=8 -m tools.sweep --ckpt F --data imagenet/ --size 256 --steps 1 2 4 8
 
-Some images choose the step sizes, but for a last one that lands on EqM's estimate, and Nesterov's momentum, by least
-squared error; the others are evaluated as by evaluate.py, with --limit as their number. For EqM also the adaptive stop:
-the best sampler at the largest number of steps, with several tolerances. Writes sweep.csv, with --plot sweep.png, and
-evaluate.py's files. Squared error rewards blur: read PSNR with the HF ratio.
+Some images choose the times of the steps (c = trunc and piecewise: their size) and Nesterov's momentum; the others are
+evaluated as by evaluate.py, with --limit as their number. For EqM also the adaptive stop: the best sampler at the
+largest number of steps, with several tolerances. Writes sweep.csv, with --plot sweep.png, and evaluate.py's files.
+What is best, --by says: least squared error always finds the blur, the Frechet distance what looks like the originals.
 """
 import argparse
 import math
@@ -28,7 +28,7 @@ from evaluate import (
 from plumbing import flags
 from plumbing.files import strict, write_text
 from plumbing.process import guarded, setup
-from sampler import T_SHIFT, default_steps
+from sampler import default_eta
 from tools.compare import check_plot, save_figure
 
 COUNTS = [1, 2, 3, 4, 8, 16, 25]                             # numbers of steps
@@ -44,37 +44,52 @@ PLOTTED = {"psnr": "PSNR, dB", "hf": "HF ratio", "lpips_vgg": "LPIPS vgg", "rfid
 
 def starting_options(sampler, steps, model):
     """Options to start the search from, one set for each momentum."""
+    if model.config["loss"] == "fm" or model.eqm.kind == "linear":
+        start = {"t_shift": model.t_shift}
+    else:
+        start = {"eta": default_eta(model.eqm, steps)}
     if sampler == "euler":
-        return [{"t_shift": T_SHIFT}]
-    sizes = default_steps(model.eqm, steps)                  # eta, and where there is one the last step that lands
+        return [start]
     if sampler == "gd":
-        return [{"method": "gd"} | sizes]
-    return [{"method": "nesterov", "mu": mu} | sizes for mu in MOMENTA]
+        return [{"method": "gd"} | start]
+    return [{"method": "nesterov", "mu": mu} | start for mu in MOMENTA]
 
 
 def scaled(options, power):
-    """The same options with 2^power times the step size (euler: the exponent of its time grid)."""
+    """The same options with 2^power times the exponent of the times, or the step size."""
     name = "t_shift" if "t_shift" in options else "eta"
     return options | {name: options[name] * 2.0**power}
 
 
-def keep_better(best, candidates, measure):
-    """Measure {(sampler, steps): [options, ...]} in one pass, and put into `best` what has less squared error."""
+def score(row, by):
+    """How good a row of `evaluate` is, the more the better: -inf where a run diverged."""
+    if by == "psnr":
+        value = row["psnr_pooled"]
+    elif by == "hf":
+        value = -abs(math.log(row["hf"]))                    # 1: as much fine detail as the originals
+    else:
+        value = -row[by]
+    return max(-math.inf, value)                             # NaN, too
+
+
+def keep_better(best, candidates, measure, by):
+    """Measure {(sampler, steps): [options, ...]} in one pass, and put into `best` what has a better score."""
     runs = {}
     for (sampler, steps), several in candidates.items():
         for i, options in enumerate(several):
             runs[sampler, steps, i] = steps, options
     rows = measure(runs)
     for ((sampler, steps, _), (_, options)), row in zip(runs.items(), rows, strict=True):
-        score = max(-math.inf, row["psnr_pooled"])  # NaN, where a run diverged, is the worst
-        if (sampler, steps) not in best or score > best[sampler, steps][0]:
-            best[sampler, steps] = score, options
+        value = score(row, by)
+        if (sampler, steps) not in best or value > best[sampler, steps][0]:
+            best[sampler, steps] = value, options
 
 
-def calibrate(model, counts, measure):
-    """Options of least squared error for every sampler and number of steps: {(sampler, steps): (PSNR, options)}.
+def calibrate(model, counts, measure, by="psnr"):
+    """The best options of every sampler and number of steps: {(sampler, steps): (score, options)}.
 
     measure  {name: (steps, options)} -> rows of `evaluate` on calibration images
+    by       what is best: "psnr", "hf", or the key of a distance in these rows
     """
     samplers = ["euler"] if model.config["loss"] == "fm" else ["gd", "nesterov"]
     candidates = {}
@@ -84,10 +99,10 @@ def calibrate(model, counts, measure):
             for options in starting_options(sampler, steps, model):
                 candidates[sampler, steps] += [scaled(options, power) for power in FIRST_POWERS]
     best = {}
-    keep_better(best, candidates, measure)
+    keep_better(best, candidates, measure, by)
     for power in REFINEMENTS:
         around = {key: [scaled(options, -power), scaled(options, power)] for key, (_, options) in best.items()}
-        keep_better(best, around, measure)
+        keep_better(best, around, measure, by)
     return best
 
 
@@ -181,6 +196,8 @@ def main():
     add("--steps", type=flags.count, nargs="+", default=COUNTS, metavar="N", help="numbers of steps %(default)s")
     add("--calibrate", type=flags.count, default=64, metavar="N", help="choose step sizes on N images, at most half of "
         "all [%(default)s]")
+    add("--by", default="psnr", metavar="NAME", help="choose by psnr, hf (nearest to 1), or the least distance of "
+        "--features and --lpips_net: rfid, fd_dinov2, fd_FILE, lpips_vgg, ... [%(default)s]")
     add("--plot", action="store_true", help="also sweep.png (needs matplotlib)")
     metric_arguments(parser)
     args = parser.parse_args()
@@ -193,14 +210,25 @@ def main():
     calibration, others = split_images(dataset, args.calibrate, args.limit)
     networks = load_networks(args, size, device, world)
 
+    distances, features, _ = networks
+    chooses = {"distances": {}, "features": {}}
+    if args.by in distances:
+        chooses["distances"] = {args.by: distances[args.by]}
+    elif args.by in features:
+        chooses["features"] = {args.by: features[args.by]}
+    elif args.by not in ("psnr", "hf"):
+        raise ValueError(f"--by {args.by}: expected psnr, hf or one of the distances that are measured: "
+                         f"{', '.join([*distances, *features]) or 'none is'}")
+
     def measure(runs):
         loader = make_loader(calibration, args.batch_size * world, False, args.workers, rank=rank, world=world)
         seed = args.seed + 1  # another noise than the evaluation's
-        result = evaluate(model, loader, device, runs, seed=seed, rank=rank, world=world, pictures=0)
+        result = evaluate(model, loader, device, runs, seed=seed, rank=rank, world=world, pictures=0,
+                          **chooses)
         return [row for row in result["rows"] if row["steps"] > 0]  # without the references
 
-    runs = sweep_runs(calibrate(model, sorted(set(args.steps)), measure))
-    sampler = f"options of least squared error on {len(calibration)} other images"
+    runs = sweep_runs(calibrate(model, sorted(set(args.steps)), measure, args.by))
+    sampler = f"the best by {args.by} on {len(calibration)} other images"
     result = report(args, model, others, networks, runs, sampler, out, rank, world, device)
     if rank > 0:
         return
