@@ -25,3 +25,25 @@ def smallest(monkeypatch):
     """Decoder XS is the smallest possible, also in the processes of test_all.run: for tests where any will do."""
     from model import SIZES
     monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No cached networks, and no way to download one."""
+    for name in ("TORCH_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name, value in (("HF_HUB_OFFLINE", "1"), ("no_proxy", ""), ("NO_PROXY", "")):
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A small model with random weights: its file."""
+    from model import DCSSDAE
+    torch.manual_seed(0)
+    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1, loss="eqm", notes={"size": 32, "w_lpips": 0})
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    model.save(path)
+    return path

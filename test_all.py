@@ -188,17 +188,6 @@ def sentence(program, *args):
     return command(program, *args, ok=False)
 
 
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """No cached networks, and no way to download one."""
-    for name in ("TORCH_HOME", "HF_HOME"):
-        monkeypatch.setenv(name, str(tmp_path))
-    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for name, value in (("HF_HUB_OFFLINE", "1"), ("no_proxy", ""), ("NO_PROXY", "")):
-        monkeypatch.setenv(name, value)
-
-
 # Models and runs
 
 TINY = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--workers", 0, "--batch_size", 4,
@@ -206,15 +195,6 @@ TINY = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--workers"
 SMALL = [*TINY, "--decay", 0, "--warmup", 2, "--size", 24, "--eval_every", 3, "--save_every", 2, "--eval_steps", 1]
 DISTILL = ["--teacher_steps", 2, "--batch_size", 4, "--eval_images", 2, "--log_every", 1, "--device", "cpu", "--dtype",
            "float32", "--workers", 0]
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1, loss="eqm", notes={"size": 32, "w_lpips": 0})
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    model.save(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -1488,20 +1468,6 @@ def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path,
     assert other.config["latents"] == (stored if part == "all" else {"mean": [1.0] * 4, "std": [2.0] * 4})
     other.load_published(tmp_path / "m.safetensors", part="encoder")
     assert other.config["latents"] == stored
-
-
-def test_a_saved_model_is_finite_and_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    model, calls = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1), []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync") or fsync(number))
-    monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or replace(*names))
-    model.save(tmp_path / "m.safetensors")
-    assert calls == ["fsync", "replace"]
-    before = (tmp_path / "m.safetensors").read_bytes()
-    model.decoder.conv_in.weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="1 of its tensors hold values that are not finite"):
-        model.save(tmp_path / "m.safetensors")
-    assert (tmp_path / "m.safetensors").read_bytes() == before and os.listdir(tmp_path) == ["m.safetensors"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3470,84 +3436,6 @@ def test_training_for_a_generator(tmp_path, dino_file, smallest):
         assert a["loss"] == pytest.approx(a["eqm"] + 0.1 * a["vf"] + 1e-6 * a["kl"], rel=1e-5)
     assert "16 channels, of which fewer" in sentence(train, *flags, "--nested", 16, "--out", tmp_path / "n")
     assert "no smaller ones" in sentence(train, *flags, "--size", 24, "--out", tmp_path / "n")
-
-
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderDC"])
-def test_a_peer_is_a_row_of_the_table(tmp_path, checkpoint, kind, offline, monkeypatch):
-    diffusers = pytest.importorskip("diffusers")
-    if kind == "AutoencoderKL":
-        network = diffusers.AutoencoderKL(block_out_channels=(32, 32, 32), layers_per_block=1, latent_channels=4,
-                                          down_block_types=("DownEncoderBlock2D",) * 3,
-                                          up_block_types=("UpDecoderBlock2D",) * 3)
-    else:
-        network = diffusers.AutoencoderDC(
-            latent_channels=4, encoder_block_out_channels=(32, 32, 32), decoder_block_out_channels=(32, 32, 32),
-            encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_layers_per_block=(1, 1, 1),
-            decoder_layers_per_block=(1, 1, 1), encoder_qkv_multiscales=((),) * 3, decoder_qkv_multiscales=((),) * 3)
-    network.save_pretrained(tmp_path / "peer")
-    common = ["--peer", tmp_path / "peer", "--limit", 4, "--size", 32, "--workers", 0, "--features", "--device", "cpu"]
-    output = command(evaluate, *common, "--ckpt", checkpoint, "--out", tmp_path / "both")
-    command(evaluate, *common, "--out", tmp_path / "alone")
-    both, alone = (json.loads(Path(tmp_path, name, "metrics.json").read_text()) for name in ("both", "alone"))
-    assert "numbers" in output
-    x = torch.stack([data.make_dataset("demo", 32, train=False, limit=4)[i][0] for i in range(4)])
-    with torch.no_grad():
-        code = network.eval().encode(x)
-        z = code.latent_dist.mode() if kind == "AutoencoderKL" else code.latent
-        error = (evaluate.to8bit(network.decode(z).sample) - evaluate.to8bit(x)).square().mean((1, 2, 3))
-    for rows in (both["rows"][3:], alone["rows"]):
-        assert [row["name"] for row in rows] == ["shrink/enlarge x 4", "linear code", "peer"]
-        assert rows[2]["psnr"] == pytest.approx(float(evaluate.psnr(error).mean()), abs=1e-3)
-        assert rows[2]["numbers"] == z[0].numel() == 256 and rows[2]["ms"] > 0 and rows[2]["nfe"] == 1
-    assert both["rows"][2]["numbers"] == 4 * 4 * 4 and both["rows"][2]["psnr"] != both["rows"][5]["psnr"]
-    assert evaluate.psnr((evaluate.linear_code(x, 4, 4) - x).square().mean((1, 2, 3))).mean() == pytest.approx(
-        alone["rows"][1]["psnr"], abs=0.05)
-    if kind == "AutoencoderKL":
-        shutil.copytree(tmp_path / "peer", tmp_path / "other")
-        other = json.loads((tmp_path / "peer" / "config.json").read_text()) | {"_class_name": "UNet2DModel"}
-        (tmp_path / "other" / "config.json").write_text(json.dumps(other))
-        assert "UNet2DModel" in sentence(evaluate, *common, "--peer", tmp_path / "other", "--out", tmp_path / "n")
-        assert "multiple of 4" in sentence(evaluate, *common, "--size", 34, "--out", tmp_path / "n")
-        assert "no folder" in sentence(evaluate, *common, "--peer", tmp_path / "nothing", "--out", tmp_path / "n")
-        others = bench.named_peers([str(tmp_path / "peer")])
-        assert [part[1:] for part in others.values()] == [(4, 4)]
-        monkeypatch.setitem(sys.modules, "diffusers", None)
-        assert "pip install diffusers" in sentence(evaluate, *common, "--out", tmp_path / "n")
-
-
-def test_a_vision_transformer_as_encoder(tmp_path, offline, smallest, monkeypatch):
-    """DINOv2's tokens, normalised, on their grid; trained with its decoder alone; rebuilt from our file without timm's.
-    """
-    timm = pytest.importorskip("timm")
-    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
-    name = "vit_small_patch14_dinov2.lvd142m"
-    reference = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
-    randomise(reference)
-    torch.save(reference.state_dict(), tmp_path / "vit.pth")
-    monkeypatch.setattr(train, "FIT_CELLS", 1)
-    common = [*TINY, "--enc", f"timm_{name}", "--size", 32, "--decay", 0, "--out"]
-    command(train, *common, tmp_path / "run", "--enc_ckpt", tmp_path / "vit.pth", "--steps", 2)
-    assert "--enc_ckpt" in sentence(train, *common, tmp_path / "n")  # timm's own weights cannot be had
-    assert "does not hold the weights" in sentence(train, *common, tmp_path / "n", "--enc_ckpt",
-                                                   tmp_path / "run" / "model.safetensors")
-    model = DCSSDAE.load(tmp_path / "run" / "model.safetensors")
-    assert (model.downscale, model.encoder.z_dim, model.config["enc"]) == (16, 384, f"timm_{name}")
-
-    x = demo_batch(2, 64)[..., :48]
-    mean, std = (torch.tensor(reference.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    reference.norm = nn.Identity()
-    with torch.no_grad():
-        small = F.interpolate((x + 1) / 2, size=(56, 42), mode="bicubic", antialias=True)  # 14 pixels a cell of 16
-        tokens = reference.forward_features((small - mean) / std)[:, 1:]                  # (2, 4 * 3, 384)
-        z = model.encode(x).mode()
-    wanted = F.layer_norm(tokens, (384,), eps=1e-6)
-    assert z.shape == (2, 384, 4, 3) and relative_error(z, wanted.mT.unflatten(2, (4, 3))) < 1e-5
-    assert z.mean(1).abs().max() < 1e-5 and (z.square().mean(1) - 1).abs().max() < 1e-3
-    assert model.decode(z).shape == x.shape
-    assert model.decoder.base.weight.abs().max() > 0 and model.decoder.base.out_channels == 3 * 16**2
-    for bad, words in (("timm_nothing", "no network nothing"), ("timm_vgg11", "no vision transformer")):
-        with pytest.raises(ValueError, match=words):
-            make_encoder(bad)
 
 
 def test_proxies_of_latents(tmp_path, checkpoint):
