@@ -1,7 +1,9 @@
 """Tests of what users rely on: the mathematics, equivalences, parity with independent implementations, every command.
 
-    python -m pytest                        # no network, no GPU; 10 to 20 minutes on one core
-    python -m pytest test_all.py -k slow & python -m pytest -k "not slow" && wait $!    # on two cores
+    python -m pytest                                                       # no network, no GPU; 5 to 10 minutes
+    python -m pytest -k slow & python -m pytest -k "not slow" && wait $!   # half as long, on two cores
+
+Published weights, fast forms, runs that are stopped or go wrong, files and optimisers: plumbing/test_*.py.
 
 Tests that compare with another library are skipped where it is not installed. Networks whose weights would have to be
 downloaded (VGG-16, DINOv2, Inception) stand here with random weights, given as files.
@@ -38,7 +40,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import distill
@@ -48,6 +49,7 @@ import losses
 import model as model_module
 import sampler
 import train
+from conftest import SMALLEST_SIZE
 from encoder import (
     DiagonalGaussian,
     LappedCode,
@@ -70,7 +72,7 @@ from model import (
     pad_to_multiple,
 )
 from plumbing import checkpoint as checkpoint_module
-from plumbing import process, published
+from plumbing import process
 from plumbing.checkpoint import load_checkpoint
 from plumbing.files import WeightsUnavailable
 from tools import bench, check, compare, field, latents, proxies, study, sweep
@@ -82,19 +84,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TOOLS = sorted(f"tools.{path.stem}" for path in Path(HERE, "tools").glob("[!_]*.py"))
 EXAMPLE = Path(HERE, "examples", "f32c32.safetensors")
 torch.set_num_threads(1)  # a second one wins nothing on small tensors, and beside other work it waits for a core
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    """Every test draws the same numbers, whatever ran before it."""
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def tmp_path(tmp_path):
-    """pytest's folder, emptied after the test: kept to the end, all checkpoints would come to many gigabytes."""
-    yield tmp_path
-    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def slow(test):
@@ -156,10 +145,9 @@ def cli(*args, nproc=None, cwd=HERE, env=None, timeout=300):
     """Run a command line of the project, a file or "tools.NAME", as a program; returns its output."""
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"] if nproc else []
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore", **(env or {}))
-    program = [os.path.join(HERE, args[0])]
-    if not str(args[0]).endswith(".py"):
-        program = ["-m", args[0]]
-        environment["PYTHONPATH"] = HERE  # for another cwd than the repository's root
+    environment["PYTHONPATH"] = HERE  # for another cwd than the repository's root
+    is_file = str(args[0]).endswith(".py")
+    program = [os.path.join(HERE, args[0])] if is_file else ["-m", args[0]]
     done = subprocess.run([sys.executable, *launch, *program, *map(str, args[1:])], cwd=cwd, env=environment,
                           check=False, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -200,47 +188,20 @@ def sentence(program, *args):
     return command(program, *args, ok=False)
 
 
-def offline_environment(folder):
-    """Environment variables: no cached networks, and no way to download one."""
-    return {"TORCH_HOME": str(folder), "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "no_proxy": "", "NO_PROXY": "",
-            **dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")}
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    for name, value in offline_environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-
-
 # Models and runs
 
-SMALLEST_SIZE = 32, (1, 1, 1, 1), 1  # of a decoder
 TINY = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--workers", 0, "--batch_size", 4,
-        "--eval_images", 4, "--log_every", 1, "--enc_width", 0.0625, "--depth", 1]
+        "--eval_images", 2, "--log_every", 1, "--enc_width", 0.0625, "--depth", 1]
 SMALL = [*TINY, "--decay", 0, "--warmup", 2, "--size", 24, "--eval_every", 3, "--save_every", 2, "--eval_steps", 1]
+DISTILL = ["--teacher_steps", 2, "--batch_size", 4, "--eval_images", 2, "--log_every", 1, "--device", "cpu", "--dtype",
+           "float32", "--workers", 0]
 
 
-@pytest.fixture
-def smallest(monkeypatch):
-    """Decoder XS is the smallest possible, also in `run`'s processes: for tests where any will do."""
-    monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    model = DCSSDAE("dc_f8c4", "XS", enc_width=0.125, depth=1, loss="eqm", notes={"size": 32})
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    model.save(path)
-    return path
-
-
-@pytest.fixture(scope="module", params=["eqm", "fm"])
-def trained(request, tmp_path_factory):
-    """A tiny run of train.py for either loss: its folder."""
-    out = tmp_path_factory.mktemp("runs") / request.param
-    launch = cli if request.param == "eqm" else command
-    output = launch("train.py", *TINY, "--loss", request.param, "--steps", 6, "--eval_every", 3, "--out", out)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny run of train.py in two processes of torchrun's: its folder."""
+    out = tmp_path_factory.mktemp("runs") / "eqm"
+    output = cli("train.py", *TINY, "--steps", 2, "--eval_every", 1, "--out", out, nproc=2)
     assert "PSNR" in output and "saved" in output
     return out
 
@@ -270,6 +231,15 @@ def step_lines(folder):
 
 
 # Networks with random weights
+
+@contextlib.contextmanager
+def no_values():
+    """Layers start at zero, which saves seconds: where values are replaced or do not count."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("kaiming_uniform_", "kaiming_normal_", "uniform_", "normal_"):
+            patch.setattr(nn.init, name, lambda weight, *args, **kwargs: nn.init.zeros_(weight))
+        yield
+
 
 @pytest.fixture(scope="session")
 def vgg_file(tmp_path_factory):
@@ -337,12 +307,11 @@ class TinyInception(nn.Module):
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__, "torch._dynamo"])
-KILLED = (0, 1, -signal.SIGKILL)
 
 
 def child(module, argv, env, output, sabotage):
     """A command in a child process. sabotage: {step: name of a signal, "nan" or "lost"} for this rank, when that step
-    draws its noise, or its images; {"evaluation": ...}: Ctrl-C twice in one."""
+    draws its noise, or its images."""
     os.environ.update(env, CUDA_VISIBLE_DEVICES="")
     if "SMALLEST" in env:
         SIZES["XS"] = SMALLEST_SIZE
@@ -370,14 +339,6 @@ def child(module, argv, env, output, sabotage):
             yield
         return next_batch(run, lost() if sabotage.get(run.done) == "lost" else batches)
 
-    def interrupted(*args, **options):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-        time.sleep(60)
-
-    if "evaluation" in sabotage:
-        train.evaluate = interrupted
     train.draw = distill.draw = drawing
     checkpoint_module.Run.next_batch = losing
     try:
@@ -403,7 +364,7 @@ def run(folder, *argv, module="train", world=1, sabotage=None, ok=(0,)):
         arguments = module, argv, env, str(folder / f"output{rank}"), (sabotage or {}).get(rank, {})
         processes.append(FORKS.Process(target=child, args=arguments))
         processes[-1].start()
-    deadline = time.time() + 100
+    deadline = time.time() + 300
     while any(p.is_alive() for p in processes):
         multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
         if time.time() > deadline or any(p.exitcode == -signal.SIGKILL for p in processes):
@@ -412,19 +373,6 @@ def run(folder, *argv, module="train", world=1, sabotage=None, ok=(0,)):
     codes, output = [p.exitcode for p in processes], (folder / "output0").read_text()
     assert all(code in ok for code in codes), (codes, output)
     return codes, output
-
-
-def program(*args, ok=True):
-    """Run a command line of the project; returns its output. ok=False: it must fail with one sentence."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=HERE)
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=HERE, env=environment, check=False,
-                          capture_output=True, text=True, timeout=120)
-    output = done.stdout + done.stderr
-    if ok:
-        assert done.returncode == 0, output
-    else:
-        assert done.returncode == 1 and output.startswith("error: ") and len(output.splitlines()) == 1, output
-    return output
 
 
 def pixels(x):
@@ -460,17 +408,6 @@ def test_demo_statistics():
     assert 0.02 < power[f >= 8].sum() / power.sum() < 0.5  # detail is there and does not dominate
 
 
-def test_demo_speed():
-    data.demo_image(64, 0, "train", 0)
-    rates = []
-    for k in range(5):
-        start = time.process_time()                        # others share the machine: count our own time only
-        for i in range(30):
-            data.demo_image(64, 0, "train", 30 * k + i)
-        rates.append(30 / (time.process_time() - start))
-    assert max(rates) >= 150, rates
-
-
 def test_demo_dataset():
     train, val = data.make_dataset("demo", 32, True), data.make_dataset("demo", 32, False)
     assert len(train) == 100_000 and len(val) == 2_000 and train.labels[0] == -1
@@ -490,21 +427,18 @@ def test_demo_dataset():
         val[2000]
 
 
-def test_preview_command(tmp_path, monkeypatch):
+def test_preview_command(tmp_path):
     """Another process makes the same built-in images."""
     common = ["data.py", "--size", 16, "--rows", 3, "--out", tmp_path / "grid.png"]
-    program(*common, "--split", "val")
+    cli(*common, "--split", "val")
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (3 * 18 + 2, 3 * 18 + 2, 3)
     for i in range(9):
         top, left = 2 + 18 * (i // 3), 2 + 18 * (i % 3)
         assert np.array_equal(grid[top:top + 16, left:left + 16], data.demo_image(16, 0, "val", i))
-    monkeypatch.setattr(sys, "argv", [*map(str, common)])
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        data.main()
-    assert "train: 100000 images of demo, part train, 9 of them in" in output.getvalue()
+    assert "train: 100000 images of demo, part train, 9 of them in" in command(*common)
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), grid)  # training images
-    assert "there is no folder" in program(*common, "--data", tmp_path / "nowhere", ok=False)
+    assert "there is no folder" in sentence(*common, "--data", tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,7 +502,7 @@ if __name__ == "__main__":
     other.multiprocessing_context = "spawn"
     print("same:", torch.equal(next(iter(one))[0], next(iter(other))[0]))
 """)
-    assert "same: True" in program(tmp_path / "run.py")
+    assert "same: True" in cli(tmp_path / "run.py")
 
 
 def test_fewer_images_than_batch_and_the_callers_random_state():
@@ -682,13 +616,10 @@ def test_training_crops_end_at_the_pictures_own_pixels(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("w,h", [(301, 200), (97, 330), (64, 64), (20, 33), (500, 129), (31, 30)])
 def test_prepare_eval_against_references(w, h):
+    from torchvision import transforms
     image, size = photo(w, h), 32
-    # torchvision's Resize + CenterCrop on PIL images, written out
-    new = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    small = image.resize(new, Image.BILINEAR)
-    left, top = round((new[0] - size) / 2.0), round((new[1] - size) / 2.0)
-    expected = small.crop((left, top, left + size, top + size))
-    assert np.array_equal(np.asarray(data.prepare_eval(image, size)), np.asarray(expected))
+    pipe = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+    assert np.array_equal(np.asarray(data.prepare_eval(image, size)), np.asarray(pipe(image)))
     # ADM's center_crop_arr, written out
     small = image
     while min(*small.size) >= 2 * size:
@@ -699,13 +630,6 @@ def test_prepare_eval_against_references(w, h):
     assert np.array_equal(np.asarray(data.prepare_eval(image, size, "adm")), small[y:y + size, x:x + size])
     with pytest.raises(ValueError, match="crop"):
         data.prepare_eval(image, size, "left")
-
-
-def test_prepare_eval_agrees_with_torchvision():
-    from torchvision import transforms
-    pipe = transforms.Compose([transforms.Resize(40), transforms.CenterCrop(40)])
-    for size in ((301, 200), (97, 330), (41, 40), (20, 33)):
-        assert np.array_equal(np.asarray(pipe(photo(*size))), np.asarray(data.prepare_eval(photo(*size), 40)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -761,8 +685,7 @@ def test_nothing_readable(tmp_path, monkeypatch, workers):
         assert train.skipped.sum() >= min(5, most)
 
 
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("train,workers", [(False, 0), (True, 0), (True, 1)])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error", "a.png"), PermissionError("no entry"),
                                    ValueError("one sentence: no more")])
 def test_what_a_reader_meets_is_raised_in_one_sentence(tmp_path, monkeypatch, train, workers, error):
@@ -974,7 +897,7 @@ def test_failed_download(tmp_path, monkeypatch, failure):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # encoder.py: posteriors and encoders
-# Sizes, starts and values: against torch.distributions and, in the published names, against diffusers.
+# Sizes, starts and values: against torch.distributions. Published encoders and decoders: plumbing/test_published.py.
 
 def test_kl_against_torch_distributions():
     mean, logvar = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
@@ -1012,7 +935,7 @@ def test_the_dc_encoder_starts_linear_and_with_what_is_coarse(enc):
     torch.manual_seed(0)
     encoder = make_encoder(enc, 0.125).eval()
     f = encoder.downscale
-    coarse = torch.randn(128, 3, f // 4 + 2, f // 4 + 2)
+    coarse = torch.randn(64, 3, f // 4 + 2, f // 4 + 2)
     images = F.interpolate(coarse, size=2 * f, mode="bicubic", antialias=True)      # little above 1/8 cycle a pixel
     with torch.no_grad():
         a, b, origin = (encoder(x).mean for x in (images[:4], images[4:8], torch.zeros_like(images[:1])))
@@ -1021,8 +944,8 @@ def test_the_dc_encoder_starts_linear_and_with_what_is_coarse(enc):
         def explained(encoder):  # part of the variance of pixels that the latent holds, on images left out of the fit
             z, x = encoder(images).mean.movedim(1, -1), F.pixel_unshuffle(images, f).movedim(1, -1)
             z = F.pad((z - z.mean((0, 1, 2))) / z.std((0, 1, 2)), (0, 1), value=1.0)
-            fit = torch.linalg.lstsq(z[32:].flatten(0, 2), x[32:].flatten(0, 2)).solution
-            return 1 - (z[:32] @ fit - x[:32]).square().mean() / x[:32].var()
+            fit = torch.linalg.lstsq(z[16:].flatten(0, 2), x[16:].flatten(0, 2)).solution
+            return 1 - (z[:16] @ fit - x[:16]).square().mean() / x[:16].var()
 
         smooth = explained(encoder)
         for module in encoder.modules():
@@ -1046,235 +969,6 @@ def test_the_dc_encoder_starts_linear_and_with_what_is_coarse(enc):
 def test_unknown_names_and_what_does_not_go_together(build, words):
     with pytest.raises(ValueError, match=words):
         build()
-
-
-def to_latent_diffusion(state, quant):
-    """diffusers' AutoencoderKL encoder -> the names of latent-diffusion, with `quant` for its last convolution."""
-    names = (("quant_conv", quant), ("down_blocks.", "down."), (".resnets.", ".block."),
-             (".downsamplers.0.", ".downsample."), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
-             ("mid_block.block.0", "mid.block_1"), ("mid_block.block.1", "mid.block_2"),
-             ("mid_block.attentions.0", "mid.attn_1"), (".attentions.", ".attn."),
-             ("group_norm", "norm"), ("to_out.0", "proj_out"), (".to_", "."))
-    out = {}
-    for key, value in state.items():
-        if key.startswith(("encoder.", "quant_conv.")):
-            for old, new in names:
-                key = key.replace(old, new)
-            out[key] = value[:, :, None, None] if ".attn" in key and value.ndim == 2 else value
-    return out
-
-
-@pytest.mark.parametrize("layout", ["diffusers", "older diffusers", "latent-diffusion"])
-def test_vq_encoder_against_diffusers(tmp_path, layout):
-    diffusers = pytest.importorskip("diffusers")
-    vae = randomise(diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
-        block_out_channels=(32, 64, 128, 128), latent_channels=4)).eval()
-    state = vae.state_dict()
-    if layout == "older diffusers":  # as sd-vae-ft-mse is stored
-        for old, new in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
-            state = {k.replace(old, new): v for k, v in state.items()}
-    elif layout == "latent-diffusion":  # and the published DC-SSDAE encoders
-        state = to_latent_diffusion(state, "encoder.out_proj")
-    torch.save(state, tmp_path / "vq.pt")
-    ours = DCSSDAE("vq_f8c4", "XS", enc_width=0.25, depth=1)
-    ours.load_published(tmp_path / "vq.pt", part="encoder")
-    x = torch.rand(2, 3, 64, 96) * 2 - 1
-    with torch.no_grad():
-        posterior, expected = ours.encode(x), vae.encode(x).latent_dist
-    assert relative_error(posterior.mean, expected.mean) < 1e-5
-    assert relative_error(posterior.logvar, expected.logvar) < 1e-5
-
-
-def same_posterior(ours, theirs):
-    assert relative_error(ours.mean, theirs.mean) < 1e-5 and relative_error(ours.logvar, theirs.logvar) < 1e-5
-
-
-@pytest.mark.parametrize("layout", ["diffusers", "repository"])
-def test_flux_encoders_against_diffusers(tmp_path, layout):
-    """FLUX's, which has no quant_conv, and FLUX.2's: as its encoder gives them (f8) and as its transformer has them."""
-    diffusers = pytest.importorskip("diffusers")
-    shape = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-             "block_out_channels": (32, 64, 128, 128), "layers_per_block": 2}
-    flux = randomise(diffusers.AutoencoderKL(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False,
-                                             **shape)).eval()
-    flux2 = randomise(diffusers.AutoencoderKLFlux2(latent_channels=32, **shape)).eval()
-    files = {"flux": flux.state_dict(), "flux2": flux2.state_dict()}
-    if layout == "repository":
-        statistics = {key: value for key, value in files["flux2"].items() if key.startswith("bn.")}
-        assert len(statistics) == 3
-        files = {name: to_latent_diffusion(state, "encoder.quant_conv") for name, state in files.items()}
-        files["flux2"] |= statistics
-    for name, state in files.items():
-        save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / f"{name}.safetensors")
-    x = torch.rand(2, 3, 64, 96) * 2 - 1
-    for name, vae, enc in (("flux", flux, "vq_f8c16"), ("flux2", flux2, "vq_f8c32")):
-        ours = DCSSDAE(enc, "XS", enc_width=0.25, depth=1)
-        ours.load_published(tmp_path / f"{name}.safetensors", part="encoder")
-        with torch.no_grad():
-            same_posterior(ours.encode(x), vae.encode(x).latent_dist)
-
-    ours = DCSSDAE("vq_f16c128", "XS", enc_width=0.25, depth=1)
-    ours.load_published(tmp_path / "flux2.safetensors", part="encoder")
-    ours.save(tmp_path / "ours.safetensors")
-    before = {key: value.clone() for key, value in ours.encoder.named_buffers()}
-    with torch.no_grad():
-        posterior, z = ours.train().encode(x), flux2.encode(x).latent_dist.mode()  # (2, 32, 8, 12)
-        cells = z.view(2, 32, 4, 2, 6, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 128, 4, 6)  # as its pipeline does
-        expected = flux2.bn(cells)
-        assert relative_error(posterior.mode(), expected) < 1e-5
-        assert all(torch.equal(value, before[key]) for key, value in ours.encoder.named_buffers())
-        # A draw of the folded posterior is the folded draw: mean and deviation are scaled alike.
-        plain = DCSSDAE("vq_f8c32", "XS", enc_width=0.25, depth=1)
-        plain.load_published(tmp_path / "flux2.safetensors", part="encoder")
-        eps = torch.randn_like(z)
-        draw = flux2.bn(F.pixel_unshuffle(plain.encode(x).sample(eps), 2))
-        assert relative_error(posterior.sample(F.pixel_unshuffle(eps, 2)), draw) < 1e-5
-        assert torch.equal(DCSSDAE.load(tmp_path / "ours.safetensors").encode(x).mean, posterior.mean)
-    with pytest.raises(ValueError, match=r"vq_f16c128 \(width 0.25, folded\), expected was an encoder vq_f16c16"):
-        DCSSDAE("vq_f16c16", "XS", enc_width=0.25, depth=1).load_published(tmp_path / "flux2.safetensors", "encoder")
-
-
-@pytest.mark.parametrize("layout", ["diffusers", "latent-diffusion"])
-def test_va_vae_encoder_against_diffusers(tmp_path, layout):
-    """latent-diffusion's kl-f16, which VA-VAE and MAR have: narrower levels, attention in the last one."""
-    diffusers = pytest.importorskip("diffusers")
-    vae = randomise(diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
-        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4, layers_per_block=2,
-        block_out_channels=(32, 32, 64, 64, 128), latent_channels=32)).eval()
-    state = vae.state_dict()
-    if layout == "latent-diffusion":  # with what else VA-VAE's file holds
-        state = to_latent_diffusion(state, "quant_conv") | {
-            "foundation_model.model.patch_embed.proj.weight": torch.zeros(1), "loss.logvar": torch.zeros(()),
-            "linear_proj.weight": torch.zeros(1), "decoder.conv_in.weight": torch.zeros(1)}
-    torch.save({"state_dict": state}, tmp_path / "vavae.pt")
-    ours = DCSSDAE("vq_f16c32", "XS", enc_width=0.25, depth=1)
-    ours.load_published(tmp_path / "vavae.pt", part="encoder")
-    assert ours.config["enc_options"] == {"kl_f16": True}
-    ours.save(tmp_path / "ours.safetensors")
-    x = torch.rand(2, 3, 64, 96) * 2 - 1
-    with torch.no_grad():
-        same_posterior(ours.encode(x), vae.encode(x).latent_dist)
-        assert torch.equal(DCSSDAE.load(tmp_path / "ours.safetensors").encode(x).mean, ours.encode(x).mean)
-    with pytest.raises(ValueError, match=r"vq_f16c32 \(width 0.25, kl-f16\), expected was an encoder vq_f8c4"):
-        DCSSDAE("vq_f8c4", "XS", enc_width=0.25, depth=1).load_published(tmp_path / "vavae.pt", "encoder")
-
-
-@pytest.mark.parametrize("name", ["dc_f8c4", "dc_f32c32", "dc_f64c128"])
-def test_dc_encoder_against_diffusers(tmp_path, name):
-    dc = pytest.importorskip("diffusers.models.autoencoders.autoencoder_dc")
-    ours = randomise(DCSSDAE(name, "XS", enc_width=0.125, depth=1))
-    levels, z_dim = int(math.log2(ours.downscale)) + 1, ours.encoder.z_dim
-    widths = tuple(w // 8 for w in (128, 256, 512, 512, 1024, 1024, 1024, 1024)[:levels])
-    theirs = dc.Encoder(3, 2 * z_dim, 32, "ResBlock", widths, (0, 5, 10, 4, 4, 4, 4, 4)[:levels], ((),) * levels,
-                        "pixel_unshuffle", out_shortcut=False).eval()
-    state = {}
-    for key, value in ours.encoder.state_dict().items():
-        state[key.replace("stages.", "down_blocks.")] = value
-    theirs.load_state_dict(state)
-    x = torch.rand(1, 3, 64, 128) * 2 - 1
-    with torch.no_grad():
-        posterior, expected = ours.encode(x), theirs(x)
-    assert relative_error(posterior.mean, expected[:, :z_dim]) < 1e-5
-    assert relative_error(posterior.logvar, expected[:, z_dim:].clamp(-30, 20)) < 1e-5
-
-
-DCAE = {  # name: stage widths (full size), depths, EfficientViT's token scales, downsampling
-    "dcae_f32c32": ((128, 256, 512, 512, 1024, 1024), (0, 4, 8, 2, 2, 2), (), "pixel_unshuffle"),
-    "dcae_f64c128": ((128, 256, 512, 512, 1024, 1024, 2048), (0, 4, 8, 2, 2, 2, 2), (), "pixel_unshuffle"),
-    "dcae_f128c512": ((128, 256, 512, 512, 1024, 1024, 2048, 2048), (0, 4, 8, 2, 2, 2, 2, 2), (), "pixel_unshuffle"),
-    "dcae_f32c32_sana": ((128, 256, 512, 512, 1024, 1024), (2, 2, 2, 3, 3, 3), (5,), "conv"),
-}
-
-
-def to_dc_ae_repository(state):
-    """diffusers' AutoencoderDC encoder -> the names of the original repository, as its published files have them."""
-    out = {}
-    for key, value in state.items():
-        parts = key.split(".")
-        if parts[0] == "conv_in":
-            name = "project_in.conv." + ".".join(parts[1:])
-        elif parts[0] == "conv_out":
-            name = "project_out.main.op_list.0.conv." + parts[1]
-        else:
-            stage, block, *rest = parts[1:]
-            rest = ".".join(rest)
-            if rest.startswith(("attn.to_q.", "attn.to_k.", "attn.to_v.")):
-                if "to_q" in rest:
-                    qkv = torch.cat([state[key.replace("to_q", f"to_{n}")] for n in "qkv"])
-                    out[f"stages.{stage}.op_list.{block}.context_module.main.qkv.conv.weight"] = qkv[:, :, None, None]
-                continue
-            for old, new in (("attn.to_out.", "context_module.main.proj.conv."),
-                             ("attn.norm_out.", "context_module.main.proj.norm."),
-                             ("attn.to_qkv_multiscale.0.proj_in.", "context_module.main.aggreg.0.0."),
-                             ("attn.to_qkv_multiscale.0.proj_out.", "context_module.main.aggreg.0.1."),
-                             ("conv_out.conv_inverted.", "local_module.main.inverted_conv.conv."),
-                             ("conv_out.conv_depth.", "local_module.main.depth_conv.conv."),
-                             ("conv_out.conv_point.", "local_module.main.point_conv.conv."),
-                             ("conv_out.norm.", "local_module.main.point_conv.norm."), ("conv1.", "main.conv1.conv."),
-                             ("conv2.", "main.conv2.conv."), ("norm.", "main.conv2.norm."),
-                             ("conv.", "main.conv.conv.")):
-                if rest.startswith(old):
-                    rest = new + rest.removeprefix(old)
-                    break
-            name = f"stages.{stage}.op_list.{block}.{rest}"
-            value = value[:, :, None, None] if value.ndim == 2 and ".proj.conv." in name else value
-        out[name] = value
-    return out
-
-
-def diffusers_dc_ae_encoder(name, width, z_dim):
-    dc = pytest.importorskip("diffusers.models.autoencoders.autoencoder_dc")
-    widths, depths, scales, down = DCAE[name]
-    stages = len(widths)
-    return dc.Encoder(
-        3, z_dim, 32, ("ResBlock",) * 3 + ("EfficientViTBlock",) * (stages - 3), tuple(int(w * width) for w in widths),
-        depths, ((),) * 3 + (scales,) * (stages - 3), down)
-
-
-def published_dc_ae_layouts(name, state):
-    """{who publishes it: an encoder's weights in his names} of diffusers' state dict."""
-    repository = to_dc_ae_repository(state)
-    if name.endswith("sana"):  # its strided convolutions are plain layers in the repository
-        repository = {k.replace(".main.conv.conv.", ".main.conv."): v for k, v in repository.items()}
-    layouts = {"diffusers": state, "repository": repository}
-    return {layout: {f"encoder.{k}": v for k, v in tensors.items()} for layout, tensors in layouts.items()}
-
-
-@pytest.mark.parametrize("name", DCAE)
-def test_official_dc_ae_encoders_have_the_published_names_and_shapes(name):
-    """At full size, without values: up to 300 million parameters."""
-    with torch.device("meta"):
-        ours = make_encoder(name)
-        theirs = diffusers_dc_ae_encoder(name, 1.0, ours.z_dim)
-    want = {f"encoder.{k}": v.shape for k, v in ours.state_dict().items()}
-    for layout, tensors in published_dc_ae_layouts(name, theirs.state_dict()).items():
-        assert {k: v.shape for k, v in published.our_names(tensors).items()} == want, layout
-
-
-@pytest.mark.parametrize("name", DCAE)
-def test_official_dc_ae_encoders_against_diffusers(tmp_path, name):
-    """An eighth as wide: both published layouts, square and not, float32; and bf16 to its accuracy."""
-    # no fewer channels than latent channels
-    narrow = "dcae_f128c64" if name == "dcae_f128c512" else name
-    ours = DCSSDAE(narrow, "XS", enc_width=0.125, depth=1).eval()
-    theirs = randomise(diffusers_dc_ae_encoder(name, 0.125, ours.encoder.z_dim)).eval()
-    side = max(64, ours.downscale)
-    for layout, tensors in published_dc_ae_layouts(name, theirs.state_dict()).items():
-        torch.save(tensors | {"decoder.conv_in.weight": torch.zeros(1)}, tmp_path / f"{layout}.pt")
-        ours.load_published(tmp_path / f"{layout}.pt", part="encoder")
-        for shape in ((1, 3, side, 2 * side), (2, 3, side, side)):
-            x = torch.rand(shape) * 2 - 1
-            with torch.no_grad():
-                expected, posterior = theirs(x), ours.encode(x)
-            assert relative_error(posterior.mean, expected) < 1e-4
-            assert torch.allclose(posterior.sample(), posterior.mean, atol=1e-5)  # deterministic
-    x, expected = x[:1], expected[:1]
-    with torch.no_grad():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert relative_error(ours.encode(x).mean, expected) < 0.05
-        assert relative_error(ours.encoder.bfloat16()(x.bfloat16()).mean, expected) < 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1370,20 +1064,20 @@ def test_a_model_without_memory_is_whole_once_its_weights_are_loaded():
         assert torch.equal(empty(x, steps=2, noise=noise), model(x, steps=2, noise=noise))
 
 
-@pytest.mark.parametrize("enc", ["dc_f32c32", "vq_f8c4", "dc_f64c128"])
+@pytest.mark.parametrize("enc, steps", [("dc_f32c32", (1, 4)), ("vq_f8c4", (1, 25)), ("dc_f64c128", (1,))])
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
-def test_an_untrained_model_is_the_linear_code(enc, loss):
+def test_an_untrained_model_is_the_linear_code(enc, steps, loss, smallest):
     torch.manual_seed(0)
     _, f, c = parse_name(enc)
     model = DCSSDAE(enc, "XS", loss, 0.125, depth=1, input_skip=True, linear_encoder=True, linear_decoder=c).eval()
     code = LappedCode(f, c)
-    x = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    x = torch.rand(1, 3, f, 2 * f, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         z = model.encode(x).mode()
         torch.testing.assert_close(z, code.encode(x), rtol=0, atol=1e-5)
-        for steps in (1, 4, 25):
-            atol = 2e-4 if loss == "fm" and steps == 25 else 1e-5  # FM's last steps are from below T_LEAST
-            torch.testing.assert_close(model.decode(z, steps), code.decode(z), rtol=0, atol=atol)
+        for n in steps:
+            atol = 2e-4 if loss == "fm" and n == 25 else 1e-5  # FM's last steps are from below T_LEAST
+            torch.testing.assert_close(model.decode(z, n), code.decode(z), rtol=0, atol=atol)
 
 
 def rows_and_coefficients(model, batches, code):
@@ -1469,18 +1163,6 @@ def test_local_contrast():
     np.testing.assert_allclose(middle, weights @ deviations @ weights, rtol=1e-5)
 
 
-def test_what_is_added_is_as_large_as_the_contrast():
-    """An image of a tenth of the contrast gets a tenth of the addition: nothing is added to a flat sky."""
-    torch.manual_seed(0)
-    decoder = UViT("XS", 4, time_cond=False, depth=1, field_at_noise=1.0, base=(8, 4))
-    out = torch.randn(2, 3, 32, 48)
-    base = torch.randn(2, 3, 32, 48)
-    with torch.no_grad():
-        added = decoder.addition(out, local_contrast(base)).std()
-        fainter = decoder.addition(out, local_contrast(base / 10 + 0.5)).std()
-    torch.testing.assert_close(fainter, added / 10, rtol=0.01, atol=0)
-
-
 def test_training_passes_the_additions_gradient_unscaled_by_contrast():
     decoder = UViT("XS", 4, time_cond=False, depth=1, field_at_noise=1.0, base=(8, 4))
     out, upstream = torch.randn(2, 3, 32, 48, requires_grad=True), torch.randn(2, 3, 32, 48)
@@ -1514,11 +1196,11 @@ def test_a_new_decoder_sees_the_latent_in_its_base_alone():
 
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_decoding_in_float64_is_that_in_float32_but_for_rounding(loss, steps):
+def test_decoding_in_float64_is_that_in_float32_but_for_rounding(loss, steps, smallest):
     torch.manual_seed(0)
     model = DCSSDAE("dc_f8c4", "XS", loss, 0.0625, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4)
     randomise(model, scale=0.5).eval()
-    z, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 3, 32, 32)
+    z, noise = torch.randn(1, 4, 2, 3), torch.randn(1, 3, 16, 24)
     with torch.no_grad():
         single = model.decode(z, steps, noise)
         double = model.double().decode(z.double(), steps, noise)
@@ -1535,169 +1217,11 @@ def test_only_a_linear_c_has_the_linear_decoders_field(c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# model.py: the decoder against a reference
-# The published names and values: a plain decoder, one functional call after another, in float64.
-
-PUBLISHED = [(re.compile(pattern), name) for pattern, name in (  # our names of a decoder -> DC-SSDAE's
-    (r"^time\.0\.", "time_embedding.linear_1."), (r"^time\.2\.", "time_embedding.linear_2."),
-    (r"^conv_in_x\.", "conv_in_img."), (r"^norm_z\.", "batch_norm_z."), (r"^context\.", "ada_ctx_proj."),
-    (r"^norm_out\.", "conv_norm_out."), (r"^mid_(in|out)\.", r"mid_block.proj_\1."), (r"^mid_norm", "mid_block.norm"),
-    (r"^down\.(\d)\.2\.", r"down_blocks.\1.downsamplers.0.conv."),
-    (r"^up\.(\d)\.3\.", r"up_blocks.\1.upsamplers.0.conv."), (r"^(down|up)\.(\d)\.", r"\1_blocks.\2.resnets."),
-    (r"\.norm1\.proj\.", ".norm1.ctx_proj."), (r"\.shortcut\.", ".conv_shortcut."),
-    (r"(resnets\.\d)\.time\.", r"\1.time_emb_proj."), (r"^blocks\.", "mid_block.transformer_blocks."),
-    (r"\.norm\.(?=weight$|bias$)(?<=\d\.norm\.)", ".norm2."), (r"\.ada\.", ".norm1.linear."),
-    (r"\.attn\.([qkv])\.", r".attn1.to_\1."), (r"\.attn\.out\.", ".attn1.out_proj."),
-    (r"\.attn\.bias_table", ".relative_position_bias.relative_bias_table"),
-    (r"\.mlp_in\.", ".ff.proj_in_act.proj."), (r"\.mlp_out\.", ".ff.proj_out."))]
-
-
-def published_decoder(**options):
-    """A random state dict in the published names (without the prefix decoder.)."""
-    state = {}
-    for name, value in randomise(UViT("XS", depth=2, window=15, **options)).state_dict().items():
-        for pattern, published_name in PUBLISHED:
-            name = pattern.sub(published_name, name)
-        state[name] = value
-    return state
-
-
-def reference_decoder(p, x, z, t=None, window=15):
-    """The decoder of design and paper, written down naively."""
-    p = {k: v.double() for k, v in p.items()}
-    x, z = x.double(), z.double()
-
-    def conv(name, h, stride=1):
-        w = p[f"{name}.weight"]
-        return F.conv2d(h, w, p[f"{name}.bias"], stride=stride, padding=w.shape[-1] // 2)
-
-    def linear(name, h):
-        return h @ p[f"{name}.weight"].T + (p.get(f"{name}.bias", 0))
-
-    def resize(h, like):  # nearest
-        return h.repeat_interleave(like.shape[2] // h.shape[2], 2).repeat_interleave(like.shape[3] // h.shape[3], 3)
-
-    def resnet(name, h, ctx, temb):
-        scale, shift = resize(conv(f"{name}.norm1.ctx_proj", ctx), h).chunk(2, 1)
-        u = F.silu(F.group_norm(h, 32) * (1 + scale) + shift)
-        u = conv(f"{name}.conv1", u)
-        u = F.group_norm(u, 32, p[f"{name}.norm2.weight"], p[f"{name}.norm2.bias"])
-        if temb is not None:
-            scale, shift = linear(f"{name}.time_emb_proj", F.silu(temb))[:, :, None, None].chunk(2, 1)
-            u = u * (1 + scale) + shift
-        u = conv(f"{name}.conv2", F.silu(u))
-        return u + (conv(f"{name}.conv_shortcut", h) if f"{name}.conv_shortcut.weight" in p else h)
-
-    def attention(name, bias_name, u, rows, cols):
-        table = p[bias_name]
-        heads, r = table.shape[2], window // 2
-        q, k, v = (linear(f"{name}.to_{n}", u).unflatten(-1, (heads, -1)) for n in "qkv")  # (B, N, heads, d)
-        out = torch.zeros_like(q)
-        for i in range(rows * cols):  # one query at a time
-            near = [(j, table[i // cols - j // cols + r, i % cols - j % cols + r]) for j in range(rows * cols)
-                    if abs(i // cols - j // cols) <= r and abs(i % cols - j % cols) <= r]
-            index, bias = [j for j, _ in near], torch.stack([b for _, b in near])  # bias (n, heads)
-            weight = ((q[:, i:i + 1] * k[:, index]).sum(-1) / q.shape[-1] ** 0.5 + bias).softmax(dim=1)
-            out[:, i] = (weight[..., None] * v[:, index]).sum(1)
-        return linear(f"{name}.out_proj", out.flatten(2))
-
-    joint = "conv_in_img.weight" not in p  # as SSDD has published
-    if not joint:
-        mean, var = (p[f"batch_norm_z.running_{name}"][:, None, None] for name in ("mean", "var"))
-        z = (z - mean) / (var + 1e-5).sqrt()
-        z = z * p["batch_norm_z.weight"][:, None, None] + p["batch_norm_z.bias"][:, None, None]
-    ctx = conv("ada_ctx_proj.2", F.silu(conv("ada_ctx_proj.0", z)))
-    temb = None
-    if t is not None:
-        half = p["conv_in.weight"].shape[0] // 2  # C / 2
-        angle = 1000 * t.double()[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
-        temb = linear("time_embedding.linear_1", torch.cat([angle.cos(), angle.sin()], 1))
-        temb = linear("time_embedding.linear_2", F.silu(temb))
-    h = [x, resize(z, x)] if joint else [conv("conv_in_img", x), conv("conv_in_z", resize(z, x))]
-    h = conv("conv_in", torch.cat(h, 1))
-    skips = [h]
-    for i in range(4):
-        for j in range(2):
-            h = resnet(f"down_blocks.{i}.resnets.{j}", h, ctx, temb)
-            skips.append(h)
-        if i < 3:
-            h = conv(f"down_blocks.{i}.downsamplers.0.conv", h, stride=2)
-            skips.append(h)
-    rows, cols = h.shape[2:]
-    tokens_ctx = resize(ctx, h).flatten(2).mT
-    u = F.group_norm(h, 32, p["mid_block.norm.weight"], p["mid_block.norm.bias"], eps=1e-6)
-    u = linear("mid_block.proj_in", u.flatten(2).mT)
-    for k in range(sum(name.endswith("bias_table") for name in p)):
-        b = f"mid_block.transformer_blocks.{k}"
-        shift, scale = linear(f"{b}.norm1.linear", F.silu(tokens_ctx)).chunk(2, -1)
-        bias = f"{b}.relative_position_bias.relative_bias_table"
-        u = u + attention(f"{b}.attn1", bias, F.layer_norm(u, u.shape[-1:]) * (1 + scale) + shift, rows, cols)
-        n = F.layer_norm(u, u.shape[-1:], p[f"{b}.norm2.weight"], p[f"{b}.norm2.bias"])
-        value, gate = linear(f"{b}.ff.proj_in_act.proj", n).chunk(2, -1)
-        u = u + linear(f"{b}.ff.proj_out", value * F.gelu(gate))
-    h = h + linear("mid_block.proj_out", u).mT.unflatten(2, (rows, cols))
-    for i in range(4):
-        for j in range(3):
-            h = resnet(f"up_blocks.{i}.resnets.{j}", torch.cat([h, skips.pop()], 1), ctx, temb)
-        if i < 3:
-            h = conv(f"up_blocks.{i}.upsamplers.0.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3))
-    return conv("conv_out", F.silu(F.group_norm(h, 32, p["conv_norm_out.weight"], p["conv_norm_out.bias"])))
-
-
-@pytest.mark.parametrize("loss", ["fm", "eqm"])
-@pytest.mark.parametrize("enc,size", [("vq_f8c4", (64, 64)), ("dc_f16c8", (32, 96)), ("dc_f32c8", (32, 160))])
-def test_published_decoder_loads_and_equals_the_reference(tmp_path, loss, enc, size):
-    """Published names, a 15 x 15 table in a 17 x 17 window, square and not, grids smaller and larger than the
-    window."""
-    z_dim, f = make_encoder(enc, 0.25).z_dim, make_encoder(enc, 0.25).downscale
-    state = published_decoder(z_dim=z_dim, time_cond=loss == "fm")
-    torch.save({"state_dict": {f"module.decoder.{k}": v for k, v in state.items()}}, tmp_path / "published.pt")
-    model = DCSSDAE(enc, "XS", loss, enc_width=0.25, depth=2, input_skip=True).eval()
-    model.load_published(tmp_path / "published.pt", part="decoder")
-    assert not model.config["input_skip"]  # published decoders have none
-    torch.manual_seed(0)
-    x, z = torch.randn(2, 3, *size), torch.randn(2, z_dim, size[0] // f, size[1] // f)
-    t = torch.rand(2) if loss == "fm" else None
-    with torch.no_grad():
-        assert relative_error(model.decoder(x, z, t), reference_decoder(state, x, z, t)) < 1e-5
-
-
-def test_ssdd_decoder_loads_and_equals_the_reference(tmp_path):
-    """One input convolution on image and latent, no normalisation of the latent: the same class, chosen by the file."""
-    state = published_decoder(z_dim=4, joint_input=True)
-    torch.save({f"module.decoder.{k}": v for k, v in state.items()}, tmp_path / "ssdd.pt")
-    model = DCSSDAE("vq_f8c4", "XS", "fm", enc_width=0.25, depth=2, input_skip=True).eval()
-    encoder = model.encoder
-    model.load_published(tmp_path / "ssdd.pt", part="decoder")
-    assert model.encoder is encoder and model.config["joint_input"] and not model.config["input_skip"]
-    x, z, t = torch.randn(2, 3, 32, 48), torch.randn(2, 4, 4, 6), torch.rand(2)
-    with torch.no_grad():
-        assert relative_error(model.decoder(x, z, t), reference_decoder(state, x, z, t)) < 1e-5
-    model.save(tmp_path / "m.safetensors")
-    assert torch.equal(DCSSDAE.load(tmp_path / "m.safetensors").decoder(x, z, t), model.decoder(x, z, t))
-
-
-MILLIONS = {"XS": (5.00, 4.61), "S": (14.09, 12.78), "B": (21.18, 19.61), "M": (50.36, 46.85), "L": (90.84, 86.59),
-            "XL": (161.42, 153.86), "H": (363.01, 346.03)}
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_decoder_parameter_counts(size):
-    """The published counts have 15 x 15 tables; ours of 17 x 17 hold 64 more entries a head and block."""
-    for time_cond, expected in zip((True, False), MILLIONS[size]):
-        with torch.device("meta"):
-            decoder = UViT(size, z_dim=4, time_cond=time_cond)
-        extra = sum(64 * block.attn.heads for block in decoder.blocks)
-        assert (sum(p.numel() for p in decoder.parameters()) - extra) / 1e6 == pytest.approx(expected, abs=0.0051)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # model.py: the autoencoder
 # Every configuration builds, trains and decodes; every parameter matters; any size; clear refusals.
 
-@pytest.mark.parametrize("enc", ["vq_f8c4", "vq_f16c16", "dc_f8c4", "dc_f16c16", "dc_f32c32", "dc_f32c64",
-                                 "dc_f64c128", "dc_f64c256", "dc_f128c512", "dc_f128c1024"])
-def test_every_latent_configuration_builds_and_trains(enc):
+@pytest.mark.parametrize("enc", ["vq_f8c4", "vq_f16c16", "dc_f8c4", "dc_f32c32", "dc_f64c256", "dc_f128c1024"])
+def test_every_latent_configuration_builds_and_trains(enc, smallest):
     torch.manual_seed(0)
     model = DCSSDAE(enc, "XS", "eqm", enc_width=0.125 if enc.startswith("dc") else 0.25, depth=1)
     f, c, size = model.downscale, model.encoder.z_dim, max(32, model.downscale)
@@ -1719,7 +1243,7 @@ def test_every_latent_configuration_builds_and_trains(enc):
 
 
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
-def test_every_parameter_gets_a_gradient_and_matters_at_every_call(loss):
+def test_every_parameter_gets_a_gradient_and_matters_at_every_call(loss, smallest):
     """Also after a first call: nothing derived from parameters may be kept between calls."""
     def build(seed):
         return randomise(DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=2, input_skip=True), seed)
@@ -1767,12 +1291,14 @@ def test_latent_norm_is_batch_norm_in_evaluation():
     assert torch.allclose(ours(z), theirs.eval()(z), atol=1e-6)
 
 
-def test_what_the_model_refuses():
+def test_what_the_model_refuses(smallest):
     fm, eqm = (DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=1) for loss in ("fm", "eqm"))
+    linear = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1, input_skip=True, linear_decoder=4)
     x, z = torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 2, 2)
     for call, words in ((lambda: fm.encode(x[..., :24]), "multiples of 16"),
                         (lambda: fm.encode(x.byte()), "127.5"),
                         (lambda: fm.decoder(x[..., :20], z, torch.zeros(1)), "multiples of 8"),
+                        (lambda: linear.decoder(x, z), "linear image of a 2x2 latent is 16x16"),
                         (lambda: fm.decoder(x, z), "needs t"),
                         (lambda: eqm.decoder(x, z, torch.zeros(1)), "leave t out"),
                         (lambda: fm.decode(z, eta=0.1), "takes the sampler options method, t_shift"),
@@ -1792,7 +1318,7 @@ def test_what_the_model_refuses():
 
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
 @pytest.mark.parametrize("c", ["linear", "piecewise"])
-def test_input_skip_is_the_field_at_the_noise_end(loss, c):
+def test_input_skip_is_the_field_at_the_noise_end(loss, c, smallest):
     """With skip and a network that outputs the image (up to scale), one step from pure noise returns the image."""
     model = DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=1, c=c, lam=2.0, input_skip=True).eval()
     nn.init.zeros_(model.decoder.conv_out.weight)
@@ -1800,7 +1326,7 @@ def test_input_skip_is_the_field_at_the_noise_end(loss, c):
     assert torch.allclose(model.decode(torch.randn(2, 4, 2, 2)), torch.full((2, 3, 32, 32), 0.5), atol=1e-5)
 
 
-def test_a_step_size_alone_keeps_the_last_step():
+def test_a_step_size_alone_keeps_the_last_step(smallest):
     """Which lands on the estimate: without it the noise that a step of eta leaves stays in the image."""
     model = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=1, lam=2.0, input_skip=True, linear_encoder=True,
                     linear_decoder=4).eval()
@@ -1835,7 +1361,7 @@ def test_default_step_sizes_end_on_the_data(c, lam):
     assert nfe.tolist() == [3]
 
 
-def test_decode_is_reproducible_and_differentiable():
+def test_decode_is_reproducible_and_differentiable(smallest):
     model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)).eval()
     z = torch.randn(2, 4, 2, 3, requires_grad=True)
     a, b = (model.decode(z, steps=2, generator=torch.Generator().manual_seed(1)) for _ in range(2))
@@ -1849,7 +1375,7 @@ def test_decode_is_reproducible_and_differentiable():
 
 
 @pytest.mark.parametrize("lam", [1.0, 4.0])
-def test_energy_of_a_perfect_linear_field(lam):
+def test_energy_of_a_perfect_linear_field(lam, smallest):
     """An untrained model's field leads straight to the linear code x0: f = lam (x - x0)."""
     model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1, lam=lam, input_skip=True, linear_encoder=True,
                     linear_decoder=4).eval()
@@ -1885,8 +1411,8 @@ def test_float16():
     assert relative_error(half.decode(found.half(), 1, noise), y) < 0.0012
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 130), (64, 64), (33, 47)])
-def test_any_size_by_reflection(size):
+@pytest.mark.parametrize("size", [(1, 1), (5, 70), (64, 32), (33, 47)])
+def test_any_size_by_reflection(size, smallest):
     x = torch.rand(1, 3, *size)
     padded = pad_to_multiple(x, 32)
     assert padded.shape[2] % 32 == 0 and padded.shape[3] % 32 == 0 and torch.equal(padded[..., :size[0], :size[1]], x)
@@ -1906,12 +1432,13 @@ def test_any_size_by_reflection(size):
 # model.py: weight files
 # What is saved loads again bit by bit, published files load, and others are refused in one sentence.
 
-@pytest.mark.parametrize("enc,loss", [("dc_f16c4", "fm"), ("vq_f8c4", "eqm")])
-def test_save_and_load_round_trip(tmp_path, enc, loss):
-    options = {"norm": False} if enc.startswith("dc") else {}
-    width = 0.0625 if enc.startswith("dc") else 0.25
-    model = randomise(DCSSDAE(enc, "XS", loss, enc_width=width, enc_options=options, depth=1, c="trunc", lam=4.0,
-                              input_skip=True, notes={"size": 64})).eval()
+@pytest.mark.parametrize("enc,loss,options", [
+    ("dc_f16c4", "fm", {"enc_width": 0.0625, "enc_options": {"norm": False}, "c": "trunc", "lam": 4.0}),
+    ("vq_f8c4", "eqm", {"enc_width": 0.25, "c": "trunc", "lam": 4.0}),
+    ("dc_f8c4", "fm", {"enc_width": 0.0625, "linear_encoder": True, "linear_decoder": 4}),
+])
+def test_save_and_load_round_trip(tmp_path, enc, loss, options, smallest):
+    model = randomise(DCSSDAE(enc, "XS", loss, depth=1, input_skip=True, notes={"size": 64}, **options)).eval()
     model.save(tmp_path / "m.safetensors")
     loaded = DCSSDAE.load(tmp_path / "m.safetensors")
     assert loaded.config == model.config and not loaded.training and os.listdir(tmp_path) == ["m.safetensors"]
@@ -1921,15 +1448,16 @@ def test_save_and_load_round_trip(tmp_path, enc, loss):
     with torch.no_grad():
         a, b = (m.decode(m.encode(x).mode(), 2, noise) for m in (loaded, model))
     assert torch.equal(a, b)
-    other = DCSSDAE(enc, "XS", loss, enc_width=width, depth=1)
-    # --enc_ckpt takes our own files; the variant without norms is built
+    # --enc_ckpt takes our own files; the variant without norms is built, and that with the linear code
+    other = DCSSDAE(enc, "XS", "eqm", enc_width=options["enc_width"], depth=1)
     other.load_published(tmp_path / "m.safetensors", part="encoder")
     assert torch.equal(other.encode(x).mean, model.encode(x).mean)
+    assert other.config["linear_encoder"] == model.config["linear_encoder"] and not other.config["linear_decoder"]
 
 
 @pytest.mark.parametrize("part", ["decoder", "all"])
 @torch.no_grad()
-def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path, part):
+def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path, part, smallest):
     stored = {"mean": [0.0] * 4, "std": [1.0] * 4}
     model = DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, c="trunc", a=0.6, lam=4.0, input_skip=True, latents=stored)
     randomise(model).eval().save(tmp_path / "m.safetensors")
@@ -1940,111 +1468,6 @@ def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path,
     assert other.config["latents"] == (stored if part == "all" else {"mean": [1.0] * 4, "std": [2.0] * 4})
     other.load_published(tmp_path / "m.safetensors", part="encoder")
     assert other.config["latents"] == stored
-
-
-@torch.no_grad()
-def test_linear_models_are_saved_and_their_encoders_taken_over(tmp_path):
-    model = DCSSDAE("dc_f8c4", "XS", "fm", 0.125, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4)
-    for p in model.eval().parameters():
-        torch.nn.init.normal_(p, std=0.02)
-    model.save(tmp_path / "m.safetensors")
-    x, noise = torch.rand(1, 3, 32, 32) * 2 - 1, torch.randn(1, 3, 32, 32)
-    again, other = DCSSDAE.load(tmp_path / "m.safetensors"), DCSSDAE("dc_f8c4", "XS", "eqm", 0.125, depth=1).eval()
-    other.load_published(tmp_path / "m.safetensors", part="encoder")
-    z = model.encode(x).mode()
-    assert torch.equal(again.encode(x).mode(), z) and torch.equal(other.encode(x).mode(), z)
-    assert torch.equal(again.decode(z, 2, noise), model.decode(z, 2, noise))
-    assert other.config["linear_encoder"] and not other.config["linear_decoder"]
-    with pytest.raises(ValueError, match="linear image of a 2x2 latent is 16x16"):
-        model.decoder(torch.randn(1, 3, 32, 32), torch.randn(1, 4, 2, 2), torch.rand(1))
-
-
-def test_a_saved_model_is_finite_and_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    model, calls = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1), []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync") or fsync(number))
-    monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or replace(*names))
-    model.save(tmp_path / "m.safetensors")
-    assert calls == ["fsync", "replace"]
-    before = (tmp_path / "m.safetensors").read_bytes()
-    model.decoder.conv_in.weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="1 of its tensors hold values that are not finite"):
-        model.save(tmp_path / "m.safetensors")
-    assert (tmp_path / "m.safetensors").read_bytes() == before and os.listdir(tmp_path) == ["m.safetensors"]
-
-
-def test_files_that_do_not_fit(tmp_path):
-    model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
-    config = model.config | {"without": []}  # an entry of older files of this format
-    for name, metadata in (("m", {"format": "5", "config": json.dumps(config)}),
-                           ("old", {"format": "4", "config": json.dumps(config)}),
-                           ("odd", {"format": "5", "config": json.dumps(config | {"dec": "XXL"})}),
-                           ("new", {"format": "5", "config": json.dumps(config | {"flavour": 1})})):
-        save_file(model.state_dict(), tmp_path / f"{name}.safetensors", metadata=metadata)
-    torch.save({"w": torch.zeros(1)}, tmp_path / "other.pt")
-    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "step": 3}, tmp_path / "latest.pt")
-    torch.save({"step": 3}, tmp_path / "none.pt")
-    assert DCSSDAE.load(tmp_path / "m.safetensors").config == model.config
-    for name, words in (("old.safetensors", "file format 4; this code reads format 5"),
-                        ("odd.safetensors", "no model that can be built: unknown decoder size 'XXL'"),
-                        ("new.safetensors", "no model that can be built: .*flavour"),
-                        ("other.pt", "no DC-SSDAE configuration and holds no encoder"),
-                        ("latest.pt", r"several tables of tensors \(model, ema\), as a checkpoint of training"),
-                        ("none.pt", "not hold a flat table")):
-        with pytest.raises(ValueError, match=words) as stop:
-            DCSSDAE.load(tmp_path / name)
-        assert name in str(stop.value) and "\n" not in str(stop.value)
-    for enc, loss, words in (("dc_f16c8", "eqm", "does not fit this model.*of another shape"),
-                             ("dc_f16c4", "fm", "missing.*time")):
-        with pytest.raises(ValueError, match=words):
-            DCSSDAE(enc, "XS", loss, enc_width=0.0625, depth=1).load_published(tmp_path / "m.safetensors")
-
-
-def test_a_vq_encoder_without_quant_conv_under_prefixes(tmp_path):
-    model = randomise(DCSSDAE("vq_f8c16", "XS", enc_width=0.25, depth=1, enc_options={"quant": False})).eval()
-    x = torch.rand(1, 3, 32, 32)
-    for prefix in ("first_stage_model.", "vae."):
-        state = {f"{prefix}{k}": v for k, v in model.state_dict().items() if k.startswith("encoder.")}
-        torch.save({"state_dict": {"model": state}}, tmp_path / "vae.pt")
-        other = DCSSDAE("vq_f8c16", "XS", enc_width=0.25, depth=1)
-        other.load_published(tmp_path / "vae.pt", part="encoder")
-        assert torch.equal(other.encode(x).mean, model.encode(x).mean)
-
-
-def test_a_whole_published_file_needs_no_configuration(tmp_path):
-    model = randomise(DCSSDAE("dc_f16c8", "XS", "fm", enc_width=0.125, enc_options={"norm": False})).eval()
-    torch.save(model.state_dict(), tmp_path / "published.pt")  # names as ours: as good a layout as any
-    loaded = DCSSDAE.load(tmp_path / "published.pt")
-    assert {k: loaded.config[k] for k in ("enc", "enc_width", "dec", "loss", "depth")} == {
-        "enc": "dc_f16c8", "enc_width": 0.125, "dec": "XS", "loss": "fm", "depth": None}
-    x, noise = torch.rand(1, 3, 32, 32), torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(*(m.decode(m.encode(x).mode(), 2, noise) for m in (loaded, model)))
-
-
-def test_our_names_stay_as_they_are():
-    for enc in ("vq_f8c4", "dc_f32c32", "dcae_f64c128", "dcae_f32c32_sana"):
-        for loss in ("fm", "eqm"):
-            with torch.device("meta"):
-                state = DCSSDAE(enc, "XS", loss).state_dict()
-            assert list(published.our_names(state)) == list(state)
-
-
-def test_refusals_name_what_the_file_holds(tmp_path):
-    with torch.device("meta"):
-        files = {"m": DCSSDAE("vq_f8c4", "M", "fm", enc_width=0.25),
-                 "dc": DCSSDAE("dc_f32c32", "XS", "eqm", enc_width=0.25)}
-    for name, model in files.items():
-        state = {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in model.state_dict().items()}
-        torch.save(state, tmp_path / f"{name}.pt")
-    model = DCSSDAE("vq_f8c4", "XS", "fm", enc_width=0.25)
-    for part, file, words in (("decoder", "m", "holds.* a decoder of size M .*expected was a decoder of size XS"),
-                              ("decoder", "dc", r"\(eqm, latents of 32 channels\).*\(fm, latents of 4 channels\)"),
-                              ("encoder", "dc", r"an encoder dc_f32c32 \(width 0.25\), expected was an encoder vq_")):
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        with pytest.raises(ValueError, match=words):
-            model.load_published(tmp_path / f"{file}.pt", part=part)
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing has changed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2172,7 +1595,7 @@ def test_patch_gan_and_hinge_loss():
 # LPIPS against its package and REPA against timm's model, with random weights.
 
 @pytest.mark.parametrize("net", ["vgg", "alex"])
-def test_lpips_against_the_lpips_package(tmp_path, vgg_file, net, monkeypatch):
+def test_lpips_against_the_lpips_package(tmp_path, vgg_file, net):
     import torchvision
     peer = pytest.importorskip("lpips")
     path = vgg_file
@@ -2180,9 +1603,8 @@ def test_lpips_against_the_lpips_package(tmp_path, vgg_file, net, monkeypatch):
         path = tmp_path / "alex.pth"
         torch.save(torchvision.models.alexnet(weights=None).double().state_dict(), path)  # read into float32
     ours = losses.LPIPSLoss(net, weights=path)
-    for name in ("kaiming_uniform_", "kaiming_normal_", "normal_"):  # seconds for values that are replaced below
-        monkeypatch.setattr(nn.init, name, lambda weight, *args, **kwargs: weight)
-    theirs = peer.LPIPS(net=net, pnet_rand=True, verbose=False)
+    with no_values():
+        theirs = peer.LPIPS(net=net, pnet_rand=True, verbose=False)
     features, slices = torch.load(path, weights_only=True), theirs.net
     for k in range(1, 6):
         block = getattr(slices, f"slice{k}")
@@ -2288,20 +1710,6 @@ def test_euler_converges_to_the_exact_flow_of_a_gaussian():
     assert error[0] < 0.02 and 1.8 < error[0] / error[1] < 2.2
 
 
-def test_gradient_descent_lands_in_one_step_on_a_perfect_linear_field():
-    x, e = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
-    for lam in (1.0, 4.0):
-        out, nfe = sampler.gradient_descent(lambda y, z, lam=lam: lam * (y - z), e, x, steps=1, eta=1 / lam, lam=lam)
-        assert torch.allclose(out, x, atol=1e-6) and nfe.tolist() == [1] * 4
-
-
-def test_nesterov_without_momentum_is_gradient_descent():
-    e, A = torch.randn(3, 3, 4, 4), torch.rand(3, 4, 4)
-    a = sampler.gradient_descent(lambda y, z: A * y, e, e, steps=7, eta=0.3)[0]
-    b = sampler.nesterov(lambda y, z: A * y, e, e, steps=7, eta=0.3, mu=0.0)[0]
-    assert torch.equal(a, b)
-
-
 def test_nesterov_against_torch_sgd():
     """torch's SGD(nesterov=True) holds the look-ahead points y_k; ours returns x_{k+1} = y_k - eta f(y_k)."""
     start, A, eta, mu = torch.randn(1, 3, 4, 4), torch.rand(3, 4, 4), 0.2, 0.7
@@ -2320,6 +1728,7 @@ def test_a_size_for_each_step():
     out, nfe = sampler.gradient_descent(lambda y, z: y - z, x, z, 3, eta=[0.5, 0.25, 0.5])
     assert torch.allclose(out - z, 0.5 * 0.75 * 0.5 * (x - z), atol=1e-6) and nfe.tolist() == [3] * 4
     # The default ones, along Euler's times, take the noise from each time to the next, and land in the end.
+    assert sampler.noise_times(2, 3.0) == [1, 0.125, 0]
     options = sampler.default_steps(EqM(lam=2.0), 4, 1.5)
     left, times = 1.0, sampler.noise_times(4, 1.5)
     for size, then in zip(options["eta"][:-1], times[1:]):
@@ -2367,16 +1776,17 @@ def test_samplers_refuse_bad_arguments():
 # train.py: runs
 # What a run leaves behind; its phases, objectives and flags; the same steps by any processes and micro-batches.
 
+@slow
 def test_train_leaves_model_log_picture_and_metrics(trained):
     files = {"model.safetensors", "best.safetensors", "latest.pt", "log.jsonl", "reconstructions.png", "metrics.json"}
     assert files <= set(os.listdir(trained))
     log = step_lines(trained)
-    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log] == [1, 2]
     assert all(math.isfinite(line[k]) for line in log for k in ("loss", "kl", "lr", "grad_norm", "images_per_s"))
     assert all(line["peak_mib"] > 50 for line in log)
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert metrics["images"] == 4 and [row["steps"] for row in metrics["rows"]] == [0, 0, 1, 4]
-    assert [line["step"] for line in lines_of(trained / "log.jsonl") if "eval" in line] == [3, 6]
+    assert metrics["images"] == 2 and [row["steps"] for row in metrics["rows"]] == [0, 0, 1, 4]
+    assert [line["step"] for line in lines_of(trained / "log.jsonl") if "eval" in line] == [1, 2]
     assert Image.open(trained / "reconstructions.png").size[1] > 4 * 32  # original, baseline, 1 step, 4 steps
     model = DCSSDAE.load(trained / "model.safetensors")
     assert model.config["notes"]["size"] == 32
@@ -2387,9 +1797,9 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
 
 
 def test_the_deep_preset_and_progress_in_a_log_file(tmp_path, smallest):
-    output = command("train.py", "--preset", "deep", "--batch_size", 1, "--steps", 12, "--eval_images", 2,
-                     "--log_every", 1, "--enc_width", 0.0625, "--depth", 0, "--device", "cpu", "--dtype", "float32",
-                     "--workers", 0, "--out", tmp_path / "r")
+    output = command("train.py", "--preset", "deep", "--loss", "fm", "--batch_size", 1, "--steps", 4,
+                     "--eval_images", 2, "--log_every", 1, "--enc_width", 0.0625, "--depth", 0, "--device", "cpu",
+                     "--dtype", "float32", "--workers", 0, "--out", tmp_path / "r")
     assert "dc_f32c32" in output and "\r" not in output and len(output.splitlines()) < 20
     _, linear, one, _ = json.loads((tmp_path / "r" / "metrics.json").read_text())["rows"]
     assert one["psnr"] > linear["psnr"] - 0.3
@@ -2398,13 +1808,13 @@ def test_the_deep_preset_and_progress_in_a_log_file(tmp_path, smallest):
 @slow
 def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path, smallest):
     """One process, two, one and then two, micro-batches."""
-    flags = [*SMALL, "--save_every", 4, "--w_gan", 0.1, "--gan_start", 2, "--eval_every", 0]
-    two = aside(run, tmp_path / "two_output", *flags, "--steps", 4, "--out", tmp_path / "two", world=2)
-    command(train, *flags, "--steps", 4, "--out", tmp_path / "one")
-    command(train, *flags, "--steps", 4, "--out", tmp_path / "micro", "--micro_batch", 3)
+    flags = [*SMALL, "--save_every", 3, "--w_gan", 0.1, "--gan_start", 1, "--eval_every", 0]
+    two = aside(run, tmp_path / "two_output", *flags, "--steps", 3, "--out", tmp_path / "two", world=2)
+    command(train, *flags, "--steps", 3, "--out", tmp_path / "one")
+    command(train, *flags, "--steps", 3, "--out", tmp_path / "micro", "--micro_batch", 3)
     command(train, *flags, "--steps", 2, "--out", tmp_path / "more")
     two.result()
-    run(tmp_path / "more_output", *flags, "--steps", 4, "--out", tmp_path / "more", "--resume", world=2)
+    run(tmp_path / "more_output", *flags, "--steps", 3, "--out", tmp_path / "more", "--resume", world=2)
     one = latest(tmp_path / "one")
     for name in ("two", "micro", "more"):
         other = latest(tmp_path / name)
@@ -2416,27 +1826,24 @@ def test_steps_do_not_depend_on_processes_or_micro_batches(tmp_path, smallest):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
 
 
-@slow
-def test_the_plain_command_runs_offline_under_torchrun(tmp_path, offline):
+def test_the_plain_command_runs_offline(tmp_path, offline, smallest):
     """No --data, no networks: the built-in images, the missing terms named and recorded. (Full width is the README's
     command.)"""
-    plain = aside(cli, "train.py", "--enc", "dc_f32c32", "--loss", "eqm", "--steps", 1, "--batch_size", 2, "--size", 32,
-                  "--enc_width", 0.125, "--dec", "XS", "--eval_images", 2, "--out", tmp_path / "run", "--device", "cpu",
-                  nproc=2)
-    folder_of(tmp_path / "images", 2)
-    message = sentence(train, "--data", tmp_path / "images", "--size", 32, "--enc_width", 0.125, "--dec", "XS",
-                       "--out", tmp_path / "real", "--device", "cpu")
-    assert "vgg16-397923af.pth" in message and "--lpips_weights" in message  # an objective never changes silently
-    output = plain.result()
+    common = ["--size", 32, "--enc_width", 0.125, "--dec", "XS", "--device", "cpu", "--workers", 0]
+    output = command(train, *common, "--enc", "dc_f32c32", "--loss", "eqm", "--steps", 1, "--batch_size", 2,
+                     "--eval_images", 2, "--out", tmp_path / "run")
     assert "training WITHOUT LPIPS" in output and "training WITHOUT REPA" in output
     notes = DCSSDAE.load(tmp_path / "run" / "model.safetensors").config["notes"]
     assert notes["w_lpips"] == notes["w_repa"] == 0
+    folder_of(tmp_path / "images", 2)
+    message = sentence(train, *common, "--data", tmp_path / "images", "--out", tmp_path / "real")
+    assert "vgg16-397923af.pth" in message and "--lpips_weights" in message  # an objective never changes silently
 
 
 @slow
 def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file, smallest):
     common = [*TINY, "--w_lpips", 0.5, "--lpips_weights", vgg_file, "--w_repa", 0.25,
-              "--repa_weights", dino_file, "--decay", 0]
+              "--repa_weights", dino_file, "--decay", 0, "--batch_size", 2, "--eval_steps", 1]
     command("train.py", *common, "--steps", 2, "--out", tmp_path / "whole")
     command("train.py", *common, "--steps", 1, "--out", tmp_path / "parts")
     command("train.py", *common, "--steps", 2, "--out", tmp_path / "parts", "--resume")
@@ -2449,13 +1856,13 @@ def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file, smallest):
 def test_evaluations_measure_lpips_and_rfid_as_evaluate_does(tmp_path, vgg_file, monkeypatch, smallest):
     """Without changing a step; the best model is the one of the best rFID."""
     monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
-    common = [*TINY, "--eval_images", 3, "--eval_steps", 1, "--eval_every", 1, "--steps", 2]
+    common = [*TINY, "--eval_steps", 1, "--eval_every", 1, "--steps", 2]
     text = command(train, *common, "--lpips_weights", vgg_file, "--eval_metrics", "lpips", "rfid", "--out",
                    tmp_path / "r")
     assert "LPIPS vgg" in text and "rFID" in text
     command(train, *common, "--out", tmp_path / "plain")
     assert same_weights(tmp_path / "plain", tmp_path / "r")
-    command("evaluate.py", "--ckpt", tmp_path / "r" / "model.safetensors", "--lpips_weights", vgg_file, "--limit", 3,
+    command("evaluate.py", "--ckpt", tmp_path / "r" / "model.safetensors", "--lpips_weights", vgg_file, "--limit", 2,
             "--device", "cpu", "--workers", 0, "--out", tmp_path / "e")
     ours, theirs = (json.loads((tmp_path / name / "metrics.json").read_text())["rows"] for name in "re")
     evaluations = [line for line in lines_of(tmp_path / "r" / "log.jsonl") if "eval" in line]
@@ -2468,15 +1875,15 @@ def test_evaluations_measure_lpips_and_rfid_as_evaluate_does(tmp_path, vgg_file,
     assert (best["metric"], best["value"], best["step"]) == ("rfid", *found)
 
 
+@slow
 def test_a_frozen_encoder_from_a_file(trained, tmp_path):
-    loss = DCSSDAE.load(trained / "model.safetensors").config["loss"]
-    command("train.py", *TINY, "--loss", loss, "--steps", 2, "--enc_ckpt", trained / "model.safetensors",
+    command("train.py", *TINY, "--steps", 2, "--eval_steps", 1, "--enc_ckpt", trained / "model.safetensors",
             "--freeze_enc", "--out", tmp_path / "run")
     before, after = (DCSSDAE.load(folder / "model.safetensors") for folder in (trained, tmp_path / "run"))
     assert all(torch.equal(a, b) for a, b in zip(before.encoder.parameters(), after.encoder.parameters()))
     assert not torch.equal(before.decoder.conv_in.weight, after.decoder.conv_in.weight)
     assert after.config["linear_encoder"] and after.config["linear_decoder"] == 128
-    _, linear, one, *_ = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
+    _, linear, one = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
     assert one["psnr"] > linear["psnr"] - 0.3  # hardly trained: this is the least-squares fit
 
 
@@ -2502,14 +1909,14 @@ def test_bad_input_to_train(tmp_path, flags, words, smallest):
     assert not (tmp_path / "run" / "latest.pt").exists()
 
 
-def test_bad_files_and_folders(tmp_path):
+def test_bad_files_and_folders(tmp_path, smallest):
     empty, images = tmp_path / "empty", tmp_path / "images"
     empty.mkdir()
     assert "no images" in sentence(train, *TINY, "--data", empty, "--out", tmp_path / "a")
     folder_of(images, 5, ext="jpg")
     broken = (images / "02.jpg").read_bytes()
     (images / "02.jpg").write_bytes(broken[:len(broken) // 3])
-    output = command("train.py", *TINY, "--steps", 3, "--data", images, "--eval_images", 5, "--out", tmp_path / "b")
+    output = command("train.py", *TINY, "--steps", 2, "--data", images, "--eval_images", 5, "--out", tmp_path / "b")
     assert "02.jpg" in output and "1 unreadable images were replaced" in output
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["images"] == 4
     message = sentence(train, *TINY, "--enc", "dc_f8c4", "--enc_ckpt", tmp_path / "b" / "model.safetensors",
@@ -2573,7 +1980,7 @@ def test_the_linear_base_stays_as_it_is(tmp_path, smallest):
         assert decoder.conv_out.weight.any()
 
 
-def test_checkpointing_works_on_a_loaded_model(tmp_path, monkeypatch):
+def test_checkpointing_works_on_a_loaded_model(tmp_path, monkeypatch, smallest):
     """--init_from gives a model in evaluation mode, which would compute without it."""
     calls = []
     monkeypatch.setattr(model_module, "checkpoint", lambda block, *a, **kw: (calls.append(block), block(*a))[1])
@@ -2587,8 +1994,8 @@ def test_the_discriminators_gradients_and_when_it_starts(tmp_path, smallest):
     """One step: the discriminator's Adam moment is (1 - beta) times the gradient that autograd gives for the hinge loss
     on the whole batch, whatever the micro-batch; the model's is that of the weighted sum. Before gan_start nothing
     differs from a run without."""
-    common = [*SMALL, "--optimizer", "adamw", "--eval_every", 0, "--grad_clip", 1e9, "--ema_start", 2,
-              "--linear", "off"]
+    common = [*SMALL, "--optimizer", "adamw", "--eval_every", 0, "--eval_images", 1, "--grad_clip", 1e9,
+              "--ema_start", 2, "--linear", "off"]
     command(train, *common, "--w_gan", 0.5, "--micro_batch", 3, "--steps", 1, "--out", tmp_path / "g")
     state = latest(tmp_path / "g")
     args = train.get_args([*map(str, common), "--w_gan", "0.5"])
@@ -2644,14 +2051,15 @@ def test_tensorboard_shows_the_log(tmp_path, monkeypatch, smallest):
 
 @slow
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
-    """Into --out, without an account: the numbers, the pictures; a resumed run is the same one."""
+    """Into --out, without an account: the numbers, the pictures; a resumed run is the same one. What is written is
+    complete when the process has ended."""
     pytest.importorskip("wandb")
     quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     for steps, more in ((1, []), (2, ["--resume"])):
         cli("train.py", *SMALL, "--wandb", "--out", tmp_path / "r", "--steps", steps, *more, env=quiet)
     folders = sorted((tmp_path / "r" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and folders[0].name.rsplit("-", 1)[1] == folders[1].name.rsplit("-", 1)[1]
-    for steps, folder in enumerate(folders, start=1):
+    for folder in folders:
         (record,) = folder.glob("*.wandb")
         content = record.read_bytes()
         assert b"grad_norm" in content and b"1 step/psnr" in content
@@ -2661,191 +2069,13 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# train.py: runs that are stopped, resumed or go wrong
-# No signal, crash, full disk or bad step costs more than the steps since the last checkpoint, or changes a bit.
-
-def log_of(folder):
-    """A run's log without what a clock or the memory measures."""
-    lines = []
-    for line in lines_of(folder / "log.jsonl"):
-        line = {k: v for k, v in line.items() if k not in ("images_per_s", "peak_mib")}
-        if "eval" in line:
-            line["eval"] = [{k: v for k, v in row.items() if k != "ms"} for row in line["eval"]]
-        lines.append(line)
-    return lines
-
-
-DISTILL = ["--teacher_steps", 2, "--batch_size", 4, "--eval_images", 4, "--log_every", 1, "--device", "cpu", "--dtype",
-           "float32", "--workers", 0]
-
-
-@slow
-@pytest.mark.parametrize("world,workers,module", [(1, 2, "train"), (2, 0, "train"), (1, 0, "distill")])
-def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, module, smallest):
-    """One command four times: killed before the first checkpoint and after one, then a polite signal to one rank and
-    its data loader: weights, average, optimisers and log are bit-identical in the end."""
-    flags, steps = [*SMALL, "--w_gan", 0.1, "--gan_start", 2], 7
-    if module == "distill":
-        teacher = DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0})
-        teacher.save(tmp_path / "t.safetensors")
-        flags = [*DISTILL, "--ckpt", tmp_path / "t.safetensors", "--save_every", 2]
-    flags += ["--workers", workers, "--steps", steps, "--resume"]
-
-    def parts(**options):
-        return run(tmp_path / "o", *flags, "--out", tmp_path / "parts", world=world, module=module, **options)
-
-    whole = aside(run, tmp_path / "w", *flags, "--out", tmp_path / "whole", world=world, module=module)
-    parts(sabotage={world - 1: {1: "SIGKILL"}}, ok=KILLED)
-    assert not (tmp_path / "parts" / "latest.pt").exists()
-    parts(sabotage={0: {3: "SIGKILL"}}, ok=KILLED)
-    # Of every second step there is a checkpoint, and before an evaluation, which distill.py has at the end alone.
-    assert latest(tmp_path / "parts")["step"] == (2 if module == "distill" else 3)
-    name = "SIGINT" if module == "distill" else "SIGTERM"
-    stopped = 128 + getattr(signal, name), 128 + signal.SIGTERM
-    _, output = parts(sabotage={world - 1: {4: name}}, ok=stopped)
-    assert "stopped after step 5 and saved" in output and latest(tmp_path / "parts")["step"] == 5
-    parts()
-    whole.result()
-    assert same_weights(tmp_path / "whole", tmp_path / "parts")
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
-    if module == "train":
-        assert latest(tmp_path / "whole")["gan_optimizer"]["state"][0]["step"] == steps - 2
-    _, output = parts(ok=(1,))
-    assert f"has done its {steps} steps" in output
-
-
-def test_ctrl_c_twice_in_an_evaluation_ends_the_program_at_once(tmp_path, smallest):
-    codes, _ = run(tmp_path / "o", *SMALL, "--steps", 3, "--out", tmp_path / "r", ok=(-signal.SIGINT,),
-                   sabotage={0: {"evaluation": "SIGINT"}})
-    assert latest(tmp_path / "r")["step"] == 3 and codes == [-signal.SIGINT]
-
-
-def test_a_run_that_dies_in_its_last_evaluation_catches_up(tmp_path, monkeypatch, smallest):
-    flags = [*SMALL, "--steps", 3, "--out", tmp_path / "r"]
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train, "evaluate", lambda *a, **kw: 1 / 0)
-        command(train, *flags)
-    assert latest(tmp_path / "r")["step"] == 3 and len(lines_of(tmp_path / "r" / "log.jsonl")) == 3
-    command(train, *flags, "--resume")
-    assert "eval" in lines_of(tmp_path / "r" / "log.jsonl")[-1] and (tmp_path / "r" / "metrics.json").exists()
-
-
-def test_what_may_change_when_a_run_goes_on(tmp_path, smallest):
-    """The number of steps, rates, paths: said. Not the model, its parts, the number of images."""
-    for name, n in (("here", 6), ("there", 6), ("other", 7)):
-        folder_of(tmp_path / name, n)
-    flags = [*SMALL, "--data", tmp_path / "here", "--out", tmp_path / "r", "--steps", 2]
-    command(train, *flags)
-    assert "holds latest.pt already: continue that run with --resume" in sentence(train, *flags)
-    for change, words in ((["--steps", 2], "has done its 2 steps"), (["--steps", 1], "has done its 2 steps"),
-                          (["--loss", "fm"], "continues a run with --loss eqm, not fm"),
-                          (["--enc", "dc_f8c8"], "continues a run with --enc dc_f8c16, not dc_f8c8"),
-                          (["--data", tmp_path / "other"], "a run on 6 images, but"),
-                          (["--w_gan", 0.1], "begun without the part 'gan'"),
-                          (["--optimizer", "adamw"], "begun with the part 'muon'")):
-        message = sentence(train, *flags, "--resume", "--steps", 3, *change)
-        assert words in message and len(lines_of(tmp_path / "r" / "log.jsonl")) == 3, change
-    os.rename(tmp_path / "r" / "model.safetensors", tmp_path / "model.safetensors")
-    (tmp_path / "r" / "model.safetensors").symlink_to(tmp_path / "model.safetensors")
-    before = (tmp_path / "model.safetensors").read_bytes()
-    output = command(train, *flags, "--resume", "--steps", 3, "--data", tmp_path / "there", "--lr", 0.01)
-    assert "resuming with --lr 0.01 instead of 0.001" in output and f"--data {tmp_path}/there instead of" in output
-    assert latest(tmp_path / "r")["step"] == 3 and step_lines(tmp_path / "r")[-1]["lr"] == 0.01
-    assert (tmp_path / "r" / "model.safetensors").is_symlink()  # written through to its target
-    assert (tmp_path / "model.safetensors").read_bytes() != before
-
-
-def test_a_bad_step_of_one_rank_is_skipped_on_all(tmp_path, smallest):
-    flags = [*SMALL, "--steps", 4, "--w_gan", 0.1]
-    _, output = run(tmp_path / "o", *flags, "--out", tmp_path / "a", world=2, sabotage={1: {1: "nan"}})
-    assert output.count("not finite and are skipped") == 1
-    log = step_lines(tmp_path / "a")
-    assert [line["skipped"] for line in log] == [0, 1, 1, 1] and log[1]["grad_norm"] is None
-    state = latest(tmp_path / "a")
-    assert state["skipped"] == 1
-    assert state["optimizer"]["state"][0]["step"] == 3 == state["gan_optimizer"]["state"][0]["step"]
-    assert state["model"]["decoder.norm_z.num_batches_tracked"] == 3
-    assert all(v.isfinite().all() for part in ("model", "ema", "gan") for v in state[part].values())
-
-
-def test_ten_bad_steps_in_a_row_end_the_run(tmp_path, smallest):
-    """Read every tenth step; the images of the last one are named."""
-    _, output = run(tmp_path / "o", *SMALL, "--steps", 40, "--log_every", 100, "--save_every", 100, "--eval_every", 0,
-                    "--out", tmp_path / "r", world=2, ok=(1,), sabotage={0: dict.fromkeys(range(1, 40), "nan")})
-    images = next(iter(data.make_loader(data.make_dataset("demo", 24, True), 4, True, start=19)))[1].tolist()
-    last = output[output.index("error: "):]
-    assert "19 steps in a row were skipped, being not finite, the last is 20, " in last and "eqm nan" in last
-    assert f"images {', '.join(map(str, images))}:" in last and last.count("\n") == 1
-    assert not (tmp_path / "r" / "latest.pt").exists()
-
-
-def test_an_infinite_loss_with_finite_gradients_skips_the_step(tmp_path, monkeypatch, smallest):
-    """KL may overflow where the encoder is frozen: no gradient shows it. Nothing is saved before a good step."""
-    values, saves, save = iter([math.inf, math.inf, 0.0]), [], checkpoint_module.save_checkpoint
-    monkeypatch.setattr(train, "kl_loss", lambda posterior: torch.tensor(next(values)))
-    monkeypatch.setattr(checkpoint_module, "save_checkpoint", lambda out, state, ema: (saves.append(state["step"]),
-                                                                                       save(out, state, ema)))
-    DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1).save(tmp_path / "m.safetensors")
-    command(train, *SMALL, "--init_from", tmp_path / "m.safetensors", "--freeze_enc", "--steps", 3, "--save_every", 1,
-            "--out", tmp_path / "r")
-    state = latest(tmp_path / "r")
-    assert state["optimizer"]["state"][0]["step"] == 1 and state["skipped"] == 2 and saves == [3]
-
-
-def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch, smallest):
-    """Skipped steps, weights that are not finite, a full disk; weights that are finite and ruined."""
-    good = tmp_path / "r"
-    flags = [*SMALL, "--warmup", 0, "--eval_every", 1, "--save_every", 1, "--out", good, "--resume"]
-    command(train, *flags, "--steps", 2)
-    kept = {name: (good / name).read_bytes() for name in ("latest.pt", "previous.pt", "model.safetensors")}
-    best = DCSSDAE.load(good / "best.safetensors")
-    rows = [line["eval"][-1] for line in lines_of(good / "log.jsonl") if "eval" in line]
-    note = best.config["notes"]["best"]
-    assert note["metric"] == "psnr" and note["value"] == max(row["psnr"] for row in rows)
-    assert note["images"] == 4 and note["decoding_steps"] == 1
-
-    def full(state, file):
-        file.write(b"half a checkpoint")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    for module, name, broken, words in (
-        (train, "kl_loss", lambda posterior: torch.tensor(math.nan), "the last 2 steps were skipped"),
-        (train.Average, "update", lambda self, *a: self.averages[0].fill_(math.nan),
-         "after step 3 the weights of the part 'ema' are not finite"),
-        (torch, "save", full, "No space left on device): make room and continue with --resume"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, broken)
-            assert words in sentence(train, *flags, "--steps", 4)
-        assert all((good / name).read_bytes() == content for name, content in kept.items()), words
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Average, "update", lambda self, *a: [p.fill_(9.0) for p in self.averages])
-        command(train, *flags, "--steps", 3)
-    assert (good / "latest.pt").read_bytes() != kept["latest.pt"]
-    after = DCSSDAE.load(good / "best.safetensors")
-    assert after.config == best.config
-    assert all(torch.equal(a, b) for a, b in zip(after.state_dict().values(), best.state_dict().values()))
-
-
-def test_data_that_one_process_loses_ends_all(tmp_path, smallest):
-    """Both save what they have done, and say it once."""
-    codes, output = run(tmp_path / "o", *SMALL, "--save_every", 100, "--eval_every", 0, "--steps", 5, "--out",
-                        tmp_path / "r", world=2, ok=(1,), sabotage={1: {2: "lost"}})
-    assert codes == [1, 1] and "error: " not in output
-    said = (tmp_path / "o" / "output1").read_text()
-    assert said.count("error: ") == 1 and "Stale file handle" in said and "Traceback" not in said
-    assert latest(tmp_path / "r")["step"] == 2 and (tmp_path / "r" / "model.safetensors").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # distill.py
 # One step comes closer to the teacher's several; encoder and latents stay.
 
 @slow
 def test_distill_then_evaluate(trained, tmp_path):
-    launch = cli if trained.name == "fm" else command  # each program once in a process of its own
-    output = launch("distill.py", "--ckpt", trained / "model.safetensors", *DISTILL, "--steps", 3, "--size", 40,
-                    "--out", tmp_path / "d")
+    output = cli("distill.py", "--ckpt", trained / "model.safetensors", *DISTILL, "--steps", 3, "--size", 40,
+                 "--out", tmp_path / "d")
     assert "mean squared distance of one step to the teacher's 2 steps" in output
     teacher, student = (DCSSDAE.load(folder / "model.safetensors") for folder in (trained, tmp_path / "d"))
     assert all(torch.equal(a, b) for a, b in zip(*(m.encoder.state_dict().values() for m in (teacher, student))))
@@ -2857,8 +2087,8 @@ def test_distill_then_evaluate(trained, tmp_path):
     assert not torch.equal(teacher.decoder.conv_out.weight, student.decoder.conv_out.weight)
     assert [line["step"] for line in step_lines(tmp_path / "d")] == [1, 2, 3]
     assert "mse_to_teacher" in lines_of(tmp_path / "d" / "log.jsonl")[-1]
-    output = launch("evaluate.py", "--ckpt", tmp_path / "d" / "model.safetensors", "--data", "demo", "--limit", 4,
-                    "--out", tmp_path / "e", "--device", "cpu", "--workers", 0)
+    output = cli("evaluate.py", "--ckpt", tmp_path / "d" / "model.safetensors", "--data", "demo", "--limit", 2,
+                 "--out", tmp_path / "e", "--device", "cpu", "--workers", 0)
     assert "PSNR" in output and "HF ratio" in output
 
 
@@ -2876,8 +2106,10 @@ def test_distillation_brings_one_step_to_the_teacher(tmp_path, smallest, loss):
     assert distance["distilled"] < 0.8 * distance["undistilled"], distance
 
 
-def test_distillation_in_micro_batches_with_evaluations_on_the_way(tmp_path, checkpoint):
-    common = ["--ckpt", checkpoint, *DISTILL, "--steps", 2, "--out"]
+def test_distillation_in_micro_batches_with_evaluations_on_the_way(tmp_path, smallest):
+    start = tmp_path / "m.safetensors"
+    DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, notes={"size": 32, "w_lpips": 0}).save(start)
+    common = ["--ckpt", start, *DISTILL, "--steps", 2, "--out"]
     command(distill, *common, tmp_path / "a")
     command(distill, *common, tmp_path / "b", "--micro_batch", 3, "--checkpointing", "--eval_every", 1)
     a, b = (DCSSDAE.load(tmp_path / name / "model.safetensors").state_dict() for name in "ab")
@@ -2892,9 +2124,9 @@ def test_distillation_writes_its_metrics_before_it_compares(tmp_path, checkpoint
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(distill, "closeness", lost)
-    flags = [*DISTILL, "--ckpt", checkpoint, "--steps", 1, "--w_lpips", 0, "--out", tmp_path]
+    flags = [*DISTILL, "--ckpt", checkpoint, "--steps", 1, "--out", tmp_path]
     assert "Input/output error" in sentence(distill, *flags)
-    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 4
+    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2908,7 +2140,7 @@ def test_inception_equals_pytorch_fid(inception_file, monkeypatch):
     monkeypatch.setattr(peer, "load_state_dict_from_url", lambda *args, **kwargs: state)
     state |= {k: v for k, v in fid.InceptionFeatures(inception_file).state_dict().items() if k.endswith("tracked")}
     theirs, ours = peer.InceptionV3().eval(), fid.InceptionFeatures(inception_file)
-    for h, w in ((64, 64), (299, 299), (40, 70)):
+    for h, w in ((299, 299), (40, 70)):
         image = torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8)
         with torch.no_grad():
             want = theirs(image / 255)[0].flatten(1)
@@ -3246,9 +2478,9 @@ def test_noise_depends_on_seed_and_index_alone():
 
 
 def test_two_processes_equal_one(tmp_path, checkpoint, vgg_file, timm_file):
-    """7 images, which 2 processes do not divide, and a broken file: everything but the time is the same, and so are the
+    """5 images, which 2 processes do not divide, and a broken file: everything but the time is the same, and so are the
     folders of --save_images, of which fid.py makes the same distance."""
-    for i in range(8):
+    for i in range(6):
         path = tmp_path / "images" / "ab"[i % 2] / f"{i}.{'bmp' if i == 3 else 'png'}"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(data.demo_image(32, 0, "val", i)).save(path)
@@ -3257,7 +2489,7 @@ def test_two_processes_equal_one(tmp_path, checkpoint, vgg_file, timm_file):
     for n in (1, 2):
         # batches of 1: other batch sizes round convolutions differently, and a level may flip
         runs.append(aside(
-            run, tmp_path / f"o{n}", "--ckpt", checkpoint, "--data", tmp_path / "images", "--steps", 3, 1,
+            run, tmp_path / f"o{n}", "--ckpt", checkpoint, "--data", tmp_path / "images", "--steps", 2, 1,
             "--batch_size", 1, "--workers", 0, "--device", "cpu", "--features", timm_file, "--lpips_net", "vgg",
             "--lpips_weights", vgg_file, "--out", tmp_path / str(n), "--save_images", tmp_path / f"s{n}",
             module="evaluate", world=n))
@@ -3267,7 +2499,7 @@ def test_two_processes_equal_one(tmp_path, checkpoint, vgg_file, timm_file):
         saved.append({str(path.relative_to(tmp_path / f"s{n}")): np.array(Image.open(path))
                       for path in sorted((tmp_path / f"s{n}").rglob("*.png"))})
     one, two = reports
-    assert one["images"] == two["images"] == 7 and one["skipped"] == two["skipped"] == 1
+    assert one["images"] == two["images"] == 5 and one["skipped"] == two["skipped"] == 1
     metric = "fd_resnet10t.c3_in1k"
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert a.keys() == b.keys() and {"psnr", "psnr_pooled", "ssim", "hf", metric, "lpips_vgg"} <= a.keys()
@@ -3276,13 +2508,13 @@ def test_two_processes_equal_one(tmp_path, checkpoint, vgg_file, timm_file):
     pictures = [np.asarray(Image.open(tmp_path / n / "reconstructions.png")) for n in "12"]
     assert np.array_equal(*pictures)
 
-    names = [f"{folder}/{'ab'[i % 2]}/{i}.png" for folder in ("originals", "reconstructions") for i in range(1, 8)]
+    names = [f"{folder}/{'ab'[i % 2]}/{i}.png" for folder in ("originals", "reconstructions") for i in range(1, 6)]
     assert saved[0].keys() == saved[1].keys() == set(names)
     assert all(np.array_equal(saved[0][name], saved[1][name]) for name in names)
     pixels = np.array(Image.open(tmp_path / "images" / "b" / "3.bmp"))
     assert np.array_equal(saved[0]["originals/b/3.png"], pixels)
-    mse = np.mean([((saved[0][a].astype(float) - saved[0][b]) ** 2).mean() for a, b in zip(names[:7], names[7:])])
-    assert one["rows"][2]["name"] == "3 steps"  # the first of --steps
+    mse = np.mean([((saved[0][a].astype(float) - saved[0][b]) ** 2).mean() for a, b in zip(names[:5], names[5:])])
+    assert one["rows"][2]["name"] == "2 steps"  # the first of --steps
     assert 10 * np.log10(255**2 / mse) == pytest.approx(one["rows"][2]["psnr_pooled"], abs=1e-4)
     text = command(fid, tmp_path / "s1" / "originals", tmp_path / "s2" / "reconstructions", "--features",
                    timm_file)
@@ -3419,86 +2651,26 @@ def test_own_pictures(tmp_path, checkpoint):
     assert "broken.jpg" in message and "none.png" in message
 
 
-def test_evaluate_help_is_in_groups():
-    text = command(evaluate, "--help")
-    for title in ("data:", "sampler:", "metrics that need a network:"):
-        assert f"\n{title}\n" in text
-    assert all(flag in text for flag in ("--features", "--dreamsim", "--images", "--save_images", "HF ratio"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # tools/check.py, tools/bench.py
 # A healthy machine is healthy; every task runs and prints its line; nothing waits for the host.
 
 
-# Operations that read a value back, so that a GPU and its host wait for each other.
-READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique2", "_unique2")
-
-
-class HostTraffic(TorchDispatchMode):
-    """Counts, while it is active, what would make a GPU and its host wait for each other. The operations are the same
-    on every device, so this can be counted on the CPU too.
-
-    copies  tensors made of Python numbers or moved between devices
-    reads   values read back: item(), bool(), tolist(), indexing by a mask, copies to the CPU
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.copies, self.reads, self.paused = [], [], False
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        out = function(*arguments, **(options or {}))
-        if self.paused:
-            return out
-        name = function.overloadpacket.__name__
-        if name == "lift_fresh":  # torch.tensor([...])
-            self.copies.append(name)
-        elif name in READS:
-            self.reads.append(name)
-        elif name in ("index", "index_put_"):
-            t = arguments[0]
-            for index in arguments[1]:  # a mask, whose number of hits the host must know, or indices that lie elsewhere
-                if index is not None and (index.dtype is torch.bool or index.device != t.device):
-                    self.reads.append(name)
-        elif name in ("_to_copy", "copy_"):
-            target, source = (out, arguments[0]) if name == "_to_copy" else arguments[:2]
-            if source.device != target.device:
-                (self.reads if target.device.type == "cpu" else self.copies).append(name)
-        return out
-
-
-@pytest.mark.parametrize("what", ["decode", "training step"])
-def test_nothing_waits_for_the_host(smallest, what):
-    network = check.small_model("dc_f8c4", "eqm")
-    z, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 3, 32, 32)
-    if what == "decode":
-        run_once = torch.no_grad()(lambda: network.decode(z, 2, noise))
-    else:
-        run_once = bench.training_step(network, None, 2, 32, torch.float32, torch.device("cpu"))
-    run_once()
-    with HostTraffic() as traffic:
-        run_once()
-    assert traffic.copies == traffic.reads == []
-    with HostTraffic() as traffic:
-        noise * z.mean().item(), z[z > 0]
-    assert len(traffic.reads) == 2
-
-
-def test_check_command(smallest):
+def test_check_command(monkeypatch, smallest):
+    monkeypatch.setattr(check, "SIZE", 16)
     text = command(check, "values", "ranks", "--device", "cpu")
     assert text.count("values ") == 4 and "left out" in text and text.rstrip().endswith("\nhealthy")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="NOT healthy: dc_f8c4 fm in float"):
-        patch.setitem(check.LIMITS, "float32", (1e-9, 1e-9))
+    monkeypatch.setitem(check.LIMITS, "float32", (1e-9, 1e-9))
+    with pytest.raises(AssertionError, match="NOT healthy: dc_f8c4 fm in float"):
         command(check, "values", "--device", "cpu")
 
 
-@slow
 def test_bench_command(monkeypatch, smallest):
     """Every task: in float32, the training step in bfloat16."""
-    monkeypatch.setattr(bench, "JPEG_COUNT", 4)
+    monkeypatch.setattr(bench, "JPEG_COUNT", 2)
     quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
-    text = command(bench, "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
+    with no_values():
+        text = command(bench, "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
     text += command(bench, "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--dtype", "bf16", "--checkpointing")
     text += command(bench, "input", "count", *quick)
     rows = [line for line in text.splitlines() if line.startswith(("U-ViT XS", "vq_f8c4"))]
@@ -3696,6 +2868,7 @@ def test_latents(tmp_path, checkpoint, monkeypatch):
     (tmp_path / "three" / "manifest.json").unlink()  # whose shards these are cannot be told
     assert "without their manifest.json" in sentence(latents, *common, tmp_path / "three")
 
+    assert latents.OPENED <= 256  # a system may let a process open 1024 files
     monkeypatch.setattr(latents, "OPENED", 2)  # of four shards
     stored = latents.Latents(tmp_path / "one")
     dataset = data.make_dataset(str(tmp_path / "images"), 32, train=False, split="train")
@@ -3740,7 +2913,7 @@ def test_latents_of_samples_flipped_and_beyond_float16(tmp_path, checkpoint, mon
     assert os.listdir(tmp_path / "large") == ["manifest.json"]
 
 
-def stored_latents(folder, z, labels, model, shard=4, classes=("a", "b", "c")):
+def stored_latents(folder, z, labels, model, shard=4):
     """Latents z (n, c, h, w) as tools.latents writes them. -> folder"""
     folder.mkdir()
     shards = []
@@ -3748,17 +2921,9 @@ def stored_latents(folder, z, labels, model, shard=4, classes=("a", "b", "c")):
         np.save(folder / f"z{k}.npy", part.numpy()), np.save(folder / f"l{k}.npy", of_part)
         shards.append({"latents": f"z{k}.npy", "labels": f"l{k}.npy", "count": len(part)})
     manifest = {"encoder_sha256": latents.encoder_sha256(model), "data": "demo", "part": "train", "size": 32,
-                "crop": "center", "shape": list(z.shape[1:]), "classes": list(classes), "shards": shards}
+                "crop": "center", "shape": list(z.shape[1:]), "classes": ["a", "b", "c"], "shards": shards}
     (folder / "manifest.json").write_text(json.dumps(manifest | latents.moments(latents.channel_sums(z.half()))))
     return folder
-
-
-def test_more_shards_than_a_system_lets_open(tmp_path, checkpoint):
-    n = 1500
-    z = torch.arange(n, dtype=torch.float32)[:, None, None, None].expand(n, 1, 1, 1)
-    stored_latents(tmp_path / "z", z, np.zeros(n, np.int64), DCSSDAE.load(checkpoint), shard=1)
-    stored = latents.Latents(tmp_path / "z")
-    assert [float(stored[i][0]) for i in range(0, n, 7)] == list(range(0, n, 7)) and len(stored.opened) <= 256
 
 
 def test_the_generator_knows_its_latents(tmp_path, checkpoint):
@@ -3782,7 +2947,7 @@ def test_the_generator_knows_its_latents(tmp_path, checkpoint):
 
     common = ["--latents", folder, "--width", 64, "--depth", 1, "--steps", 2, "--batch_size", 4, "--eval_images", 2,
               "--eval_steps", 1, "--log_every", 1, "--device", "cpu", "--dtype", "float32", "--out", tmp_path / "g"]
-    command(generate, *common, "--ckpt", checkpoint)
+    cli("examples.generate", *common, "--ckpt", checkpoint)
     assert all(math.isfinite(line["loss"]) for line in step_lines(tmp_path / "g"))
     other = DCSSDAE.load(checkpoint)
     next(other.encoder.parameters()).data.mul_(1.01)
@@ -3961,7 +3126,7 @@ def test_sweep_command(tmp_path, checkpoint, monkeypatch, vgg_file):
     for a, b in zip(*tables, strict=True):
         assert a["name"] == b["name"]
         for key in a.keys() - {"name", "method", "ms"}:
-            assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-6), key
+            assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-5), key  # rounding
     for row in rows[2:]:  # the numbers are evaluate's for these options
         assert row["steps"] in (1, 2) and row["t_shift"] > 0 and row["nfe"] <= row["steps"]
     assert sweep.csv_text([{"name": "a", "psnr": math.nan}, {"name": "b", "psnr": 1.5, "hf": None}]) == (
@@ -4004,7 +3169,7 @@ def test_the_documents_links_point_at_what_they_name():
                 assert anchor in headings_of(path), (document, target)
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
+def test_the_readmes_python_runs(tmp_path, monkeypatch, smallest):
     """Every ```python block, in order, in one namespace."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", Path(HERE, "README.md").read_text(), re.DOTALL)
@@ -4021,21 +3186,14 @@ def helps():
     return {name: command(name, "--help") for name in programs}
 
 
-def test_help_explains_every_flag(helps):
+def test_every_program_explains_itself(helps):
     assert all("--" in text for text in helps.values())
-    text = helps["train.py"]
-    for flag in ["--enc", "--enc_width", "--enc_ckpt", "--freeze_enc", "--dec", "--loss", "--c", "--lam", "--w_lpips",
-                 "--w_repa", "--w_kl", "--data", "--size", "--aug_scale", "--batch_size", "--micro_batch", "--steps",
-                 "--lr", "--weight_decay", "--grad_clip", "--ema", "--dtype", "--compile", "--seed", "--out",
-                 "--resume", "--eval_every", "--save_every", "--log_every"]:
-        assert flag in text
-
-
-def test_every_tool_explains_itself_as_a_module(helps):
     assert TOOLS == [f"tools.{name}" for name in ("bench", "check", "compare", "field", "latents", "proxies",
                                                  "study", "sweep")]
     for tool in TOOLS:
         assert f"-m {tool} " in helps[tool], tool
+    for title in ("data:", "sampler:", "metrics that need a network:"):
+        assert f"\n{title}\n" in helps["evaluate.py"]
 
 
 def test_the_documents_commands_are_of_programs_and_flags_that_exist(helps):
@@ -4079,7 +3237,7 @@ def test_generator_on_latents(tmp_path, checkpoint, monkeypatch):
     common = ["--latents", tmp_path / "latents", "--ckpt", checkpoint, "--width", 64, "--depth", 1, "--batch_size", 4,
               "--warmup", 1, "--log_every", 1, "--eval_images", 9, "--eval_steps", 2, "--device", "cpu", "--dtype",
               "float32", "--out"]
-    two = aside(cli, "examples.generate", *common, tmp_path / "two", "--steps", 4, nproc=2)
+    two = aside(run, tmp_path / "o", *common, tmp_path / "two", "--steps", 4, module="examples.generate", world=2)
     common = ["--features", "inception", *common]
     command(generate, *common, tmp_path / "whole", "--steps", 4)
     command(generate, *common, tmp_path / "parts", "--steps", 2)
@@ -4131,7 +3289,7 @@ def test_generator_on_latents(tmp_path, checkpoint, monkeypatch):
 def test_the_method_in_two_dimensions(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(toy, "STEPS", 200), monkeypatch.setattr(toy, "STUDENT_STEPS", 50)
+    monkeypatch.setattr(toy, "STEPS", 100), monkeypatch.setattr(toy, "STUDENT_STEPS", 30)
     toy.main()
     text = capsys.readouterr().out
     assert Image.open("toy.png").size == (1280, 672)
@@ -4282,84 +3440,6 @@ def test_training_for_a_generator(tmp_path, dino_file, smallest):
         assert a["loss"] == pytest.approx(a["eqm"] + 0.1 * a["vf"] + 1e-6 * a["kl"], rel=1e-5)
     assert "16 channels, of which fewer" in sentence(train, *flags, "--nested", 16, "--out", tmp_path / "n")
     assert "no smaller ones" in sentence(train, *flags, "--size", 24, "--out", tmp_path / "n")
-
-
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderDC"])
-def test_a_peer_is_a_row_of_the_table(tmp_path, checkpoint, kind, offline, monkeypatch):
-    diffusers = pytest.importorskip("diffusers")
-    if kind == "AutoencoderKL":
-        network = diffusers.AutoencoderKL(block_out_channels=(32, 32, 32), layers_per_block=1, latent_channels=4,
-                                          down_block_types=("DownEncoderBlock2D",) * 3,
-                                          up_block_types=("UpDecoderBlock2D",) * 3)
-    else:
-        network = diffusers.AutoencoderDC(
-            latent_channels=4, encoder_block_out_channels=(32, 32, 32), decoder_block_out_channels=(32, 32, 32),
-            encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_layers_per_block=(1, 1, 1),
-            decoder_layers_per_block=(1, 1, 1), encoder_qkv_multiscales=((),) * 3, decoder_qkv_multiscales=((),) * 3)
-    network.save_pretrained(tmp_path / "peer")
-    common = ["--peer", tmp_path / "peer", "--limit", 4, "--size", 32, "--workers", 0, "--features", "--device", "cpu"]
-    output = command(evaluate, *common, "--ckpt", checkpoint, "--out", tmp_path / "both")
-    command(evaluate, *common, "--out", tmp_path / "alone")
-    both, alone = (json.loads(Path(tmp_path, name, "metrics.json").read_text()) for name in ("both", "alone"))
-    assert "numbers" in output
-    x = torch.stack([data.make_dataset("demo", 32, train=False, limit=4)[i][0] for i in range(4)])
-    with torch.no_grad():
-        code = network.eval().encode(x)
-        z = code.latent_dist.mode() if kind == "AutoencoderKL" else code.latent
-        error = (evaluate.to8bit(network.decode(z).sample) - evaluate.to8bit(x)).square().mean((1, 2, 3))
-    for rows in (both["rows"][3:], alone["rows"]):
-        assert [row["name"] for row in rows] == ["shrink/enlarge x 4", "linear code", "peer"]
-        assert rows[2]["psnr"] == pytest.approx(float(evaluate.psnr(error).mean()), abs=1e-3)
-        assert rows[2]["numbers"] == z[0].numel() == 256 and rows[2]["ms"] > 0 and rows[2]["nfe"] == 1
-    assert both["rows"][2]["numbers"] == 4 * 4 * 4 and both["rows"][2]["psnr"] != both["rows"][5]["psnr"]
-    assert evaluate.psnr((evaluate.linear_code(x, 4, 4) - x).square().mean((1, 2, 3))).mean() == pytest.approx(
-        alone["rows"][1]["psnr"], abs=0.05)
-    if kind == "AutoencoderKL":
-        shutil.copytree(tmp_path / "peer", tmp_path / "other")
-        other = json.loads((tmp_path / "peer" / "config.json").read_text()) | {"_class_name": "UNet2DModel"}
-        (tmp_path / "other" / "config.json").write_text(json.dumps(other))
-        assert "UNet2DModel" in sentence(evaluate, *common, "--peer", tmp_path / "other", "--out", tmp_path / "n")
-        assert "multiple of 4" in sentence(evaluate, *common, "--size", 34, "--out", tmp_path / "n")
-        assert "no folder" in sentence(evaluate, *common, "--peer", tmp_path / "nothing", "--out", tmp_path / "n")
-        others = bench.named_peers([str(tmp_path / "peer")])
-        assert [part[1:] for part in others.values()] == [(4, 4)]
-        monkeypatch.setitem(sys.modules, "diffusers", None)
-        assert "pip install diffusers" in sentence(evaluate, *common, "--out", tmp_path / "n")
-
-
-def test_a_vision_transformer_as_encoder(tmp_path, offline, smallest, monkeypatch):
-    """DINOv2's tokens, normalised, on their grid; trained with its decoder alone; rebuilt from our file without timm's.
-    """
-    timm = pytest.importorskip("timm")
-    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
-    name = "vit_small_patch14_dinov2.lvd142m"
-    reference = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
-    randomise(reference)
-    torch.save(reference.state_dict(), tmp_path / "vit.pth")
-    monkeypatch.setattr(train, "FIT_CELLS", 1)
-    common = [*TINY, "--enc", f"timm_{name}", "--size", 32, "--decay", 0, "--out"]
-    command(train, *common, tmp_path / "run", "--enc_ckpt", tmp_path / "vit.pth", "--steps", 2)
-    assert "--enc_ckpt" in sentence(train, *common, tmp_path / "n")  # timm's own weights cannot be had
-    assert "does not hold the weights" in sentence(train, *common, tmp_path / "n", "--enc_ckpt",
-                                                   tmp_path / "run" / "model.safetensors")
-    model = DCSSDAE.load(tmp_path / "run" / "model.safetensors")
-    assert (model.downscale, model.encoder.z_dim, model.config["enc"]) == (16, 384, f"timm_{name}")
-
-    x = demo_batch(2, 64)[..., :48]
-    mean, std = (torch.tensor(reference.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    reference.norm = nn.Identity()
-    with torch.no_grad():
-        small = F.interpolate((x + 1) / 2, size=(56, 42), mode="bicubic", antialias=True)  # 14 pixels a cell of 16
-        tokens = reference.forward_features((small - mean) / std)[:, 1:]                  # (2, 4 * 3, 384)
-        z = model.encode(x).mode()
-    wanted = F.layer_norm(tokens, (384,), eps=1e-6)
-    assert z.shape == (2, 384, 4, 3) and relative_error(z, wanted.mT.unflatten(2, (4, 3))) < 1e-5
-    assert z.mean(1).abs().max() < 1e-5 and (z.square().mean(1) - 1).abs().max() < 1e-3
-    assert model.decode(z).shape == x.shape
-    assert model.decoder.base.weight.abs().max() > 0 and model.decoder.base.out_channels == 3 * 16**2
-    for bad, words in (("timm_nothing", "no network nothing"), ("timm_vgg11", "no vision transformer")):
-        with pytest.raises(ValueError, match=words):
-            make_encoder(bad)
 
 
 def test_proxies_of_latents(tmp_path, checkpoint):
