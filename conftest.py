@@ -1,8 +1,12 @@
 """Fixtures of all tests, here and in plumbing/."""
+import os
 import shutil
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: maps are so small that a second thread only waits
+
+import torch  # noqa: E402
 
 SMALLEST_SIZE = 32, (1, 1, 1, 1), 1  # of a decoder
 
@@ -36,6 +40,7 @@ def offline(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name, value in (("HF_HUB_OFFLINE", "1"), ("no_proxy", ""), ("NO_PROXY", "")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it tries for most of a minute
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,14 @@ def demo_batch(n=3, size=48):
 
 
 def take(loader, n):
-    return [(x.clone(), index.clone()) for _, (x, index) in zip(range(n), loader)]
+    """The first n batches. The readers end at once: for one whose error is still held torch would wait, 5 to 10 s."""
+    try:
+        return [(x.clone(), index.clone()) for _, (x, index) in zip(range(n), loader)]
+    finally:
+        for child in multiprocessing.active_children():
+            if type(child).__name__ != "ForkServerProcess":
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error that it is gone
+                child.kill()
 
 
 def same_batches(a, b):
@@ -2665,13 +2672,15 @@ def test_check_command(monkeypatch, smallest):
         command(check, "values", "--device", "cpu")
 
 
+@slow
 def test_bench_command(monkeypatch, smallest):
     """Every task: in float32, the training step in bfloat16."""
     monkeypatch.setattr(bench, "JPEG_COUNT", 2)
     quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
     with no_values():
         text = command(bench, "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
-    text += command(bench, "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--dtype", "bf16", "--checkpointing")
+        text += command(bench, "train", *quick, "--size", 16, "--enc", "dc_f8c4", "--dtype", "bf16", "--checkpointing",
+                        "--enc_width", 0.0625)
     text += command(bench, "input", "count", *quick)
     rows = [line for line in text.splitlines() if line.startswith(("U-ViT XS", "vq_f8c4"))]
     assert len(rows) == 2 + 4 and all(float(row.split(" M ")[1].split()[2]) > 0 for row in rows)
@@ -2679,6 +2688,7 @@ def test_bench_command(monkeypatch, smallest):
     assert len(re.findall(r"^decode XS, 256 px, [CG]PU: \d+ operations, of which kernels", text, re.MULTILINE)) == 2
     if importlib.util.find_spec("diffusers"):
         assert len(re.findall(r"^(KL-VAE|DC-AE f32c32) .* x KL-VAE$", text, re.MULTILINE)) == 4
+    monkeypatch.setattr(bench, "peers", dict)
     text = command(bench, "gpu", *quick, "--size", 32, "--minutes", 0.001)
     assert "decode, 32 px, bfloat16, batch 1" in text and text.count("the time is up") == 9
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from model import DCSSDAE
 from plumbing import graphs
-from test_all import randomise, relative_error, seeded  # noqa: F401
+from test_all import randomise, relative_error
 
 
 class Recording(TorchDispatchMode):
