@@ -7,7 +7,7 @@ FM     Lipman et al. 2022 (arXiv 2210.02747), as SSDD trains its decoder (arXiv 
 EqM    Wang, Du 2025 (arXiv 2510.02300)
 LPIPS  Zhang et al. 2018 (arXiv 1801.03924)        REPA  Yu et al. 2024 (arXiv 2410.06940)
 
-Off by default, for latents that generators learn sooner: noise on them, codes of fewer channels, smaller images, VF.
+Off by default, meant to make latents easier to generate: noise on them, fewer channels, smaller images, VF.
 
     python train.py --loss eqm --w_lpips 0.5 --lpips_weights vgg16-397923af.pth
 

@@ -3351,7 +3351,7 @@ def test_the_notebook_runs_without_a_network(tmp_path, offline, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Latents that generators learn sooner: noise, nested channels, smaller images, likeness to a vision network
+# Latents for generators: noise, nested channels, smaller images, likeness to a vision network
 
 def test_draws_of_latents_are_a_function_of_seed_step_and_row():
     def drawn(rows, seed=0, step=5):

@@ -143,7 +143,7 @@ def get_args(argv=None):
     add("--w_gan", type=not_negative, default=0.0, help="weight of a PatchGAN on the one-step estimate [%(default)s]")
     add("--gan_start", type=natural, default=0, help="first step with the GAN [%(default)s]")
 
-    add = p.add_argument_group("latents that generators learn sooner").add_argument
+    add = p.add_argument_group("latents for generators").add_argument
     add("--z_noise", type=not_negative, default=0.0, help="the decoder sees latents with noise of deviation |N(0, 1)| "
         "times this, in units of their own; RAE's: 0.8 [%(default)s]")
     add("--nested", type=count, nargs="+", default=[], help="numbers of channels: a sample keeps its first so many, or "
