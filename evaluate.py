@@ -33,13 +33,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import make_dataset, make_loader
-from encoder import LappedCode, point_mass
+from encoder import LappedCode
 from fid import UNBIASED_FROM, Statistics, distance_or_none, load_metrics, metric_of
 from model import DCSSDAE, check_size
 from plumbing import flags, log
 from plumbing.files import save_grid, strict, write_json
 from plumbing.images import read_image
-from plumbing.process import first_line, gathered, guarded, keep_freed_memory, now, setup
+from plumbing.peers import Peer
+from plumbing.process import gathered, guarded, keep_freed_memory, now, setup
 from sampler import image_noise, seeded_generator
 
 REFERENCES = {"baseline": "shrink/enlarge x {f}", "linear": "linear code"}  # first rows of every table
@@ -452,66 +453,6 @@ def reconstruct_images(model, args, options, device, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Autoencoders of others
-
-PEERS = ("AutoencoderKL", "AutoencoderDC")                   # diffusers' classes: Stable Diffusion's and its kin; DC-AE
-
-
-class Peer(torch.nn.Module):
-    """An autoencoder of diffusers' as `evaluate` takes a model; it decodes in one step and without noise.
-
-    name    a folder with config.json and weights, or of the Hugging Face hub owner/repo or owner/repo/folder
-    raises  ValueError where diffusers is missing, or there is no such autoencoder
-    """
-
-    def __init__(self, name):
-        super().__init__()
-        try:
-            import diffusers
-        except ImportError:
-            raise ValueError("--peer needs diffusers: pip install diffusers") from None
-        self.name, folder = name, None
-        if name.count("/") > 1 and not os.path.isdir(name):
-            owner, repo, folder = name.split("/", 2)
-            name = f"{owner}/{repo}"
-        try:
-            config = diffusers.AutoencoderKL.load_config(name, subfolder=folder)
-            kind = config.get("_class_name")
-            if kind in PEERS:
-                self.network = getattr(diffusers, kind).from_pretrained(name, subfolder=folder, low_cpu_mem_usage=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--peer {self.name} is no folder and not on the Hugging Face hub, or cannot be read "
-                             f"({first_line(error)})") from None
-        if kind not in PEERS:
-            raise ValueError(f"--peer {self.name} is of diffusers' class {kind}, not of {' or '.join(PEERS)}")
-        self.config = dict(config)
-        widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
-        self.downscale, self.z_dim = 2 ** (len(widths) - 1), config["latent_channels"]
-
-    def encode(self, x):
-        output = self.network.encode(x.to(self.network.dtype))
-        return output.latent_dist if "latent_dist" in output else point_mass(output.latent)
-
-    def sample(self, z, steps, noise):
-        return self.network.decode(z.to(self.network.dtype)).sample, torch.ones(len(z))
-
-    def latent_shape(self, height, width):
-        return self.z_dim, height // self.downscale, width // self.downscale
-
-
-def load_peers(args, size, device):
-    """{row of the table: Peer} of --peer. ValueError for a size that does not fit one."""
-    set_precision(args)
-    peers = {}
-    for name in args.peer:
-        peer = Peer(name).to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval()
-        if size % peer.downscale:
-            raise ValueError(f"--size {size} is not a multiple of {peer.downscale}, which --peer {name} needs")
-        peers[name.rstrip("/").split("/")[-1]] = peer.to(memory_format=torch.channels_last)
-    return peers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What tools/ share: the flags of programs that open a trained model and a data set, and their start
 
 def shared_arguments(parser, required=True):
@@ -585,6 +526,18 @@ def load_model(args, device):
     check_size(size, model)
     keep_freed_memory(size <= LARGEST_KEPT)
     return model, size
+
+
+def load_peers(args, size, device):
+    """{row of the table: Peer} of --peer. ValueError for a size that does not fit one."""
+    set_precision(args)
+    peers = {}
+    for name in args.peer:
+        peer = Peer(name).to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval()
+        if size % peer.downscale:
+            raise ValueError(f"--size {size} is not a multiple of {peer.downscale}, which --peer {name} needs")
+        peers[name.rstrip("/").split("/")[-1]] = peer.to(memory_format=torch.channels_last)
+    return peers
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,13 +14,10 @@ previous.pt (for --resume), log.jsonl, reconstructions.png, metrics.json.
 import argparse
 import copy
 import itertools
-import json
-import math
 import os
 from contextlib import nullcontext
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -46,23 +43,20 @@ from losses import (
     smaller_sides,
 )
 from model import DCSSDAE, SIZES, AdaGN, check_size, compile_blocks
-from plumbing.checkpoint import Run, compare_flags, is_finite, open_run
-from plumbing.fast import has_triton
+from plumbing.checkpoint import Run, compare_flags, keep_best, open_run
 from plumbing.files import WeightsUnavailable, local_file
 from plumbing.flags import below_one, count, fraction, make_parser, natural, not_negative, odd, positive
 from plumbing.optim import Average, adamw, make_optimizers, set_learning_rate, step_if
 from plumbing.process import (
     autocast,
     average_gradients,
-    check_compiler,
     data_parallel,
     default_workers,
     gathered,
     guarded,
-    pick_dtype,
     same_everywhere,
     say,
-    setup,
+    start,
     summed,
 )
 
@@ -88,8 +82,6 @@ LINEAR = {"both": (True, True), "encoder": (True, False), "decoder": (False, Tru
 MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "b", "lam", "input_skip", "linear",
                "source")
 RETARGETED = ("loss", "source")  # of these, what may differ from that file: see DCSSDAE.retargeted
-OWN_FLAGS = ("data", "out", "init_from", "enc_ckpt", "ckpt", "lpips_weights", "repa_weights", "inception", "workers")
-# may differ between machines, being paths or a matter of their processors
 
 FITTED_COEFFICIENTS = 8  # for each latent channel, of a decoder fitted to a given encoder: more are too fine to guess
 FIT_CELLS = 64           # for each latent channel, to fit it on; but at least 256 and at most 8192 images
@@ -276,23 +268,6 @@ def encoder_is_given(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces that distill.py shares
 
-def start(args):
-    """Processes, device, precision and seed: (rank, world, device, dtype)."""
-    rank, world, device = setup(args.device)
-    if args.batch_size % world:
-        raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {world} processes")
-    same_everywhere({k: v for k, v in vars(args).items() if k not in OWN_FLAGS}, "flags", world)
-    if device.type == "cuda":  # TF32 for what autocast leaves in float32, the fastest convolutions for maps of one size
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    if args.compile is None:
-        args.compile = device.type == "cuda" and has_triton(device)
-    elif args.compile:
-        check_compiler(device)
-    torch.manual_seed(args.seed)  # initial weights, the same on every rank
-    return rank, world, device, pick_dtype(args.dtype, device)
-
-
 def open_data(args, world):
     """(training images, validation images) of --data."""
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
@@ -375,37 +350,12 @@ def validate(run, ema, val, networks, dtype, steps):
                           world=run.world)
         if run.rank == 0:
             write_results(result, run.args.out)  # before anything else can fail
-            keep_best(run, ema, result)
+            keep_best(run, ema, result["rows"][len(REFERENCES):], result["images"])
             run.log.write(run.done, result["pictures"], eval=result["rows"])  # now a resumed run takes it for done
             baseline, linear, first, *_ = result["rows"]
             tqdm.write(f"step {run.done}: PSNR {first['psnr']:.2f} dB in {first['name']}, linear code "
                        f"{linear['psnr']:.2f}, baseline {baseline['psnr']:.2f} on {result['images']} images")
     return result
-
-
-def keep_best(run, ema, result):
-    """Write best.safetensors where the fewest steps, usually one, are better than ever: by rFID, else LPIPS, else PSNR,
-    whichever is the first that is measured. Its note "best" says when. Only results of the same images are compared."""
-    path = os.path.join(run.args.out, "best.safetensors")
-    row = min(result["rows"][len(REFERENCES):], key=lambda row: row["steps"])
-    metric = next(name for name in ("rfid", "lpips_vgg", "psnr") if name in row)
-    protocol = {"metric": metric, "images": result["images"], "size": run.args.size, "decoding_steps": row["steps"]}
-    if row[metric] is None or math.isnan(row[metric]):
-        return
-    best = {}
-    if os.path.exists(path):
-        with safe_open(path, framework="pt") as file:
-            best = json.loads(file.metadata()["config"])["notes"]["best"]
-    if all(best.get(name) == value for name, value in protocol.items()):
-        is_better = row[metric] > best["value"] if metric == "psnr" else row[metric] < best["value"]
-        if not is_better:
-            return
-    if not is_finite(ema):
-        return
-    notes = ema.config["notes"]
-    ema.config["notes"] = notes | {"best": protocol | {"step": run.done, "value": row[metric]}}
-    ema.save(path)
-    ema.config["notes"] = notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@
 """
 import contextlib
 import copy
+import json
+import math
 import os
 import pickle
 import signal
@@ -14,7 +16,7 @@ import zlib
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from plumbing.files import UNFINISHED, whole
@@ -332,6 +334,34 @@ def save_checkpoint(out, state, ema):
             cause = cause.__context__
         raise OSError(f"could not write a checkpoint to {out} ({first_line(cause)}): make room and continue with "
                       "--resume") from None
+
+
+def keep_best(run, model, rows, images):
+    """Write best.safetensors where the fewest steps, usually one, are better than ever: by rFID, else LPIPS, else PSNR,
+    whichever is the first that is measured. Its note "best" says when. Only results of the same images are compared.
+
+    rows    evaluate's for each number of steps;  images  how many were evaluated
+    """
+    path = os.path.join(run.args.out, "best.safetensors")
+    row = min(rows, key=lambda row: row["steps"])
+    metric = next(name for name in ("rfid", "lpips_vgg", "psnr") if name in row)
+    protocol = {"metric": metric, "images": images, "size": run.args.size, "decoding_steps": row["steps"]}
+    if row[metric] is None or math.isnan(row[metric]):
+        return
+    best = {}
+    if os.path.exists(path):
+        with safe_open(path, framework="pt") as file:
+            best = json.loads(file.metadata()["config"])["notes"]["best"]
+    if all(best.get(name) == value for name, value in protocol.items()):
+        is_better = row[metric] > best["value"] if metric == "psnr" else row[metric] < best["value"]
+        if not is_better:
+            return
+    if not is_finite(model):
+        return
+    notes = model.config["notes"]
+    model.config["notes"] = notes | {"best": protocol | {"step": run.done, "value": row[metric]}}
+    model.save(path)
+    model.config["notes"] = notes
 
 
 def is_finite(module):

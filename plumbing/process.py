@@ -15,13 +15,36 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from plumbing.fast import has_triton
+
 # glibc's mallopt options: what memory that is freed stays with the process.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 MMAP_MAX = 65536                # glibc's default number of maps outside the heap
 
+# Flags that may differ between the processes' machines, being paths or a matter of their processors.
+OWN_FLAGS = ("data", "out", "init_from", "enc_ckpt", "ckpt", "lpips_weights", "repa_weights", "inception", "workers")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Start
+
+def start(args):
+    """Processes, device, precision and seed of a training: (rank, world, device, dtype). ValueError for a batch that
+    the processes do not divide, and for flags that differ between them."""
+    rank, world, device = setup(args.device)
+    if args.batch_size % world:
+        raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {world} processes")
+    same_everywhere({k: v for k, v in vars(args).items() if k not in OWN_FLAGS}, "flags", world)
+    if device.type == "cuda":  # TF32 for what autocast leaves in float32, the fastest convolutions for maps of one size
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if args.compile is None:
+        args.compile = device.type == "cuda" and has_triton(device)
+    elif args.compile:
+        check_compiler(device)
+    torch.manual_seed(args.seed)  # initial weights, the same on every rank
+    return rank, world, device, pick_dtype(args.dtype, device)
+
 
 def setup(device=None):
     """-> (rank, world, device). Under torchrun joins the process group: nccl for tensors on GPUs, gloo for others. One

@@ -32,11 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import make_dataset
 from encoder import parse_name
-from evaluate import Peer
 from losses import LPIPSLoss, draw
 from model import DCSSDAE, SIZES, compile_blocks
 from plumbing import fast, flags, graphs
 from plumbing.optim import adamw, step_if
+from plumbing.peers import Peer
 from plumbing.process import autocast, check_compiler, guarded, now, setup
 from train import Objective, weighted_sum
 
