@@ -62,11 +62,11 @@ from plumbing.process import (
 
 # Two cores without GPU or network. Measured results stand in the README's quick start.
 TEACHING = {"enc_width": 0.125, "dec": "XS", "depth": 2, "optimizer": "muon", "lr": 1e-3, "warmup": 50, "decay": 0.5,
-            "ema": 0.99, "w_lpips": 0.0, "w_repa": 0.0, "compile": False}
+            "ema": 0.99, "w_lpips": 0.0, "w_repa": 0.0, "compile": False, "t_mean": 2.0, "g_power": 2.0}
 PRESETS = {
-    "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 500, "t_mean": 2.0, "g_power": 2.0,
+    "tiny": TEACHING | {"enc": "dc_f8c16", "size": 32, "batch_size": 8, "steps": 500,
                         "eval_every": 250, "eval_images": 256, "save_every": 250},
-    "deep": TEACHING | {"enc": "dc_f32c32", "size": 64, "batch_size": 4, "steps": 1200, "t_mean": 4.0, "g_power": 20.0,
+    "deep": TEACHING | {"enc": "dc_f32c32", "size": 64, "batch_size": 4, "steps": 1200,
                         "eval_every": 300, "eval_images": 64, "save_every": 600},
 }
 # DC-AE's decoupled high-resolution adaptation (arXiv 2410.10733): its learning rates; batch and steps are our choice.

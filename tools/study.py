@@ -28,14 +28,15 @@ from tools.compare import read_run
 
 # Runs: {name: command, after "python"}. {photos}, {crops}, {vgg} and {runs} stand for those flags of the command line,
 # {seed} for the seed. --seed and --out are added. A run that starts from another one's model names its file.
-DEEP = "train.py --preset deep --workers 0 --steps 300 --eval_every 0 --save_every 150"        # 1,200 images of 64 px
-LARGE = "train.py --preset deep --workers 0 --size 128 --batch_size 2 --steps 200 --eval_every 0 --save_every 100"
+ONE_STEP = "train.py --preset deep --g_power 20 --t_mean 4 --workers 0"  # nearly all levels at the noise end
+DEEP = f"{ONE_STEP} --steps 300 --eval_every 0 --save_every 150"                               # 1,200 images of 64 px
+LARGE = f"{ONE_STEP} --size 128 --batch_size 2 --steps 200 --eval_every 0 --save_every 100"
 TINY = "train.py --preset tiny --workers 0 --steps 1000 --eval_every 0"                        # 8,000 images of 32 px
 SHORT = "train.py --preset tiny --workers 0 --eval_every 0 --steps 500 --lr 5e-4 --warmup 20"  # on from a tiny model
 DISTILL = "distill.py --workers 0 --steps 100 --lr 5e-4 --warmup 20 --decay 0.5 --ema 0.99 --eval_every 0"
 PHOTOS = "--data {photos} --aug_scale 4 --eval_images 7"
 ON = f"{DEEP} --lr 5e-4 --warmup 20 --init_from examples/f32c32.safetensors {PHOTOS}"           # on from that model
-PUBLISHED = "--linear off --no-input_skip --c trunc --g_power 1"                               # as the reference trains
+PUBLISHED = "--linear off --no-input_skip --c trunc --g_power 1 --t_mean 0"                    # as the reference trains
 RUNS = {
     **{f"deep_{enc}": f"{DEEP} --enc dc_{enc}"
        for enc in ("f8c4", "f8c16", "f16c16", "f32c32", "f32c64", "f64c128", "f64c256")},
@@ -62,7 +63,7 @@ RUNS = {
                             "--w_lpips 0.5 --lpips_weights {vgg}",
     **{f"crops_{name}": f"{ON} {flags}" for name, flags in (
         ("plain", ""), ("lpips", "--w_lpips 0.5 --lpips_weights {vgg}"))},
-    "phase2": "train.py --preset deep --workers 0 --phase 2 --init_from {runs}/deep_f32c64_s{seed}/model.safetensors "
+    "phase2": f"{ONE_STEP} --phase 2 --init_from {{runs}}/deep_f32c64_s{{seed}}/model.safetensors "
               "--size 128 --batch_size 2 --steps 150 --lr 5e-4 --warmup 20 --eval_every 0",
 }
 # Tables: {name: (evaluation flags, [(line, run, more evaluation flags)])}; a line of the table for each of --steps.
