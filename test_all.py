@@ -1,6 +1,6 @@
 """Tests of what users rely on: the mathematics, equivalences, parity with independent implementations, every command.
 
-    python -m pytest                                                       # no network, no GPU; 6 to 13 minutes
+    python -m pytest                                                       # no network, no GPU; 6 to 12 minutes
     python -m pytest -k slow & python -m pytest -k "not slow" && wait $!   # half as long, on two cores
 
 Published weights, fast forms, runs that are stopped or go wrong, files and optimisers: plumbing/test_*.py.
