@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: maps are so small
 import torch  # noqa: E402
 
 SMALLEST_SIZE = 32, (1, 1, 1, 1), 1  # of a decoder
+SMALLEST_GAN = (32,)                 # channels
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +27,12 @@ def tmp_path(tmp_path):
 
 @pytest.fixture
 def smallest(monkeypatch):
-    """Decoder XS is the smallest possible, also in the processes of test_all.run: for tests where any will do."""
+    """Decoder XS and the discriminator are as small as can be, in the processes of test_all.run, too: for tests where
+    any will do."""
+    from losses import PatchGAN
     from model import SIZES
     monkeypatch.setitem(SIZES, "XS", SMALLEST_SIZE)
+    monkeypatch.setattr(PatchGAN.__init__, "__defaults__", SMALLEST_GAN)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from model import (
     BLOCKS,
     DCSSDAE,
     ResBlock,
+    TransformerBlock,
     UViT,
     compile_blocks,
 )
@@ -124,7 +125,7 @@ def test_latent_work_is_done_once_per_decode_and_in_float32_sums():
 
 
 @slow
-def test_every_kind_of_block_compiles_in_one_graph():
+def test_every_kind_of_block_compiles_in_one_graph(smallest):
     """And one with the gradients that the compiler makes of it."""
     x, found = torch.randn(2, 3, 32, 32), {}
 
@@ -138,7 +139,8 @@ def test_every_kind_of_block_compiles_in_one_graph():
         for hook in hooks:
             hook.remove()
     assert found.keys() == set(BLOCKS)
-    for block, arguments, output in found.values():
+    for kind in set(BLOCKS) - {ResBlock, TransformerBlock}:  # theirs: test_blocks_are_compiled_one_by_one
+        block, arguments, output = found[kind]
         compiled = torch.compile(block, fullgraph=True, backend="eager")
         assert relative_error(compiled(*arguments).detach(), output.detach()) < 1e-5
 
@@ -400,7 +402,7 @@ def test_operations_of_a_decode():
     assert operations.kernels["view"] == operations.kernels["empty"] == 0 < operations.all["view"]
 
 
-def test_blocks_are_compiled_one_by_one(monkeypatch):
+def test_blocks_are_compiled_one_by_one(smallest):
     """Each in one graph, once for every shape of its weights; in eager code between them nothing changes."""
     graphs = []
 
@@ -409,7 +411,7 @@ def test_blocks_are_compiled_one_by_one(monkeypatch):
         return graph.forward
 
     torch._dynamo.reset()
-    decoder = randomise(UViT("XS", 4, depth=2)).requires_grad_(False)
+    decoder = randomise(UViT("XS", 4)).requires_grad_(False)
     x, z, t = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 2, 2), torch.rand(1)
     plain, names = decoder(x, z, t), list(decoder.state_dict())
     compile_blocks(decoder, backend=backend, fullgraph=True)
@@ -417,7 +419,7 @@ def test_blocks_are_compiled_one_by_one(monkeypatch):
     made = len(graphs)
     decoder(2 * x, z, t)
     blocks = sum(isinstance(m, BLOCKS) for m in decoder.modules())
-    assert len(graphs) == made and 8 < made < blocks == 22  # beyond 8, the compiler's own limit
+    assert len(graphs) == made and 8 < made < blocks == 21  # beyond 8, the compiler's own limit
     torch._dynamo.reset()
 
 
