@@ -35,7 +35,7 @@ class Recording(TorchDispatchMode):
 
 
 @pytest.fixture
-def recordings(monkeypatch):
+def recordings(monkeypatch, smallest):
     """Calls of any device without gradients are recorded; a list of these recordings."""
     made = []
 
