@@ -47,11 +47,10 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it tries for most of a minute
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
+@pytest.fixture
+def checkpoint(tmp_path_factory, smallest):
     """A small model with random weights: its file."""
     from model import DCSSDAE
-    torch.manual_seed(0)
     model = DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, depth=1, loss="eqm", notes={"size": 32, "w_lpips": 0})
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     model.save(path)

@@ -1861,7 +1861,7 @@ def test_the_plain_command_runs_offline(tmp_path, offline, smallest):
 
 @slow
 def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file, smallest):
-    common = [*TINY, "--w_lpips", 0.5, "--lpips_weights", vgg_file, "--w_repa", 0.25,
+    common = [*TINY, "--size", 24, "--w_lpips", 0.5, "--lpips_weights", vgg_file, "--w_repa", 0.25,
               "--repa_weights", dino_file, "--decay", 0, "--batch_size", 2, "--eval_steps", 1]
     command("train.py", *common, "--steps", 2, "--out", tmp_path / "whole")
     command("train.py", *common, "--steps", 1, "--out", tmp_path / "parts")
@@ -1875,7 +1875,7 @@ def test_training_with_lpips_and_repa(tmp_path, vgg_file, dino_file, smallest):
 def test_evaluations_measure_lpips_and_rfid_as_evaluate_does(tmp_path, vgg_file, monkeypatch, smallest):
     """Without changing a step; the best model is the one of the best rFID."""
     monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
-    common = [*TINY, "--eval_steps", 1, "--eval_every", 1, "--steps", 2]
+    common = [*TINY, "--size", 24, "--eval_steps", 1, "--eval_every", 1, "--steps", 2]
     text = command(train, *common, "--lpips_weights", vgg_file, "--eval_metrics", "lpips", "rfid", "--out",
                    tmp_path / "r")
     assert "LPIPS vgg" in text and "rFID" in text
@@ -1921,7 +1921,6 @@ def test_a_frozen_encoder_from_a_file(trained, tmp_path):
     (["--c", "trunc"], "--c trunc needs --linear off"),
     (["--c", "piecewise", "--linear", "decoder"], "--c piecewise needs --linear off"),
     (["--no-input_skip"], "--no-input_skip needs --linear off"),
-    (["--lr", 1e30, "--grad_clip", 1e30, "--warmup", 0, "--steps", 40], "not finite"),
 ])
 def test_bad_input_to_train(tmp_path, flags, words, smallest):
     assert words in sentence(train, *TINY, "--out", tmp_path / "run", *flags)
@@ -1944,8 +1943,8 @@ def test_bad_files_and_folders(tmp_path, smallest):
 
 
 @slow
-@pytest.mark.parametrize("enc,loss", [("dc_f8c4", "eqm"), ("vq_f8c4", "fm")])
-def test_what_each_phase_trains(tmp_path, smallest, enc, loss):
+@pytest.mark.parametrize("enc,loss,phases", [("dc_f8c4", "eqm", (1, 2, 3)), ("vq_f8c4", "fm", (2,))])
+def test_what_each_phase_trains(tmp_path, smallest, enc, loss, phases):
     latent = ("encoder.stages.3.", "encoder.down.3.", "encoder.mid.", "encoder.norm_out.", "encoder.quant.",
               "encoder.conv_out.", "decoder.conv_in_z.", "decoder.norm_z.", "decoder.context.", "decoder.blocks.0.ada.")
     head = ("decoder.up.3.", "decoder.norm_out.", "decoder.conv_out.")
@@ -1954,8 +1953,8 @@ def test_what_each_phase_trains(tmp_path, smallest, enc, loss):
     model = DCSSDAE(enc, "XS", loss, 0.125, depth=1, latents={"mean": [0.0] * 4, "std": [1.0] * 4})
     randomise(model, scale=0.5).save(tmp_path / "start.safetensors")
     before = model.state_dict()
-    for phase, moves in moving.items():
-        out = tmp_path / str(phase)
+    for phase in phases:
+        moves, out = moving[phase], tmp_path / str(phase)
         command(train, "--phase", phase, "--init_from", tmp_path / "start.safetensors", "--size", 16, "--batch_size", 2,
                 "--steps", 2, "--warmup", 0, "--w_lpips", 0, "--w_repa", 0, "--device", "cpu", "--dtype", "float32",
                 "--workers", 0, "--eval_images", 2, "--eval_steps", 1, "--log_every", 1, "--weight_decay", 0.5,
@@ -2051,8 +2050,14 @@ def test_the_discriminators_gradients_and_when_it_starts(tmp_path, smallest):
     assert all(torch.equal(v, without["ema"][k]) for k, v in without["model"].items())  # until --ema_start: a copy
 
 
-def test_tensorboard_shows_the_log(tmp_path, monkeypatch, smallest):
+@slow
+def test_boards_show_the_log(tmp_path, monkeypatch, smallest):
+    """TensorBoard, also of a run that goes on. Weights & Biases into --out, without an account: numbers and pictures
+    under the folder's name, so that a resumed run is the same one; complete when the process has ended."""
+    pytest.importorskip("wandb")
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    other = aside(run, tmp_path / "o", *SMALL, "--wandb", "--out", tmp_path / "w", "--steps", 1,
+                  env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
     flags = [*SMALL, "--tensorboard", "--out", tmp_path / "r"]
     command(train, *flags, "--steps", 2)
     command(train, *flags, "--steps", 3, "--resume")
@@ -2064,23 +2069,14 @@ def test_tensorboard_shows_the_log(tmp_path, monkeypatch, smallest):
     row = lines_of(tmp_path / "r" / "log.jsonl")[-1]["eval"][2]
     assert board.Scalars("1 step/psnr")[-1].value == pytest.approx(row["psnr"])
     assert [v.step for v in board.Images("reconstructions")] == [2, 3]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert "pip install tensorboard" in sentence(train, *SMALL, "--tensorboard", "--out", tmp_path / "q")
-
-
-@slow
-def test_weights_and_biases_offline(tmp_path, monkeypatch):
-    """Into --out, without an account: the numbers, the pictures, under the folder's name, so that a resumed run is the
-    same one. What is written is complete when the process has ended."""
-    pytest.importorskip("wandb")
-    run(tmp_path / "o", *SMALL, "--wandb", "--out", tmp_path / "r", "--steps", 1,
-        env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
-    (folder,) = (tmp_path / "r" / "wandb").glob("offline-run-*-r")
-    content = (folder / "run-r.wandb").read_bytes()
+    other.result()
+    (folder,) = (tmp_path / "w" / "wandb").glob("offline-run-*-w")
+    content = (folder / "run-w.wandb").read_bytes()
     assert b"grad_norm" in content and b"1 step/psnr" in content
     assert list((folder / "files" / "media").rglob("*.png"))
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "pip install wandb" in sentence(train, *SMALL, "--wandb", "--out", tmp_path / "q")
+    for flag, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
+        monkeypatch.setitem(sys.modules, module, None)
+        assert f"pip install {flag}" in sentence(train, *SMALL, f"--{flag}", "--out", tmp_path / flag)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2122,7 +2118,7 @@ def test_distillation_brings_one_step_to_the_teacher(tmp_path, smallest):
 
 def test_distillation_in_micro_batches_with_evaluations_on_the_way(tmp_path, smallest):
     start = tmp_path / "m.safetensors"
-    DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, notes={"size": 32, "w_lpips": 0}).save(start)
+    DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0}).save(start)
     common = ["--ckpt", start, *DISTILL, "--steps", 2, "--out"]
     command(distill, *common, tmp_path / "a")
     command(distill, *common, tmp_path / "b", "--micro_batch", 3, "--checkpointing", "--eval_every", 1)
@@ -2638,7 +2634,7 @@ def test_the_model_in_the_tree_is_above_the_linear_code():
 
 
 def test_own_pictures(tmp_path, checkpoint):
-    sizes = {"a.png": (37, 50), "b.jpg": (64, 24), "c.webp": (5, 3)}
+    sizes = {"a.png": (37, 50), "b.jpg": (64, 24), "c.webp": (9, 3)}
     for k, (name, size) in enumerate(sizes.items()):
         photo(*size, seed=k).save(tmp_path / name)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
@@ -2684,6 +2680,10 @@ def test_check_command(monkeypatch, smallest):
 @slow
 def test_bench_command(monkeypatch, smallest):
     monkeypatch.setattr(bench, "JPEG_COUNT", 2)
+    if importlib.util.find_spec("diffusers"):
+        import diffusers
+        narrow = {"encoder_block_out_channels": 6 * (32,), "decoder_block_out_channels": 6 * (32,)}
+        monkeypatch.setattr(diffusers, "AutoencoderDC", functools.partial(diffusers.AutoencoderDC, **narrow))
     quick = ["--rounds", 1, "--dec", "XS", "--device", "cpu"]
     with no_values():
         text = command(bench, "decode", "encode", *quick, "--size", 32, "--enc", "vq_f8c4")
@@ -2760,7 +2760,7 @@ def test_curves_of_runs(tmp_path):
 
 @pytest.mark.parametrize("loss", ["eqm", "fm"])
 @torch.no_grad()
-def test_field_picture(tmp_path, loss):
+def test_field_picture(tmp_path, loss, smallest):
     model = randomise(DCSSDAE("dc_f8c4", "XS", loss, enc_width=0.0625, depth=1, c="trunc", lam=2.0, input_skip=True), 1)
     model.eval().save(tmp_path / "m.safetensors")
     common = ["--ckpt", tmp_path / "m.safetensors", "--size", 32, "--device", "cpu"]
@@ -2806,7 +2806,7 @@ def test_field_picture(tmp_path, loss):
 # tools/latents.py, and what examples/generate.py makes of them
 # Stored latents: the same bytes by any processes and after an interruption; whose they are; statistics in the model.
 
-def test_latent_statistics_are_stored_in_the_model(tmp_path):
+def test_latent_statistics_are_stored_in_the_model(tmp_path, smallest):
     model = randomise(DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1, notes={"size": 32})).eval()
     path = tmp_path / "m.safetensors"
     model.save(path)

@@ -402,6 +402,7 @@ def test_operations_of_a_decode():
     assert operations.kernels["view"] == operations.kernels["empty"] == 0 < operations.all["view"]
 
 
+@slow
 def test_blocks_are_compiled_one_by_one(smallest):
     """Each in one graph, once for every shape of its weights; in eager code between them nothing changes."""
     graphs = []

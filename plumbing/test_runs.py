@@ -46,8 +46,8 @@ def log_of(folder):
 @slow
 @pytest.mark.parametrize("world,workers,module", [(2, 2, "train"), (1, 0, "distill")])
 def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, module, smallest):
-    """One command four times: killed before the first checkpoint and after one, then a polite signal to one rank and
-    its data loader: weights, average, optimisers and log are bit-identical in the end."""
+    """One command again and again: killed before the first checkpoint and after one, then a polite signal to one rank
+    and its data loader: weights, average, optimisers and log are bit-identical in the end."""
     flags, steps = [*SMALL, "--w_gan", 0.1, "--gan_start", 2], 6
     if module == "distill":
         teacher = DCSSDAE("dc_f8c4", "XS", "fm", 0.0625, depth=1, notes={"size": 16, "w_lpips": 0})
@@ -59,8 +59,9 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, modu
         return run(tmp_path / "o", *flags, "--out", tmp_path / "parts", world=world, module=module, **options)
 
     whole = aside(run, tmp_path / "w", *flags, "--out", tmp_path / "whole", world=world, module=module)
-    parts(sabotage={world - 1: {1: "SIGKILL"}}, ok=KILLED)
-    assert not (tmp_path / "parts" / "latest.pt").exists()
+    if module == "train":
+        parts(sabotage={world - 1: {1: "SIGKILL"}}, ok=KILLED)
+        assert not (tmp_path / "parts" / "latest.pt").exists()
     parts(sabotage={0: {3: "SIGKILL"}}, ok=KILLED)
     # Of every second step there is a checkpoint, and before an evaluation, which distill.py has at the end alone.
     assert latest(tmp_path / "parts")["step"] == (2 if module == "distill" else 3)
@@ -74,8 +75,6 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, world, workers, modu
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
     if module == "train":
         assert latest(tmp_path / "whole")["gan_optimizer"]["state"][0]["step"] == steps - 2
-    _, output = parts(ok=(1,))
-    assert f"has done its {steps} steps" in output
 
 
 def test_a_run_that_dies_in_its_last_evaluation_catches_up(tmp_path, monkeypatch, smallest):
