@@ -620,8 +620,8 @@ def main():
         "[1]")
     add("--sampler", choices=["euler", "gd", "nesterov"], help="default: euler for FM, gd (nesterov with --mu) for EqM")
     add("--eta", type=flags.positive, metavar="X", help="EqM: step size; default: chosen from the number of steps")
-    add("--last_eta", type=flags.positive, metavar="X", help="EqM: size of the last step; default: what "
-        "lands on the estimate")
+    add("--last_eta", type=flags.positive, metavar="X", help="EqM: size of the last step; default, with "
+        "c = linear and several steps: what lands on the estimate")
     add("--mu", type=flags.below_one, metavar="X", help="EqM: Nesterov momentum; default: the sampler's")
     add("--tol", type=flags.not_negative, metavar="X", help="EqM: a sample stops once rms(field) / lam is below; "
         "default: never")

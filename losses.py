@@ -159,7 +159,7 @@ def matching(decoder, eqm, x, e, z, level):
     decoder makes the noise end
     """
     condition = decoder.condition(z, *x.shape[-2:])
-    e = decoder.noise_end(e, condition)
+    e = decoder.noise_end(e, condition)  # from here on the noise end
     if eqm is None:
         t = level
         x_t = fm_mix(x, e, t)
@@ -174,13 +174,13 @@ def matching(decoder, eqm, x, e, z, level):
     return eqm_loss(f, x, e, g, eqm), eqm.predict_x(x_g, f.float(), g), tokens
 
 
-LEVELS = 4  # bins of t or g, by which the log shows the loss
+LEVEL_BINS = 4  # of t or g, by which the log shows the loss
 
 
 def level_sums(losses, level, dtype):
     """losses (B,) at FM's times or EqM's levels (B,) -> their sums by bins of the level, and how many are in each:
-    (2, LEVELS)."""
-    bins = F.one_hot((level * LEVELS).long().clamp(max=LEVELS - 1), LEVELS).to(dtype)       # (B, LEVELS)
+    (2, LEVEL_BINS)."""
+    bins = F.one_hot((level * LEVEL_BINS).long().clamp(max=LEVEL_BINS - 1), LEVEL_BINS).to(dtype)
     return torch.stack([losses.to(dtype) @ bins, bins.sum(0)])
 
 

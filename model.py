@@ -56,7 +56,7 @@ SIZES = {
 GROUP_SIZE = 8            # Norms have groups of 8 channels: with 32 groups, as published, XS would have one channel in
 #                           each, which takes away its mean. norm_out is no norm at all, so that contrast stays.
 OUTPUT_GAIN = 3.0         # The network adds its output times this and times the base's local contrast; what the code
-#                           leaves out is about one contrast (docs/results.md).
+#                           leaves out is about one contrast (docs/results.md). So Adam's steps count three times.
 CONTRAST_CELL = 8         # Contrast is measured on 16 x 16 pixels around the middle of every cell of 8 x 8.
 LEAST_CONTRAST = 1 / 255  # It is at least half a level of 8 bits.
 INPUT_GAIN = 0.1          # Noise from N(0, I) is faint at the input: it tells nothing about the image.
@@ -268,8 +268,8 @@ class UViT(nn.Module):
     window     odd; a token attends to window x window tokens around it
     field_at_noise  the field at the noise end is this number times (noise - image): -1 for FM, lam c(0) for EqM. Given,
                the field is field_at_noise * x + network(x, z, t), and the network need not carry the noise from its
-               input to its output. With `base` it is field_at_noise * (x - D), see `assemble`. None, as published: the
-               field is the network's output
+               input to its output. With `base` it is field_at_noise * (x - D) at all levels, see `assemble`. None, as
+               published: the field is the network's output
     base       (f, count): the estimate of the image starts from a linear one, `count` lapped coefficients
                (encoder.LappedCode) read from the latent by a 1x1 convolution; the network adds to it what these leave
                out (`addition`), is silent at first, and sees it beside the noisy image, the latent itself not at first;
@@ -401,7 +401,7 @@ class UViT(nn.Module):
             contrast = local_contrast(base.detach())                                                    # (B, 1, H, W)
         normalised = self.norm_z(z.to(dtype))
         context = self.context(normalised)                                                              # (B, C, h, w)
-        # Every norm's projection of the context, all at once.
+        # From here on nothing new, but for speed: every norm's projection of the context, all at once.
         projections = self.projections()
         weight = torch.cat([p.weight for p in projections])
         bias = torch.cat([p.bias for p in projections])
@@ -536,9 +536,10 @@ class UViT(nn.Module):
         if self.source == 0:
             added = self.addition(out, condition.contrast)
         else:
-            level = t if self.time_cond else self.noise_level(x, condition)                         # (B,)
-            variance = (1 - level).square() + level.square()
-            share, gain = per_image((1 - level) / variance), per_image(level * variance.rsqrt())
+            noise_level = t if self.time_cond else self.noise_level(x, condition)                   # (B,)
+            variance = (1 - noise_level).square() + noise_level.square()
+            share = per_image((1 - noise_level) / variance)
+            gain = per_image(noise_level * variance.rsqrt())
             added = self.addition(out, condition.contrast, gain, -self.field_at_noise * share * rest.detach())
         field = self.field_at_noise * rest + added
         if self.time_cond:  # FM: v = (D - x_t) / t, D the estimate of the image
@@ -560,8 +561,9 @@ class UViT(nn.Module):
         with torch.autocast(out.device.type, enabled=False):
             scaled = OUTPUT_GAIN * contrast * out                                    # (B, 3, H, W), at least float32
             if self.training:
-                # Contrast is in the error, and would be in the gradient a second time: the network would learn from
-                # the strongest edges alone. So d scaled / d out is set to 1, as for a loss over contrast.
+                # Not the loss's own gradient. Contrast is in the error, and would be in the gradient a second time:
+                # the network would learn from the strongest edges alone. So d scaled / d out, OUTPUT_GAIN * contrast,
+                # is set to 1.
                 scaled = out + (scaled - out).detach()
             scaled = gain * scaled + linear
             coefficients = self.code.encode(scaled)                                                     # (B, ., h, w)
@@ -695,7 +697,7 @@ class DCSSDAE(nn.Module):
         """As decode, and the number of network evaluations of every sample: (x, nfe (B,)).
 
         z        with fewer channels than the model's these are the first ones (train.py --nested); the others are 0
-        noise    standard normal (B, 3, h*f, w*f), of which UViT.noise_end makes the starting point; drawn from
+        noise    standard normal e (B, 3, h*f, w*f), of which UViT.noise_end makes the starting point; drawn from
                  `generator` where None
         options  FM: method "euler", t_shift (sampler.euler). EqM: method "gd" or "nesterov", eta or t_shift
                  (c = linear), last_eta, mu, tol (sampler.gradient_descent, sampler.nesterov)
@@ -860,10 +862,10 @@ class DCSSDAE(nn.Module):
         """
         state, config = read_model(path)
         if config is None:
-            config = published.infer_config(state, LEVELS)
+            config = published.infer_config(state, LAYOUTS)
             if "enc" not in config or config.get("dec", published.UNKNOWN) == published.UNKNOWN:
-                raise ValueError(f"{path} has no DC-SSDAE configuration and holds {published.describe(state, LEVELS)}; "
-                                 "a model needs an encoder and a decoder")
+                raise ValueError(f"{path} has no DC-SSDAE configuration and holds "
+                                 f"{published.describe(state, LAYOUTS)}; a model needs an encoder and a decoder")
         try:
             model = cls(**config)
         except (TypeError, ValueError) as error:
@@ -881,7 +883,7 @@ class DCSSDAE(nn.Module):
         """
         state, saved = read_model(path)
         state = published.unfolded(state, self.config["enc"])
-        found = saved or published.infer_config(state, LEVELS)
+        found = saved or published.infer_config(state, LAYOUTS)
         taken = []
         if part != "decoder":
             taken += ["linear_encoder", "latents"]  # the statistics before were of another encoder's
@@ -912,8 +914,8 @@ class DCSSDAE(nn.Module):
                                           for name in own if name in state and state[name].shape != own[name].shape])]
         words = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in problems if names]
         if words:
-            raise ValueError(f"{path} does not fit this model: it holds {published.describe(state, LEVELS)}, expected "
-                             f"was {published.describe(own, LEVELS)}; {'; '.join(words)}")
+            raise ValueError(f"{path} does not fit this model: it holds {published.describe(state, LAYOUTS)}, expected "
+                             f"was {published.describe(own, LAYOUTS)}; {'; '.join(words)}")
         self.load_state_dict(state, strict=False)
 
 
@@ -938,7 +940,7 @@ def variance(gram, cross, energy):
     return (energy - cross[-1].square() / cells).clamp(min=torch.finfo(energy.dtype).tiny)
 
 
-LEVELS = {size: (level_widths(size), SIZES[size][2]) for size in SIZES}  # What tells a published decoder's size.
+LAYOUTS = {size: (level_widths(size), SIZES[size][2]) for size in SIZES}  # What tells a published decoder's size.
 
 
 def read_model(path):

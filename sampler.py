@@ -11,8 +11,8 @@ the same.
 Common arguments: field(x, z[, t]) -> same shape as x; x (B, 3, H, W) starting noise; z the latent (B, c, h, w), row by
 row with x, or what the decoder made of it (model.Condition), of which .rows chooses some samples. Each returns
 (x, nfe): the images, not clamped, and the number of network evaluations of every sample, an integer tensor (B,).
-Nothing here turns gradients off: a one-step decode can be differentiated (the latent's gradient leaves out the local
-contrast that UViT.addition multiplies with). Wrap the call in torch.no_grad() where that is not wanted.
+Nothing here turns gradients off: a one-step decode can be differentiated (the latent's gradient takes the local
+contrast that UViT.addition multiplies with for a constant). Wrap the call in torch.no_grad() where that is not wanted.
 """
 import hashlib
 import itertools
@@ -103,7 +103,7 @@ def default_steps(eqm, steps, t_shift=T_SHIFT):
 
     With c = linear the steps are Euler's of flow matching on noise_times: one of size eta lam = 1 - t' / t takes what
     is left of the noise from t to t'. The last, 1 / lam, lands on the network's estimate, or else what is left of the
-    noise would stay in the picture.
+    noise would stay in the picture; `last_eta` says so for a sample that tol stops, and beside a user's eta.
     """
     if steps == 1 or eqm.kind != "linear":
         return {"eta": default_eta(eqm, steps)}

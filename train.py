@@ -455,20 +455,21 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.repa, self.vf = model, repa, vf
 
-    def forward(self, x, e, eps, level, noise=None, shown=None):
+    def forward(self, x, e, eps, level, z_noise=None, shown=None):
         """x images (B, 3, H, W), e noise, as large or smaller (--p_scale), eps (B, c, h, w) posterior noise, level
-        (B,); noise, shown: draw_latent's -> ({name: scalar}, each image's FM or EqM loss (B,), latents (B, c, h, w),
+        (B,); z_noise, shown: draw_latent's -> ({name: scalar}, each image's FM or EqM loss (B,), latents (B, c, h, w),
         both without gradient, one-step estimate, as large as e)."""
         posterior = self.model.encode(x)
         z = posterior.sample(eps)
+        # What the decoder sees of z: all of it, unless --p_scale, --z_noise or --nested say otherwise.
         x = resized(x, *e.shape[2:])
         seen = resized(z, *(side // self.model.downscale for side in e.shape[2:]))
         terms, theirs = {}, None
         if self.vf is not None:
             theirs = self.repa.target(x)
             terms["vf"] = self.vf(seen, theirs.mT.unflatten(2, self.repa.grid(x)))
-        if noise is not None:
-            seen = seen + noise * self.model.decoder.norm_z.running_var.sqrt()[:, None, None]
+        if z_noise is not None:
+            seen = seen + z_noise * self.model.decoder.norm_z.running_var.sqrt()[:, None, None]
         if shown is not None:
             seen = first_channels(seen, shown)
         losses, estimate, tokens = matching(self.model.decoder, self.model.eqm, x, e, seen, level)
@@ -590,15 +591,15 @@ def main():
             xb = x[i:i + micro]
             e, eps, level = draw(args.seed, step, rows[i:i + micro], (3, side, side), z_shape, device, args.loss,
                                  args.t_mean, args.g_power)
-            noise, shown = draw_latent(args.seed, step, rows[i:i + micro], model.latent_shape(side, side), device,
-                                       args.z_noise, args.nested)
+            z_noise, shown = draw_latent(args.seed, step, rows[i:i + micro], model.latent_shape(side, side), device,
+                                         args.z_noise, args.nested)
             target = resized(xb, side, side)
             e = e.contiguous(memory_format=torch.channels_last)
             share = len(xb) / local
             is_last = i + micro >= local
             with nullcontext() if is_last or world == 1 else parallel.no_sync():
                 with autocast(device, dtype):
-                    terms, losses, z, estimate = parallel(xb, e, eps, level, noise, shown)
+                    terms, losses, z, estimate = parallel(xb, e, eps, level, z_noise, shown)
                     if lpips is not None:
                         terms["lpips"] = lpips(target, estimate).mean()
                     if with_gan:
@@ -609,7 +610,7 @@ def main():
                 terms["gan_d"] = discriminator_backward(gan, target, estimate.detach(), share, device, dtype)
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0) + term.detach() * share / world
-            by_level = by_level + level_sums(losses, level, exact_type(device))  # (2, LEVELS)
+            by_level = by_level + level_sums(losses, level, exact_type(device))  # (2, LEVEL_BINS)
             moments = moments + latent_sums(z)                                  # (2, c)
         norm = clip_grad_norm_(trained, args.grad_clip or float("inf"))
         if with_gan:
