@@ -726,8 +726,10 @@ class DCSSDAE(nn.Module):
             descend, options = sampler.euler, {"t_shift": t_shift}
         else:
             method = options.pop("method", "nesterov" if "mu" in options else "gd")
-            if method not in ("gd", "nesterov") or (method == "gd" and "mu" in options):
-                raise ValueError(f"unknown sampling method '{method}': expected gd, or nesterov, which alone takes mu")
+            if method not in ("gd", "nesterov"):
+                raise ValueError(f"unknown sampling method '{method}': expected gd or nesterov")
+            if method == "gd" and "mu" in options:
+                raise ValueError("gradient descent has no momentum: the method nesterov takes mu")
             descend = sampler.gradient_descent if method == "gd" else sampler.nesterov
             options = sampler.default_steps(self.eqm, steps, t_shift) | {"lam": self.eqm.lam} | options
 
