@@ -375,7 +375,7 @@ def new_model(args):
 
 
 def first_model(args, checkpoint):
-    """The model that training starts with; of a resumed run one that its checkpoint fits, which needs no other file."""
+    """The model that training starts with; of a resumed run one that its checkpoint fits."""
     if checkpoint:
         return DCSSDAE(**checkpoint["config"])
     model = DCSSDAE.load(args.init_from) if args.init_from else new_model(args)

@@ -49,6 +49,7 @@ def open_run(args, rank, world):
     if checkpoint["step"] > args.steps or evaluated == args.steps:
         raise ValueError(f"the run in {args.out} has done its {checkpoint['step']} steps: give more --steps, or "
                          "another --out")
+    say(f"continuing from {path}, step {checkpoint['step']}")
     return checkpoint, evaluated
 
 
@@ -179,8 +180,9 @@ class Run:
         # Between CPUs: no GPU waits for it.
         lost, stopped = summed(torch.tensor([problem is not None, self.stop.received > 0]).float(), self.world)
         if lost or stopped:
-            self.save_before()
+            self.save_before(most_skipped=1)  # one may be an accident, a ruined model's are all
         if lost:
+            say(f"saved after step {self.saved}")
             raise_together(problem, self.world)
         if stopped:
             self.leave()
@@ -242,7 +244,7 @@ class Run:
             names += part
         raise ValueError(f"{self.skipped_in_a_row} steps in a row were skipped, being not finite, the last is "
                          f"{self.done}, {terms}, images {', '.join(names[:24])}: lower --lr, or use --dtype float32, "
-                         "and continue with --resume")
+                         "and continue with --resume; should it stop again, move latest.pt away, for previous.pt")
 
     def save(self):
         """A checkpoint and the average, by rank 0. ValueError, on all ranks, where weights are not finite."""
@@ -264,10 +266,10 @@ class Run:
         raise_together(problem, self.world)
         self.save_is_due, self.saved = False, self.done
 
-    def save_before(self):
-        """Save what has been done since the last save, unless the last steps were skipped."""
+    def save_before(self, most_skipped=0):
+        """Save what has been done since the last save, unless more of the last steps than that were skipped."""
         self.count_skipped()
-        if self.done > self.saved and self.skipped_in_a_row == 0:
+        if self.done > self.saved and self.skipped_in_a_row <= most_skipped:
             self.save()
 
     @contextlib.contextmanager

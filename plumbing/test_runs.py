@@ -152,6 +152,23 @@ def test_an_infinite_loss_with_finite_gradients_skips_the_step(tmp_path, monkeyp
     assert state["optimizer"]["state"][0]["step"] == 1 and state["skipped"] == 2 and saves == [3]
 
 
+def test_one_skipped_step_costs_no_other(tmp_path, monkeypatch, smallest):
+    """Where a signal ends the run beside it, the steps before are saved."""
+    done = iter(range(2))
+
+    def skipped_and_stopped(posterior):
+        if next(done) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return torch.tensor(math.nan)
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(train, "kl_loss", skipped_and_stopped)
+    with pytest.raises(AssertionError, match="(?s)143, .*stopped after step 2 and saved"):
+        command(train, *SMALL, "--steps", 9, "--save_every", 50, "--out", tmp_path / "r")
+    state = latest(tmp_path / "r")
+    assert state["step"] == 2 and state["skipped"] == 1
+
+
 @slow
 def test_a_run_that_goes_wrong_leaves_its_good_state(tmp_path, monkeypatch, smallest):
     """Skipped steps, weights that are not finite, a full disk; weights that are finite and ruined."""
