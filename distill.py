@@ -48,7 +48,8 @@ def get_args(argv=None):
     add("--ckpt", metavar="FILE", type=str, required=True, help="a model.safetensors of train.py")
     add("--teacher_steps", type=count, default=8, help="steps of the teacher's sampler [%(default)s]")
     add("--t_shift", type=positive, help="exponent of the teacher's times")
-    add("--eta", type=positive, help="EqM: of the teacher's gradient descent; its last step lands on the estimate")
+    add("--eta", type=positive, help="EqM: of the teacher's gradient descent; with c = linear its last step lands on "
+        "the estimate")
     add("--mu", type=below_one, help="EqM: Nesterov momentum of the teacher")
 
     image_arguments(p)

@@ -581,7 +581,7 @@ def make_encoder(name, width=1.0, **options):
     name    (vq|dc|dcae)_f<8|16|32|64|128>c<latent channels>, e.g. vq_f8c4, dc_f32c32, dcae_f64c128; dcae_f32c32_sana;
             timm_NAME
     width   multiplies all widths but timm's; 1.0 is the published size, 0.125 runs on a laptop
-    options vq, dc: linear=True adds the linear code (LappedCode) to the mean, and starts the rest of it at zero
+    options vq, dc, dcae: linear=True adds the linear code (LappedCode) to the mean, and starts the rest of it at zero
             dc: norm=False leaves out the RMS norms, as the published DC-SSDAE encoders do
             vq: quant=False leaves out the last 1x1 convolution (quant_conv), as FLUX's layout does
             vq_f16: kl_f16=True is latent diffusion's network for f16, which VA-VAE and MAR have

@@ -14,7 +14,7 @@ All on images clamped to [-1, 1] and rounded to 8 bit, against the identically p
   LPIPS     Zhang et al. 2018 (arXiv 1801.03924), VGG and AlexNet: two scales that cannot be compared
   DreamSim  Fu et al. 2023 (arXiv 2306.09344), the package's ensemble
   rFID      see fid.py, also for FD-DINOv2 and features of your own, which are not rFID; biased below 10,000 images
-  NFE, ms   network evaluations an image; milliseconds an image of decoding, the first batch (warm-up) left out
+  NFE, ms   network evaluations an image; milliseconds an image of decoding, without warm-up: the first two batches
   numbers   of an image's latent, beside --peer
   cells     step across the borders of the encoder's cells over that elsewhere, over the originals'; 1: none show
 +- is the standard error of the mean over images. Two rows are no networks at all: shrinking by the model's factor with
@@ -292,12 +292,12 @@ def in_order(parts):
 
 def milliseconds(parts):
     """All processes' {row: [(seconds, images) of a batch]} -> {row: milliseconds an image}, without each process's
-    first batch, unless there is no other."""
+    first two batches, unless there are no others: a GPU warms up, then records its kernels (plumbing/graphs.py)."""
     result = {}
     for row in parts[0]:
         warm = []
         for part in parts:
-            warm += part[row][1:] or part[row]
+            warm += part[row][2:] or part[row][-1:]
         result[row] = 1000 * sum(seconds for seconds, _ in warm) / sum(images for _, images in warm)
     return result
 

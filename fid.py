@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import list_images, prepare_eval
-from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPSLoss
+from losses import IMAGENET_MEAN, IMAGENET_STD, LPIPS_NETS, LPIPSLoss
 from plumbing import flags, log
 from plumbing.files import WeightsUnavailable, downloaded, local_file, read_tensors, sha256, whole
 from plumbing.images import Unreadable, read_image
@@ -398,7 +398,7 @@ def distance_or_none(a, b):
 # All networks of evaluations: those of Frechet distances, LPIPS, DreamSim
 
 DREAMSIM_SIZE = 224                                          # pixels a side, what its `preprocess` resizes to
-SMALLEST = {"lpips_vgg": 16, "lpips_alex": 32}               # pixels a side; below, the network's last map has none
+SMALLEST = {f"lpips_{net}": smallest for net, (*_, smallest) in LPIPS_NETS.items()}  # pixels a side
 
 
 def dreamsim_distance(device):

@@ -270,9 +270,9 @@ class PatchGAN(nn.Module):
                 nn.init.normal_(m.weight, 0.0, GAN_DEVIATION)
 
     def forward(self, x):
-        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 24 or not x.is_floating_point():
-            raise ValueError("the discriminator takes floating-point images (B, 3, H, W) with sides of at least 24, "
-                             f"got {x.dtype} {tuple(x.shape)}")
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < LEAST_SIDE or not x.is_floating_point():
+            raise ValueError(f"the discriminator takes floating-point images (B, 3, H, W) with sides of at least "
+                             f"{LEAST_SIDE}, got {x.dtype} {tuple(x.shape)}")
         return self.layers(x.clamp(-1, 1).to(self.layers[0].weight.dtype)).float()
 
 
@@ -374,7 +374,7 @@ class REPALoss(nn.Module):
     largest  sides in pixels up to which there is a DINOv2 token for each of the decoder's; DINOv2 sees larger images as
              if they had this size, and the decoder's tokens are averaged to its grid. Its attention costs the fourth
              power of the side
-    raises   WeightsUnavailable where they cannot be had
+    raises   WeightsUnavailable where they cannot be had; ValueError for a file of another network
     """
 
     def __init__(self, width, weights=None, largest=256):

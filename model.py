@@ -277,7 +277,8 @@ class UViT(nn.Module):
     source     with `base`: the noise end is base + source * local contrast * N(0, I), see `noise_end`; best about what
                the base leaves out: 0.5 at f8c16, 1.2 at f32c32; 0: N(0, I)
     joint_input  one input convolution on image and latent together, the latent not normalised: SSDD as published
-    raises     ValueError for an unknown size, and for a base without field_at_noise or with joint_input
+    raises     ValueError for an unknown size, an even window, a base without field_at_noise or with joint_input, and a
+               source without a base
     """
 
     def __init__(self, size="S", z_dim=32, time_cond=True, depth=None, window=17, field_at_noise=None,
@@ -369,8 +370,8 @@ class UViT(nn.Module):
 
     def forward(self, x, z=None, t=None, condition=None):
         """x (B, 3, H, W), z (B, z_dim, H/f, W/f), t (B,) in [0, 1] with time_cond -> (B, 3, H, W). In the place of z
-        what the method `condition` made of it, once for many steps. ValueError for sides that do not fit, and for a t
-        where there is no time."""
+        what the method `condition` made of it, once for many steps. ValueError for sides that do not fit, for a t where
+        there is no time, and for none where there is one."""
         field, _ = self.forward_with_tokens(x, z, t, condition)
         return field
 
@@ -643,7 +644,8 @@ class DCSSDAE(nn.Module):
     @torch.no_grad()
     def retargeted(self, loss, source):
         """A copy to be trained on for another loss, which it fits at once but for a new time's use, or from another
-        source, which it fits roughly. ValueError without a linear decoder."""
+        source: from N(0, I) to a source it fits roughly, from there on its input weights stay as they are. ValueError
+        without a linear decoder."""
         if not self.config["linear_decoder"]:
             raise ValueError("only a model with a linear decoder can go on with another loss or source")
         model = DCSSDAE(**self.config | {"loss": loss, "source": source})
@@ -885,14 +887,15 @@ class DCSSDAE(nn.Module):
         """
         state, saved = read_model(path)
         state = published.unfolded(state, self.config["enc"])
-        found = saved or published.infer_config(state, LAYOUTS)
+        found = {"source": 0.0} | (saved or published.infer_config(state, LAYOUTS))  # which not all files name
         taken = []
         if part != "decoder":
             taken += ["linear_encoder", "latents"]  # the statistics before were of another encoder's
             if found.get("enc") == self.config["enc"]:
                 taken.append("enc_options")
         if part != "encoder":
-            taken += ["joint_input", "input_skip", "linear_decoder", "c", "a", "b", "lam"]  # what its field is
+            # What its field is.
+            taken += ["joint_input", "input_skip", "linear_decoder", "source", "c", "a", "b", "lam"]
         config = self.config | {name: found[name] for name in taken if name in found}
         model = self
         if config != self.config:

@@ -53,7 +53,8 @@ def gradient_descent(field, x, z, steps=1, eta=1.0, lam=1.0, tol=0.0, last_eta=N
     lam       the field's scale in training; only the stopping rule uses it
     tol       adaptive stop: a sample whose rms(f) / lam falls below tol takes its last step and leaves the batch
               (0: never)
-    last_eta  size of a sample's last step, which is number `steps` or the one at which tol stops it; None: eta
+    last_eta  size of a sample's last step, which is number `steps` or the one at which tol stops it; None: eta,
+              of a list its last
     """
     return nesterov(field, x, z, steps, eta, 0.0, lam, tol, last_eta)
 

@@ -221,7 +221,8 @@ def latest(folder):
 def same_weights(a, b):
     """The newest checkpoints of two runs are equal, bit by bit: weights, average, the optimisers' memory."""
     a, b = latest(a), latest(b)
-    same = [torch.equal(a[part][k], b[part][k]) for part in ("model", "ema", "gan", "repa") for k in a.get(part) or ()]
+    parts = ("model", "ema", "gan", "repa", "vf")
+    same = [torch.equal(a[part][k], b[part][k]) for part in parts for k in a.get(part) or ()]
     for part in ("optimizer", "muon", "gan_optimizer"):
         for k, state in (a.get(part) or {"state": {}})["state"].items():
             same += [torch.equal(value, b[part]["state"][k][name]) for name, value in state.items()]
@@ -1235,6 +1236,24 @@ def test_only_a_linear_c_has_the_linear_decoders_field(c):
     assert (error.abs().max() < 1e-5) == (c == "linear")
 
 
+@pytest.mark.parametrize("loss", ["fm", "eqm"])
+@torch.no_grad()
+def test_noise_around_the_linear_image(loss):
+    """base + source x contrast x e; EqM's level is seen in the image; an untrained model goes to the linear image."""
+    torch.manual_seed(0)
+    model = DCSSDAE("dc_f8c4", "XS", loss, 0.0625, depth=1, input_skip=True, linear_encoder=True, linear_decoder=4,
+                    source=0.5).eval()
+    x, e = demo_batch(2, 64), torch.randn(2, 3, 64, 64)
+    z = model.encode(x).mode()
+    condition = model.decoder.condition(z, 64, 64)
+    start = model.decoder.noise_end(e, condition)
+    assert torch.allclose(start, condition.base + 0.5 * local_contrast(condition.base) * e)
+    for level in (0.3, 0.7, 1.0):
+        noisy = (1 - level) * x + level * start
+        assert (model.decoder.noise_level(noisy, condition) - level).abs().max() < 0.1
+    assert (model.decode(z, 1, e) - condition.base).norm() < 0.1 * (start - condition.base).norm()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py: the autoencoder
 # Every configuration builds, trains and decodes; every parameter matters; any size; clear refusals.
@@ -1487,6 +1506,16 @@ def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path,
     assert other.config["latents"] == (stored if part == "all" else {"mean": [1.0] * 4, "std": [2.0] * 4})
     other.load_published(tmp_path / "m.safetensors", part="encoder")
     assert other.config["latents"] == stored
+
+
+@torch.no_grad()
+def test_a_decoder_is_taken_over_with_its_noise_end(tmp_path, smallest):
+    kind = dict(enc="dc_f8c4", dec="XS", enc_width=0.0625, depth=1, input_skip=True, linear_decoder=4)
+    model, other = (DCSSDAE(**kind, source=source).eval() for source in (0.5, 0.0))
+    randomise(model).save(tmp_path / "m.safetensors")
+    other.load_published(tmp_path / "m.safetensors", part="decoder")
+    z, noise = torch.randn(1, 4, 4, 4), torch.randn(1, 3, 32, 32)
+    assert torch.equal(other.decode(z, 3, noise), model.decode(z, 3, noise))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1806,7 +1835,7 @@ def test_train_leaves_model_log_picture_and_metrics(trained):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["images"] == 2 and [row["steps"] for row in metrics["rows"]] == [0, 0, 1, 4]
     assert [line["step"] for line in lines_of(trained / "log.jsonl") if "eval" in line] == [1, 2]
-    assert Image.open(trained / "reconstructions.png").size[1] > 4 * 32  # original, baseline, 1 step, 4 steps
+    assert Image.open(trained / "reconstructions.png").height == 5 * 34 + 2  # originals, two references, 1 and 4 steps
     model = DCSSDAE.load(trained / "model.safetensors")
     assert model.config["notes"]["size"] == 32
     averaged, raw = model.state_dict(), latest(trained)["model"]
@@ -2547,7 +2576,7 @@ def test_evaluate_command_reports_what_is_unavailable(tmp_path, checkpoint, offl
         assert row["rfid"] is None and row["lpips_vgg"] is None and row["psnr"] > 0
     assert "rFID: unavailable: pt_inception" in text and "LPIPS alex: unavailable: " in text and "protocol: 3 " in text
     assert "shrink/enlarge x 8" in text and "2 steps" in text
-    assert Image.open(out / "reconstructions.png").height > 4 * 32  # originals, baseline, 1 and 2 steps
+    assert Image.open(out / "reconstructions.png").height == 5 * 34 + 2  # originals, two references, 1 and 2 steps
 
     monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
     written = []
@@ -2665,7 +2694,7 @@ def test_own_pictures(tmp_path, checkpoint):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tools/check.py, tools/bench.py
-# A healthy machine is healthy; every task runs and prints its line; nothing waits for the host.
+# A healthy machine is healthy; every task runs and prints its line.
 
 
 def test_check_command(monkeypatch, smallest):
@@ -3209,7 +3238,11 @@ def helps():
 
 
 def test_every_program_explains_itself(helps):
-    assert all("--" in text for text in helps.values())
+    for name, text in helps.items():
+        lines = text.splitlines()
+        for line, following in zip(lines, lines[1:] + [""]):
+            if line.startswith("  -"):  # a flag: what it does follows, on the same line or on the next one
+                assert re.search(r"\S {2,}\S", line) or following.startswith(" " * 20), (name, line)
     assert TOOLS == [f"tools.{name}" for name in ("bench", "check", "compare", "field", "latents", "proxies",
                                                  "study", "sweep")]
     for tool in TOOLS:
@@ -3228,8 +3261,8 @@ def test_the_documents_commands_are_of_programs_and_flags_that_exist(helps):
         for program, flags in command.findall(text.replace("\n", " ; ")):
             if program in helps:
                 found[program] += 1
-                for flag in re.findall(r"(?<= )--\w+", flags):
-                    assert re.search(rf"{flag}\b", helps[program]), (document, program, flag)
+                for flag in re.findall(r"(?<= )--[\w-]+", flags):
+                    assert re.search(rf"{flag}(?![\w-])", helps[program]), (document, program, flag)
     assert {"train.py", "distill.py", "evaluate.py", *TOOLS, "examples.generate"} <= found.keys(), found
 
 

@@ -133,7 +133,7 @@ def get_args(argv=None):
         "noise end [%(default)s]")
     add("--w_kl", type=not_negative, default=1e-6, help="weight of the KL term (sum over the latent) [%(default)s]")
     add("--w_gan", type=not_negative, default=0.0, help="weight of a PatchGAN on the one-step estimate [%(default)s]")
-    add("--gan_start", type=natural, default=0, help="first step with the GAN [%(default)s]")
+    add("--gan_start", type=natural, default=0, help="steps without the GAN at first [%(default)s]")
 
     add = p.add_argument_group("latents for generators").add_argument
     add("--z_noise", type=not_negative, default=0.0, help="the decoder sees latents with noise of deviation |N(0, 1)| "
@@ -211,7 +211,7 @@ def image_arguments(p):
     add("--micro_batch", type=count, help="images per forward pass and process; gradients add up to the batch's")
     add("--checkpointing", action="store_true", help="less memory: compute residual blocks twice")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for the networks' blocks; default: on "
-        "NVIDIA's GPUs, where Triton is installed, but with --preset")
+        "GPUs that Triton serves, where a C compiler is installed, but not with --preset")
 
 
 def run_arguments(p):
@@ -230,14 +230,15 @@ def run_arguments(p):
     add("--ema_start", type=natural, default=0, help="until then the average is the weights themselves [%(default)s]")
 
     add = p.add_argument_group("run").add_argument
-    add("--out", metavar="DIR", type=str, help="folder of the run; else named after what is trained")
+    add("--out", metavar="DIR", type=str, help="folder of the run; else in runs/, named after what is trained")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint, if there is one")
     add("--device", metavar="NAME", type=str, help="cuda, mps or cpu; else the best there is")
     add("--dtype", type=str, choices=["auto", "float32", "bf16"], default="auto",
         help="bf16: autocast; auto: bf16 where the hardware has it [%(default)s]")
     add("--seed", type=natural, default=0, help="decides everything random [%(default)s]")
     add("--eval_every", type=natural, default=5000, help="steps between evaluations; 0: only at the end [%(default)s]")
-    add("--eval_images", type=count, default=64, help="validation images of evaluations [%(default)s]")
+    add("--eval_images", type=count, default=64, help="images of evaluations: for validation, or those that a "
+        "generator draws [%(default)s]")
     add("--save_every", type=count, default=5000, help="steps between checkpoints [%(default)s]")
     add("--log_every", type=count, default=50, help="steps between lines of log.jsonl [%(default)s]")
     add("--tensorboard", action="store_true", help="the log and the pictures for TensorBoard too, in --out")
@@ -282,7 +283,8 @@ def perceptual_losses(args, width, device, world, w_vf=0.0):
     """LPIPS and REPA, on the device, each None where its weight is 0; REPA's DINOv2 also serves VF.
 
     A network that cannot be had ends the program, so that an objective never changes silently; only on the built-in
-    images, which anybody should be able to try offline, is the term left out, in one visible line.
+    images, which anybody should be able to try offline, and where neither a file nor VF is asked for, is the term left
+    out, in one visible line.
     """
     losses = {"lpips": None, "repa": None}
     for name, weight in (("lpips", args.w_lpips), ("repa", args.w_repa or w_vf)):

@@ -191,8 +191,8 @@ class Run:
     def finish_step(self, totals, norm, good, index, by_level=None):
         """Count a step; log and save where it is due.
 
-        totals {name: loss term}, gradient norm, good (whether all was finite): of the device, and read from it every
-        tenth step at most, as reading leaves it without work.
+        totals {name: loss term}, gradient norm, good (whether all was finite): of the device, and read from it at every
+        tenth step and where a line or a save is due, no more often, as reading leaves it without work.
         by_level: losses.level_sums of the step.
         """
         args = self.args
@@ -340,7 +340,8 @@ def save_checkpoint(out, state, ema):
 
 def keep_best(run, model, rows, images):
     """Write best.safetensors where the fewest steps, usually one, are better than ever: by rFID, else LPIPS, else PSNR,
-    whichever is the first that is measured. Its note "best" says when. Only results of the same images are compared.
+    whichever is the first that is measured. Its note "best" says when. Only results of as many images of the same size,
+    by the same metric and in as many steps, are compared: after a change of these the next one is the best.
 
     rows    evaluate's for each number of steps;  images  how many were evaluated
     """

@@ -127,7 +127,7 @@ def test_a_bad_step_of_one_rank_is_skipped_on_all(tmp_path, smallest):
 
 
 @slow
-def test_ten_bad_steps_in_a_row_end_the_run(tmp_path, smallest):
+def test_ten_to_nineteen_bad_steps_in_a_row_end_the_run(tmp_path, smallest):
     """Read every tenth step; the images of the last one are named."""
     flags = [*SMALL, "--size", 16, "--batch_size", 2, "--log_every", 100, "--save_every", 100, "--eval_every", 0]
     _, output = run(tmp_path / "o", *flags, "--steps", 40, "--out", tmp_path / "r", world=2, ok=(1,),

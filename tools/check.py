@@ -41,9 +41,11 @@ def small_model(enc, loss):
     torch.manual_seed(0)
     with torch.device("cpu"):
         network = our_model(enc, "XS", loss, 0.125)
-    for p in network.parameters():
+    for name, p in network.named_parameters():
         if p.ndim > 1:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
+        elif name.endswith("weight"):  # of a norm, some of which start at zero
+            nn.init.normal_(p, 0.3, 0.1)
     return network
 
 

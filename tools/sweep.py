@@ -194,8 +194,8 @@ def main():
     loader_arguments(parser)
     add = parser.add_argument
     add("--steps", type=flags.count, nargs="+", default=COUNTS, metavar="N", help="numbers of steps %(default)s")
-    add("--calibrate", type=flags.count, default=64, metavar="N", help="choose step sizes on N images, at most half of "
-        "all [%(default)s]")
+    add("--calibrate", type=flags.count, default=64, metavar="N", help="choose the steps' times or sizes on N "
+        "images, at most half of all [%(default)s]")
     add("--by", default="psnr", metavar="NAME", help="choose by psnr, hf (nearest to 1), or the least distance of "
         "--features and --lpips_net: rfid, fd_dinov2, fd_FILE, lpips_vgg, ... [%(default)s]")
     add("--plot", action="store_true", help="also sweep.png (needs matplotlib)")
