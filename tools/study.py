@@ -55,7 +55,6 @@ RUNS = {
     "tiny_fm": f"{TINY} --loss fm",
     "distilled_eqm": f"{DISTILL} --ckpt {{runs}}/tiny_eqm_s{{seed}}/model.safetensors --batch_size 8",
     "distilled_fm": f"{DISTILL} --ckpt {{runs}}/tiny_fm_s{{seed}}/model.safetensors --batch_size 8",
-    "distilled_deep": f"{DISTILL} --ckpt {{runs}}/deep_f32c64_s{{seed}}/model.safetensors --batch_size 4",
     "more_plain": f"{SHORT} --init_from {{runs}}/tiny_eqm_s{{seed}}/model.safetensors",
     "more_lpips": f"{SHORT} --init_from {{runs}}/tiny_eqm_s{{seed}}/model.safetensors --w_lpips 0.5 "
                   "--lpips_weights {vgg}",
@@ -113,17 +112,11 @@ TABLES = {
         ("EqM, gradient descent", "tiny_eqm", MANY),
         ("EqM, Nesterov", "tiny_eqm", f"{NESTEROV} --steps 4 8 16"),
         ("EqM, Nesterov, stop at tol 0.2", "tiny_eqm", STOP)]),
-    "deep_samplers": (BUILT_IN, [
-        ("FM, Euler", "deep_f32c64_fm", MANY),
-        ("EqM, gradient descent", "deep_f32c64", MANY),
-        ("EqM, Nesterov, stop at tol 0.2", "deep_f32c64", STOP)]),
     "one_step": (BUILT_IN, [
         ("EqM", "tiny_eqm", "--steps 1 8"),
         ("EqM, distilled", "distilled_eqm", ""),
         ("FM", "tiny_fm", "--steps 1 8"),
-        ("FM, distilled", "distilled_fm", ""),
-        ("f32c64, EqM", "deep_f32c64", "--steps 1 8"),
-        ("f32c64, EqM, distilled", "distilled_deep", "")]),
+        ("FM, distilled", "distilled_fm", "")]),
     "perceptual": (BUILT_IN, [
         ("without", "more_plain", "--steps 1 4"),
         ("with", "more_lpips", "--steps 1 4"),
