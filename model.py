@@ -274,8 +274,8 @@ class UViT(nn.Module):
                (encoder.LappedCode) read from the latent by a 1x1 convolution; the network adds to it what these leave
                out (`addition`), is silent at first, and sees it beside the noisy image, the latent itself not at first;
                see GROUP_SIZE, INPUT_GAIN
-    source     with `base`: the noise end is base + source * local contrast * N(0, I), see `noise_end`; best about what
-               the base leaves out: 0.5 at f8c16, 1.2 at f32c32; 0: N(0, I)
+    source     with `base`: the noise end is base + source * local contrast * N(0, I), see `noise_end`; about what the
+               base leaves out is 0.5 at f8c16, 1.2 at f32c32; 0: N(0, I)
     joint_input  one input convolution on image and latent together, the latent not normalised: SSDD as published
     raises     ValueError for an unknown size, an even window, a base without field_at_noise or with joint_input, and a
                source without a base
