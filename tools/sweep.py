@@ -63,12 +63,13 @@ def scaled(options, power):
 
 def score(row, by):
     """How good a row of `evaluate` is, the more the better: -inf where a run diverged."""
-    if by == "psnr":
-        value = row["psnr_pooled"]
-    elif by == "hf":
-        value = -abs(math.log(row["hf"]))                    # 1: as much fine detail as the originals
-    else:
-        value = -row[by]
+    value = row["psnr_pooled" if by == "psnr" else by]
+    if value is None:                                        # a Frechet distance of what is not finite
+        return -math.inf
+    if by == "hf":
+        value = -abs(math.log(value))                        # 1: as much fine detail as the originals
+    elif by != "psnr":
+        value = -value
     return max(-math.inf, value)                             # NaN, too
 
 
