@@ -85,7 +85,9 @@ def start_coarse(down, last):
     then fills the latent from the first step on. The response to a constant keeps its variance."""
     for conv in down:
         conv.weight.copy_(conv.weight.mean((2, 3), keepdim=True).expand_as(conv.weight))
-    last.weight.mul_(F.pad(torch.full((1, 1), 3.0), (1, 1, 1, 1)))
+    centre = torch.zeros(3, 3)
+    centre[1, 1] = 3.0  # one weight then responds to a constant as nine did
+    last.weight.mul_(centre)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,20 +221,21 @@ def _overlap(x, f):
 # ---------------------------------------------------------------------------------------------------------------------
 # vq_*: the KL-VAE encoder. Group norm, swish, strided convolutions, one attention at the lowest resolution.
 
-def group_norm(channels):
+def vq_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)  # 32 groups unless the width was scaled below 32
 
 
 class VQResBlock(nn.Module):
     def __init__(self, cin, cout):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1, self.conv1 = vq_norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = vq_norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
         start_at_zero(self.conv2)
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
-        if fast.eager_cpu(x) and not x.requires_grad:  # its group norm crashes in backward for channels_last constants
+        # PyTorch's group norm crashes in backward for channels_last inputs that need no gradient.
+        if fast.eager_cpu(x) and not x.requires_grad:
             x = x.contiguous()
         h = self.conv1(fast.group_norm(x, self.norm1, silu=True))
         h = self.conv2(fast.group_norm(h, self.norm2, silu=True))
@@ -244,7 +247,7 @@ class VQAttention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = vq_norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -269,15 +272,13 @@ class VQEncoder(nn.Module):
     kl_f16  latent diffusion's network for f = 16, which VA-VAE and MAR have: narrower, with attention in the last level
     fold    FLUX.2's latents: the network ends at f / 2 with c / 4 channels, of which 2 x 2 cells are folded into one,
             and these are normalised by statistics that come with the weights
-    raises  ValueError for kl_f16 with another f, or fold with channels that are no multiple of 4
+    raises  ValueError for kl_f16 with another f
     """
 
     def __init__(self, downscale, z_dim, width=1.0, linear=False, quant=True, kl_f16=False, fold=False):
         super().__init__()
         if kl_f16 and downscale != 16:
             raise ValueError(f"kl_f16 is a network for f = 16, not {downscale}")
-        if fold and z_dim % 4:
-            raise ValueError(f"folded latents have a multiple of 4 channels, not {z_dim}")
         self.downscale, self.z_dim, self.fold = downscale, z_dim, fold
         self.code = LappedCode(downscale, z_dim) if linear else None
         levels = int(math.log2(downscale)) + 1
@@ -300,7 +301,7 @@ class VQEncoder(nn.Module):
             self.attend.append(nn.ModuleList([VQAttention(cout), VQAttention(cout)] if attends else []))
         top = widths[-1]
         self.mid = nn.Sequential(VQResBlock(top, top), VQAttention(top), VQResBlock(top, top))
-        self.norm_out = group_norm(top)
+        self.norm_out = vq_norm(top)
         self.conv_out = nn.Conv2d(top, 2 * z_dim, 3, padding=1)
         self.quant = nn.Conv2d(2 * z_dim, 2 * z_dim, 1) if quant else nn.Identity()
         start_coarse([level[2] for level in self.down if len(level) == 3], self.conv_out)
@@ -333,13 +334,12 @@ class VQEncoder(nn.Module):
 class RMSNorm(nn.Module):
     """Divide by the root mean square over channels, per pixel; then weight and bias."""
 
-    def __init__(self, channels, eps=1e-5):
+    def __init__(self, channels):
         super().__init__()
-        self.eps = eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        h = F.rms_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=self.eps)                   # (B, H, W, C)
+        h = F.rms_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=1e-5)                       # (B, H, W, C)
         # Back to x's type at the very end: weights are float32 under autocast, and all blocks after this one would be.
         return (h * self.weight + self.bias).to(x.dtype).permute(0, 3, 1, 2)
 
@@ -366,7 +366,7 @@ class LinearAttention(nn.Module):
     scales  kernel sizes of further sets of tokens: q, k, v gathered by depthwise and grouped convolutions
     """
 
-    def __init__(self, channels, scales=()):
+    def __init__(self, channels, scales):
         super().__init__()
         wide = 3 * channels
         self.qkv = nn.Conv2d(channels, wide, 1, bias=False)
@@ -461,10 +461,10 @@ class DCEncoder(nn.Module):
         if not self.deterministic:
             start_coarse([m.conv for m in self.modules() if isinstance(m, DCDown)], self.conv_out)
             start_posterior(self.conv_out, linear)
-        if self.deterministic and widths[-1] % z_dim:
-            raise ValueError(f"a dcae encoder averages {widths[-1]} channels to c, which must divide them, not {z_dim}")
-        if self.deterministic and linear:
+        elif linear:
             start_at_zero(self.conv_out)
+        elif widths[-1] % z_dim:
+            raise ValueError(f"a dcae encoder averages {widths[-1]} channels to c, which must divide them, not {z_dim}")
 
     def forward(self, x):
         """x (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over (B, z_dim, H/f, W/f), of (almost) no width for dcae."""

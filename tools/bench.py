@@ -68,7 +68,7 @@ def interleaved(runs, device, rounds):
     return {name: np.array(value) for name, value in seconds.items()}
 
 
-def peak_memory(run, device):
+def bytes_allocated(run, device):
     """Bytes that one call allocates at the same time at most, beside what is there already (weights)."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -113,8 +113,12 @@ def print_bench(title, tasks, networks, part, dtype, device, args, reference=Non
     if args.compile:  # last: a copy would not be compiled
         forms |= {f" compiled{form}": lambda network, make=make: compiled(make(network))
                   for form, make in forms.items()}
-    candidates = {name + form: (name, task(make(networks[name]))) for name, task in tasks.items()
-                  for form, make in forms.items() if "graph" not in form or isinstance(networks[name], DCSSDAE)}
+    candidates = {}
+    for name, task in tasks.items():
+        for form, make in forms.items():
+            if "graph" in form and not isinstance(networks[name], DCSSDAE):
+                continue  # another library's
+            candidates[name + form] = name, task(make(networks[name]))
     measured = interleaved({label: run for label, (_, run) in candidates.items()}, device, args.rounds)
     title = f"{title}, {str(dtype).removeprefix('torch.')}, batch {args.batch_size}"
     print(f"{title:36s} {'params':>8s} {'GFLOP':>8s} {'ms':>9s} {'images/s':>9s} {'MiB':>8s}")
@@ -126,7 +130,7 @@ def print_bench(title, tasks, networks, part, dtype, device, args, reference=Non
         network = getattr(networks[name], part) if part else networks[name]
         millions = sum(p.numel() for p in network.parameters()) / 1e6
         line = (f"{label:36s} {millions:6.1f} M {counter.get_total_flops() / 1e9:8.1f} {1000 * median:9.1f} "
-                f"{args.batch_size / median:9.2f} {peak_memory(run, device) / 2**20:8.0f}")
+                f"{args.batch_size / median:9.2f} {bytes_allocated(run, device) / 2**20:8.0f}")
         if reference:
             line += f"  {float(np.median(measured[reference] / seconds)):.2f} x {reference}"
         print(line, flush=True)
@@ -166,8 +170,7 @@ def place(t, dtype, device):
 def our_model(enc, dec, loss, width):
     """As train.py makes it: the network adds to a linear image. Without graphs."""
     _, _, z_dim = parse_name(enc)
-    model = DCSSDAE(enc, dec, loss, width, input_skip=True, linear_encoder=not enc.startswith("dcae_"),
-                    linear_decoder=z_dim)
+    model = DCSSDAE(enc, dec, loss, width, input_skip=True, linear_encoder=True, linear_decoder=z_dim)
     model.use_graphs = False
     return model
 
@@ -230,7 +233,8 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         name = function.overloadpacket.__name__
         self.all[name] += 1
-        self.kernels[name] += not (function.is_view or name in NO_KERNELS)
+        if not (function.is_view or name in NO_KERNELS):
+            self.kernels[name] += 1
         return function(*arguments, **(options or {}))
 
 
@@ -259,7 +263,7 @@ def bench_count(args, size):
         operations = counted_decode(args.enc, dec, args.loss, size, on_gpu)
         print(f"decode {dec}, {size} px, {'GPU' if on_gpu else 'CPU'}: {operations.all.total()} operations, of which "
               f"kernels {operations.kernels.total()}:", flush=True)
-        print("  " + ", ".join(f"{name} {count}" for name, count in operations.kernels.most_common() if count))
+        print("  " + ", ".join(f"{name} {count}" for name, count in operations.kernels.most_common()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,7 +371,8 @@ def bench_gpu(args, device):
     jobs += [(bench_encode, others, sizes[0], batch, False) for batch in GPU_BATCHES]
     jobs += [(bench_train, lpips, min(GPU_TRAIN[0], sizes[0]), GPU_TRAIN[1], True)]
     jobs += [(bench_decode, others, sizes[0], batch, True) for batch in GPU_BATCHES]
-    for bench, others_or_lpips, size, args.batch_size, args.compile in jobs:
+    for bench, others_or_lpips, size, batch, compiles in jobs:
+        args.batch_size, args.compile = batch, compiles
         if time.monotonic() - begin > 60 * args.minutes:
             print(f"{bench.__name__}, {size} px, batch {args.batch_size}: left out, the time is up")
             continue
