@@ -59,11 +59,12 @@ def strict(value):
     return value
 
 
-def save_grid(path, images, pad=2):
+def save_grid(path, images):
     """Write a PNG of rows of images, white between them. images: (R, C, 3, H, W), or a list of R tensors (C, 3, H, W)
     of one H, W; values in [-1, 1], others are clipped."""
     h, w = images[0].shape[-2:]
     columns = max(map(len, images))
+    pad = 2  # pixels of white between the images and around them
     grid = np.full((len(images) * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, np.uint8)
     for r, row in enumerate(images):
         row = (row.detach().float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
@@ -85,7 +86,10 @@ def local_file(path):
     """hf://owner/repo/file -> that file in the Hugging Face cache, downloaded if need be; other paths as they are."""
     if not str(path).startswith("hf://"):
         return path
-    owner, repo, name = str(path).removeprefix("hf://").split("/", 2)
+    parts = str(path).removeprefix("hf://").split("/", 2)
+    if len(parts) < 3:
+        raise ValueError(f"{path} names no file: give hf://owner/repo/file")
+    owner, repo, name = parts
     try:
         from huggingface_hub import hf_hub_download
         return hf_hub_download(f"{owner}/{repo}", name)
@@ -94,7 +98,7 @@ def local_file(path):
                                  f"https://huggingface.co/{owner}/{repo} and give its path instead") from None
 
 
-def downloaded(url, given=None, flag="a flag"):
+def downloaded(url, given, flag):
     """-> path of a network's weights: the `given` file, else torch.hub's copy of `url`, else a download to there.
     WeightsUnavailable where that cannot be had; `flag` is the way to give the file."""
     if given:

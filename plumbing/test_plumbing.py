@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -132,7 +131,8 @@ def test_a_networks_file_is_given_or_cached_or_downloaded(tmp_path, monkeypatch)
         files.downloaded(url, "missing.pth", "--net")
     cached = tmp_path / "hub" / "checkpoints" / "net-12345678.pth"
     cached.write_bytes(b"weights")
-    assert files.downloaded(url) == str(cached) and files.downloaded(url, cached) == cached
+    assert files.downloaded(url, None, "--net") == str(cached)
+    assert files.downloaded(url, cached, "--net") == cached
     assert fetched == ["12345678"]
 
 
@@ -141,6 +141,8 @@ def test_files_of_the_hugging_face_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert files.local_file("hf://owner/repo/a/b.pth") == "/cache/owner/repo/a/b.pth"
     assert files.local_file("a/b.pth") == "a/b.pth"
+    with pytest.raises(ValueError, match="hf://owner/repo names no file: give hf://owner/repo/file"):
+        files.local_file("hf://owner/repo")
     hub.hf_hub_download = lambda repo, name: 1 / 0
     with pytest.raises(files.WeightsUnavailable, match="download a/b.pth from https://huggingface.co/owner/repo and"):
         files.local_file("hf://owner/repo/a/b.pth")
@@ -156,7 +158,6 @@ def test_files_of_the_hugging_face_hub(monkeypatch):
     (flags.below_one, ["0", "0.999"], ["1", "-0.1", "nan"]),
     (flags.count, ["1", "20"], ["0", "-1", "1.5", "x", ""]),
     (flags.natural, ["0", "20"], ["-1", "1.5", "x"]),
-    (flags.odd, ["1", "17"], ["0", "8", "-1", "x"]),
 ])
 def test_types_of_flags(kind, right, wrong, capsys):
     p = flags.make_parser("A program.\n\nMore of it.")
@@ -223,14 +224,10 @@ def test_readers_get_half_of_the_processors(monkeypatch):
         assert process.default_workers() == workers
 
 
-@pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
-def test_ddp_gets_the_option_that_this_torch_has(monkeypatch, name):
-    if name == "forward_sync_buffers":
-        def ddp(module, gradient_as_bucket_view=False, forward_sync_buffers=True):
-            return gradient_as_bucket_view, forward_sync_buffers
-    else:
-        def ddp(module, gradient_as_bucket_view=False, broadcast_buffers=True):
-            return gradient_as_bucket_view, broadcast_buffers
+@pytest.mark.parametrize("ddp", [
+    lambda module, gradient_as_bucket_view, forward_sync_buffers: (gradient_as_bucket_view, forward_sync_buffers),
+    lambda module, gradient_as_bucket_view, broadcast_buffers: (gradient_as_bucket_view, broadcast_buffers)])
+def test_ddp_gets_the_option_that_this_torch_has(monkeypatch, ddp):
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", ddp)
     assert process.data_parallel(None, 2) == (True, False) and process.data_parallel("module", 1) == "module"
 
@@ -271,28 +268,6 @@ def test_signals_ask_a_run_to_stop(name):
     finally:
         for each, handler in before.items():
             signal.signal(getattr(signal, each), handler)
-
-
-def wait_twice(ready, first):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
-    stop = process.StopSignal()
-    ready.set()
-    while not stop.received:
-        time.sleep(0.01)
-    first.set()
-    time.sleep(60)
-
-
-@posix
-def test_the_second_ctrl_c_ends_the_program_at_once():
-    events = FORKS.Event(), FORKS.Event()
-    child = FORKS.Process(target=wait_twice, args=events)
-    child.start()
-    for event in events:
-        assert event.wait(60)
-        os.kill(child.pid, signal.SIGINT)
-    child.join(10)
-    assert child.exitcode == -signal.SIGINT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,17 +365,6 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(out, capsys, damag
     assert not os.path.exists("executed")
 
 
-def test_a_disk_that_fails_to_read_is_no_damage(out, monkeypatch):
-    save_checkpoint(out, state_of(1), Weights())
-
-    def failing(path):
-        raise OSError(5, "Input/output error", path)
-    monkeypatch.setattr(checkpoint, "load_checkpoint", failing)
-    with pytest.raises(OSError, match="Input/output error"):
-        newest_checkpoint(out, resume=True)
-    assert (out / "latest.pt").exists()
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="of Linux")
 def test_a_checkpoint_is_mapped_not_copied(tmp_path):
     save_checkpoint(tmp_path, state_of(1, weights=torch.ones(100_000)), Weights())
@@ -493,20 +457,11 @@ def test_two_runs_into_one_folder(out):
     assert newest_checkpoint(out, resume=False) is None
 
 
-def test_flags_and_images_of_a_resumed_run(capsys):
-    saved = {"step": 4, "images": 6, "args": {"enc": "a", "lr": 0.1, "out": "x", "resume": False}}
-
-    def compare(images=6, **now):
-        args = argparse.Namespace(**saved["args"] | {"data": "d"} | now)
-        checkpoint.compare_flags(saved, args, ("enc",), images)
-        return capsys.readouterr().err
-
-    assert compare(out="y", resume=True) == ""
-    assert compare(lr=0.2) == "resuming with --lr 0.2 instead of 0.1\n"
-    with pytest.raises(ValueError, match="--resume continues a run with --enc a, not b: use the flags of the first"):
-        compare(enc="b")
-    with pytest.raises(ValueError, match="a run on 6 images, but --data d holds 7"):
-        compare(images=7)
+def test_flags_that_may_differ_in_silence(capsys):
+    """Where a run writes, that it is resumed, and what older checkpoints do not know."""
+    args = argparse.Namespace(lr=0.1, out="y", resume=True, data="d")
+    checkpoint.compare_flags({"images": 6, "args": {"lr": 0.1, "out": "x", "resume": False}}, args, (), 6)
+    assert capsys.readouterr().err == ""
 
 
 def test_parts_that_do_not_fit_a_checkpoint_are_refused():
@@ -514,9 +469,6 @@ def test_parts_that_do_not_fit_a_checkpoint_are_refused():
     parts = {"model": linear, "gan": None, "optimizer": torch.optim.AdamW(linear.parameters(), lr=0.5)}
     good = {name: part and part.state_dict() for name, part in parts.items()}
     checkpoint.restore(parts, good)
-    saved = good["optimizer"] | {"param_groups": [good["optimizer"]["param_groups"][0] | {"lr": 0.1}]}
-    checkpoint.restore(parts, good | {"optimizer": saved})
-    assert parts["optimizer"].param_groups[0]["lr"] == 0.5  # this call's
     for change, words in (({"model": nn.Linear(3, 2).state_dict()}, "part 'model' of the checkpoint does not fit"),
                           ({"gan": {}}, "begun with the part 'gan'"), ({"optimizer": None}, "begun without the part")):
         with pytest.raises(ValueError, match=words):
@@ -547,15 +499,11 @@ def test_lines_of_a_log_that_a_full_disk_has_cut(tmp_path):
 
 def test_a_linked_checkpoint_is_not_lost(tmp_path):
     """The link stays, its target is the new one, and the old one is previous.pt."""
-    class Average(nn.Module):
-        def save(self, path):
-            Path(path).write_text("weights")
-
     target = tmp_path / "elsewhere.pt"
     torch.save({"step": 1}, target)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "latest.pt").symlink_to(target)
-    checkpoint.save_checkpoint(tmp_path / "run", {"step": 2}, Average())
+    checkpoint.save_checkpoint(tmp_path / "run", {"step": 2}, Weights())
     steps = [torch.load(tmp_path / "run" / name)["step"] for name in ("latest.pt", "previous.pt")]
     assert steps == [2, 1] and (tmp_path / "run" / "latest.pt").is_symlink()
 
