@@ -175,11 +175,10 @@ class ImageDataset(torch.utils.data.Dataset):
     the finds of all workers add up in int(dataset.skipped.sum()). In training the next readable image stands in for it,
     in evaluation the item is None. OSError where the disk fails, ValueError where training finds no stand-in."""
 
-    def __init__(self, images, labels, name, size, train, aug_scale=2.0, seed=0, crop="center", split="val",
-                 source=None, classes=(), enlarge=False):
+    def __init__(self, images, labels, name, size, train, aug_scale, seed, crop, split, source, classes, enlarge):
         self.images, self.labels, self.name, self.size, self.train = images, labels, name, size, train
         self.aug_scale, self.seed, self.crop, self.split = aug_scale, seed, crop, split
-        self.source, self.classes = source or name, list(classes)
+        self.source, self.classes = source, classes
         self.enlarge = enlarge                               # crops to more than the file's own pixels, as SSDD does
         self.whole = len(images)                             # of which this may be a subset
         self.skipped = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
@@ -366,14 +365,14 @@ def folder_images(root, split):
     names = list_images(folder)
     if not names:
         raise ValueError(f"no images in {folder}: it needs files ending in {' '.join(EXTENSIONS)}, at any depth")
-    parts = [name[len(folder):].lstrip(os.sep).split(os.sep) for name in names]
+    below = [name[len(folder):].lstrip(os.sep).split(os.sep) for name in names]  # each image's folders and file
     packed = {part: packed_labels(part) for part in folders.values() or [root]}
     if any(labels is not None for labels in packed.values()):
         numbers = [number for labels in packed.values() for number in (labels or {}).values()]
         classes = [str(k) for k in range(max(numbers, default=-1) + 1)]
-        labels = [(packed[folder] or {}).get("/".join(part), -1) for part in parts]
+        labels = [(packed[folder] or {}).get("/".join(path), -1) for path in below]
         return names, labels, classes, folder
-    tops = [class_name(part[0]) if len(part) > 1 else None for part in parts]
+    tops = [class_name(path[0]) if len(path) > 1 else None for path in below]
     classes = split_classes(folders) if folders else sorted({top for top in tops if top is not None})
     number = {name: k for k, name in enumerate(classes)}
     return names, [number.get(top, -1) for top in tops], classes, folder
@@ -412,8 +411,8 @@ def make_dataset(spec, size, train, aug_scale=2.0, seed=0, limit=None, crop="cen
     prepare_eval. Labels: cifar10's, a dataset.json's (EDM, REPA), or the rank of a file's topmost folder among those of
     both parts, or -1.
     ValueError (bad number, no images, a part is missing), FileNotFoundError, OSError (download), one sentence each."""
-    if size < 1 or aug_scale < 1:
-        raise ValueError(f"size is {size} and aug_scale {aug_scale}: a picture below 1 cannot hold the crop")
+    if aug_scale < 1:
+        raise ValueError(f"--aug_scale {aug_scale}: below 1 the resized picture would not hold the crop")
     split = split or ("train" if train else "val")
     if spec == "demo":
         images, aug_scale = np.arange(DEMO_LENGTH[split]), 1.0
@@ -456,7 +455,8 @@ class TrainBatches:
         drawn, step = None, self.start
         while True:
             batch, p = [], step * self.batch_size + self.first
-            for epoch, k in (divmod(q, self.n) for q in range(p, p + self.share)):
+            for q in range(p, p + self.share):
+                epoch, k = divmod(q, self.n)
                 if epoch != drawn:
                     order, drawn = np.random.default_rng([ORDER, self.seed, epoch]).permutation(self.n), epoch
                 batch.append((epoch, int(order[k])))
@@ -495,12 +495,9 @@ class Loader(torch.utils.data.DataLoader):
 
 def make_loader(dataset, batch_size, train, workers=0, seed=0, rank=0, world=1, start=0, device="cpu"):
     """-> Loader over x (b, 3, s, s) in [-1, 1] on `device`, index (b,) int64. batch_size counts all `world` processes
-    together. Training: endless, b = batch_size / world, from step `start` on (resume); an image's stand-in keeps its
-    index.
-    Evaluation: this rank's indices rank, rank + world, ... once and in order; the last batch may be smaller.
-    OSError and ValueError as ImageDataset says; ValueError if in training batch_size is no multiple of world."""
-    if batch_size < 1 or (train and batch_size % world):
-        raise ValueError(f"batch_size is {batch_size}: use a positive multiple of the {world} process(es)")
+    together. Training: endless, b = batch_size / world, from step `start` on (resume); a stand-in comes with the index
+    of the unreadable image that it replaces. Evaluation: this rank's indices rank, rank + world, ... once and in order;
+    the last batch may be smaller. OSError and ValueError as ImageDataset says."""
     if train:
         batches = TrainBatches(len(dataset), batch_size, seed, rank, world, start)
     else:

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 distill.py --ckpt runs/dc_f32c32_eqm/model.safetensors --data DIR
 
 The frozen teacher decodes z from noise e in N steps to x_T. The student starts from the same e and z and takes one step
-from pure noise to x^ (SSDD, arXiv 2510.04961). Loss: its own matching loss with x_T in the place of the
-data, plus LPIPS(x_T, x^) and, with --w_repa, REPA. Works for flow matching (t = 1) and equilibrium matching (g = 0).
+from pure noise to x^ (SSDD, arXiv 2510.04961). Loss: its own matching loss with x_T in the place of the data, plus
+LPIPS(x_T, x^) and, with --w_repa, REPA. Works for flow matching (t = 1) and equilibrium matching (g = 0).
 Writes what train.py writes: model.safetensors, reconstructions.png, metrics.json, log.jsonl and checkpoints.
 """
 import copy
@@ -23,7 +23,7 @@ from model import DCSSDAE, check_size, compile_blocks
 from plumbing.checkpoint import Run, compare_flags, open_run
 from plumbing.flags import below_one, count, make_parser, positive
 from plumbing.optim import Average, make_optimizers, set_learning_rate, step_if
-from plumbing.process import autocast, data_parallel, guarded, summed
+from plumbing.process import autocast, data_parallel, guarded, start, summed
 from sampler import image_noise
 from train import (
     VALIDATION_BATCH,
@@ -36,7 +36,6 @@ from train import (
     open_data,
     perceptual_losses,
     run_arguments,
-    start,
     validate,
     weighted_sum,
 )

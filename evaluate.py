@@ -40,7 +40,7 @@ from plumbing import flags, log
 from plumbing.files import save_grid, strict, write_json
 from plumbing.images import read_image
 from plumbing.peers import Peer
-from plumbing.process import gathered, guarded, keep_freed_memory, now, setup
+from plumbing.process import autocast, gathered, guarded, keep_freed_memory, now, setup
 from sampler import image_noise, seeded_generator
 
 REFERENCES = {"baseline": "shrink/enlarge x {f}", "linear": "linear code"}  # first rows of every table
@@ -138,13 +138,10 @@ def cell_ratio(steps, reference):
 
     steps, reference  cell_steps' pair for a set of images, (N,) each
     """
-    ratios = []
-    for across, elsewhere in (steps, reference):
-        ratios.append(float(across.sum() / elsewhere.sum()))
-    ours, original = ratios
-    if original == 0 or not math.isfinite(ours / original):
-        return None
-    return ours / original
+    across, elsewhere = steps
+    original_across, original_elsewhere = reference
+    ratio = across.sum() / elsewhere.sum() / (original_across.sum() / original_elsewhere.sum())
+    return float(ratio) if ratio.isfinite() else None
 
 
 def mean_and_error(values):
@@ -253,8 +250,8 @@ def row_name(steps):
 def reconstruct(model, image, noise, runs, dtype):
     """A batch for every row of the table: {row: images (b, 3, s, s)}, {row: evaluations (b,)}, {row: seconds}."""
     device, nfe, seconds = image.device, {}, {}
-    outputs = {"baseline": shrink_enlarge(image, model.downscale), "linear": None}
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+    outputs = {"baseline": shrink_enlarge(image, model.downscale)}
+    with autocast(device, dtype):
         z = model.encode(image).mode().float()                                  # (b, c, s / f, s / f)
         outputs["linear"] = linear_code(image, model.downscale, z.shape[1])
         for name, (steps, options) in runs.items():
@@ -310,7 +307,8 @@ def table_row(name, row, values, distances):
     row["psnr_pooled"] = float(psnr(values[name, "mse"].mean()))
     row["ssim"], row["ssim_se"] = mean_and_error(values[name, "ssim"])
     row["hf"], row["hf_se"] = hf_ratio(values[name, "hf"], values["original", "hf"])
-    steps, original_steps = ((values[key, "across"], values[key, "elsewhere"]) for key in (name, "original"))
+    steps = values[name, "across"], values[name, "elsewhere"]
+    original_steps = values["original", "across"], values["original", "elsewhere"]
     row["cells"] = cell_ratio(steps, original_steps)
     for metric in distances:
         row[metric], row[metric + "_se"] = mean_and_error(values[name, metric])
@@ -522,7 +520,7 @@ def load_model(args, device):
     model = DCSSDAE.load(args.ckpt, device=device).to(memory_format=torch.channels_last)
     if args.dtype == "bf16":
         model.to(torch.bfloat16)
-    size = args.size or model.config.get("notes", {}).get("size") or DEFAULT_SIZE
+    size = args.size or model.config["notes"].get("size") or DEFAULT_SIZE
     check_size(size, model)
     keep_freed_memory(size <= LARGEST_KEPT)
     return model, size
@@ -536,7 +534,7 @@ def load_peers(args, size, device):
         peer = Peer(name).to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval()
         if size % peer.downscale:
             raise ValueError(f"--size {size} is not a multiple of {peer.downscale}, which --peer {name} needs")
-        peers[name.rstrip("/").split("/")[-1]] = peer.to(memory_format=torch.channels_last)
+        peers[name] = peer.to(memory_format=torch.channels_last)
     return peers
 
 

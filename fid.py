@@ -143,7 +143,6 @@ def on_8bit(forward):
     return wrapped
 
 
-
 class InceptionFeatures(nn.Module):
     """The 2048 features FID is defined on. weights: pt_inception-2015-12-05-6726825d.pth."""
 
@@ -183,9 +182,10 @@ class InceptionFeatures(nn.Module):
         return x.mean((2, 3))                                          # (B, 2048, 8, 8) -> (B, 2048)
 
 
-def empty_network(timm, name, **options):
+def empty_network(name, **options):
     """A network of timm's without the random weights that a file will replace; with them where timm is too old, or the
     network has tables that no file holds."""
+    import timm
     try:
         with torch.device("meta"):
             network = timm.create_model(name, **options)
@@ -213,12 +213,11 @@ class DINOv2Features(nn.Module):
 
     def __init__(self, weights=None):
         super().__init__()
-        import timm
         path = downloaded(DINO_URL, weights, "--dinov2")
         state, _ = read_tensors(path)
         self.sha256 = sha256(path)
         state.pop("mask_token", None)                                  # timm's file is the same without
-        self.vit = empty_network(timm, "vit_large_patch14_dinov2.lvd142m", num_classes=0, img_size=224)
+        self.vit = empty_network("vit_large_patch14_dinov2.lvd142m", num_classes=0, img_size=224)
         try:
             first, grid = state["pos_embed"].split([1, 37 * 37], dim=1)
             grid = F.interpolate(grid.mT.unflatten(2, (37, 37)), scale_factor=16.1 / 37, mode="bicubic")
@@ -248,7 +247,7 @@ class TimmFeatures(nn.Module):
                              "file's name must be one")
         state, _ = read_tensors(path)
         self.sha256 = sha256(path)
-        self.network = empty_network(timm, name, num_classes=0)
+        self.network = empty_network(name, num_classes=0)
         kept = {key: state[key] for key in self.network.state_dict() if key in state}  # without the classifier
         try:
             self.network.load_state_dict(kept, assign=True)
@@ -287,7 +286,7 @@ class Statistics:
     difference of large sums, so nothing cancels. n is None after loading a file that does not say it.
     """
 
-    def __init__(self, dim=2048, device="cpu"):
+    def __init__(self, dim, device="cpu"):
         device = "cpu" if torch.device(device).type == "mps" else device  # Apple GPUs have no float64
         self.n, self.mean = 0, torch.zeros(dim, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
@@ -466,12 +465,16 @@ def load_metrics(size, device, world=1, lpips=("vgg",), lpips_weights=(None,), f
     for part in gathered(missing, world):  # what one process cannot load, none uses
         unavailable = part | unavailable
     distances, frechet = {}, {}
+    frechet_metrics = [metric_of(name) for name in features]
     for metric, network in networks.items():
         if metric in unavailable:
             continue
         if isinstance(network, nn.Module):
             network = network.to(device).eval()
-        (frechet if metric in map(metric_of, features) else distances)[metric] = network
+        if metric in frechet_metrics:
+            frechet[metric] = network
+        else:
+            distances[metric] = network
     return distances, frechet, unavailable
 
 

@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=8 train.py --enc dc_f32c32 --loss fm --data DIR --compile    # one node
 
 The objective is SSDD's (arXiv 2510.04961), with EqM in the place of FM if you like: FM or EqM + 0.5 LPIPS + 0.25 REPA
-+ 1e-6 KL. Everything random - data order,
-crops, noise, levels, posterior draws - is a function of (seed, step, sample), so a run does not depend on processes,
-micro-batches or interruptions.
++ 1e-6 KL. Everything random (data order, crops, noise, levels, posterior draws) is a function of
+(seed, step, sample), so that a run does not depend on processes, micro-batches or interruptions.
+
 Writes to --out: model.safetensors (EMA weights), best.safetensors (those of the best evaluation), latest.pt and
 previous.pt (for --resume), log.jsonl, reconstructions.png, metrics.json.
 """
@@ -45,7 +45,7 @@ from losses import (
 from model import DCSSDAE, SIZES, AdaGN, check_size, compile_blocks
 from plumbing.checkpoint import Run, compare_flags, keep_best, open_run
 from plumbing.files import WeightsUnavailable, local_file
-from plumbing.flags import below_one, count, fraction, make_parser, natural, not_negative, odd, positive
+from plumbing.flags import below_one, count, fraction, make_parser, natural, not_negative, positive
 from plumbing.optim import Average, adamw, make_optimizers, set_learning_rate, step_if
 from plumbing.process import (
     autocast,
@@ -111,7 +111,7 @@ def get_args(argv=None):
     add("--freeze_enc", action="store_true", help="train the decoder only, on a given encoder")
     add("--dec", type=str, choices=list(SIZES), default="S", help="decoder size [%(default)s]")
     add("--depth", type=natural, help="decoder transformer blocks, instead of the size's own")
-    add("--window", type=odd, default=17, help="tokens of 8 x 8 pixels a side that one attends to: odd [%(default)s]")
+    add("--window", type=count, default=17, help="tokens of 8 x 8 pixels a side that one attends to: odd [%(default)s]")
     add("--input_skip", action=argparse.BooleanOptionalAction, default=True, help="add the noisy image to the "
         "decoder's output (UViT's skip); off, as published, the network carries the noise itself [on]")
     add("--linear", type=str, choices=list(LINEAR), default="both", help="parts that start as the linear code; a given "
@@ -273,7 +273,7 @@ def open_data(args, world):
     """(training images, validation images) of --data."""
     dataset = make_dataset(args.data, args.size, train=True, aug_scale=args.aug_scale, seed=args.seed, limit=args.limit,
                            enlarge=args.enlarge)
-    val = make_dataset(args.data, args.size, train=False, seed=args.seed, limit=args.eval_images)
+    val = make_dataset(args.data, args.size, train=False, limit=args.eval_images)  # the same with every --seed
     same_everywhere((len(dataset), len(val)), "images", world)
     say(parts_taken(dataset, val))
     return dataset, val
@@ -395,11 +395,12 @@ def fit_images(dataset, model, args, device):
     cells = (args.size // model.downscale) ** 2  # of an image
     images = min(8192, max(256, FIT_CELLS * model.encoder.z_dim // cells))
     batches = make_loader(dataset, FIT_BATCH, train=True, workers=args.workers, device=device)
-    for x, _ in tqdm(itertools.islice(batches, images // FIT_BATCH), "linear decoder", images // FIT_BATCH):
+    say(f"fitting the linear decoder to {images} images")
+    for x, _ in itertools.islice(batches, images // FIT_BATCH):
         yield x
 
 
-def choose_trained(model, phase=None, freeze_enc=False):
+def choose_trained(model, phase, freeze_enc):
     """Leave gradients on for what a phase trains; the rest gets no gradient, no weight decay, no optimiser state. After
     DC-AE (arXiv 2410.10733), whose phase 2 trains the middle layers and phase 3 the decoder's head."""
     if phase == 2:
@@ -484,10 +485,7 @@ class Objective(nn.Module):
 
 def weighted_sum(terms, weights):
     """The loss that trains. KeyError for a term without a weight."""
-    unknown = terms.keys() - weights.keys()
-    if unknown:
-        raise KeyError(f"no weight for the loss terms {unknown}")
-    return sum(weight * terms[name] for name, weight in weights.items() if name in terms)
+    return sum(weights[name] * term for name, term in terms.items())
 
 
 def discriminator_backward(gan, x, estimate, share, device, dtype):
@@ -622,8 +620,8 @@ def main():
         # One small sum over the processes: loss terms, the loss by level, the latents' moments
         numbers = torch.stack([*totals.values()]).to(moments.dtype)
         shared = summed(torch.cat([numbers, by_level.flatten(), moments.flatten()]), world)
-        totals = dict(zip(totals, shared))
-        by_level, moments = shared[len(totals):].split([by_level.numel(), moments.numel()])
+        numbers, by_level, moments = shared.split([len(numbers), by_level.numel(), moments.numel()])
+        totals = dict(zip(totals, numbers, strict=True))
         by_level, moments = by_level.view(2, -1), moments.view(2, -1)
 
         # Step and average, unless something is not finite: on all ranks or none, as they hold the same gradients.

@@ -30,10 +30,10 @@ from plumbing.checkpoint import Run, compare_flags, open_run
 from plumbing.files import read_tensors, save_grid, whole
 from plumbing.flags import count, make_parser
 from plumbing.optim import Average, make_optimizers, set_learning_rate, step_if
-from plumbing.process import autocast, data_parallel, guarded, say, summed
+from plumbing.process import autocast, data_parallel, guarded, say, start, summed
 from sampler import euler, image_noise, seeded_generator
 from tools.latents import Latents, encoder_sha256
-from train import evaluation_is_due, learning_rate, millions, run_arguments, start
+from train import evaluation_is_due, learning_rate, millions, run_arguments
 
 TIME_FEATURES = 256                                          # cosines and sines of the time, as in DiT
 HEAD_WIDTH = 64                                              # channels of an attention head
@@ -207,8 +207,6 @@ def batch_of(latents, keys, seed):
 def main():
     args = get_args()
     rank, world, device, dtype = start(args)
-    if args.eval_images < world:
-        raise ValueError(f"--eval_images {args.eval_images} must be at least one for each of the {world} processes")
     tokenizer = DCSSDAE.load(args.ckpt, device)
     latents = open_latents(args, tokenizer)
     checkpoint, evaluated = open_run(args, rank, world)

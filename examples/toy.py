@@ -37,9 +37,9 @@ def draw_images(n):
 class Decoder(nn.Module):
     """FM: (noisy image, latent, time) -> velocity. EqM: (noisy image, latent) -> field."""
 
-    def __init__(self, has_time, width=64):
+    def __init__(self, has_time):
         super().__init__()
-        self.has_time = has_time
+        self.has_time, width = has_time, 64
         self.layers = nn.Sequential(nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                     nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
 
@@ -123,7 +123,12 @@ def show(axes, decoder, student):
         print(f"{name}, {label}: {nfe.float().mean():.1f} evaluations, {off_circle(end):.2f} off the circle")
         for start in e[:12, None]:
             path = []
-            end, _ = sampler(lambda *seen: (path.append(seen[0]), decoder(*seen))[1], start, z_half[:1], **options)
+
+            def recorded(*seen):
+                path.append(seen[0])
+                return decoder(*seen)
+
+            end, _ = sampler(recorded, start, z_half[:1], **options)
             axes[2].plot(*torch.cat([*path, end]).flatten(1).T, "o-", color=color, markersize=2, linewidth=0.7)
     many = decoder.decode(e, z, TEACHER_STEPS)
     axes[3].scatter(*many.flatten(1).T, s=3, color="0.6")
