@@ -84,9 +84,8 @@ class LatentNorm(nn.Module):
     processes, or on the mode.
     """
 
-    def __init__(self, channels, momentum=0.1, eps=1e-5):
+    def __init__(self, channels):
         super().__init__()
-        self.momentum, self.eps = momentum, eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
@@ -94,7 +93,7 @@ class LatentNorm(nn.Module):
 
     def forward(self, z):
         return F.batch_norm(z, self.running_mean.to(z.dtype), self.running_var.to(z.dtype),
-                            self.weight.to(z.dtype), self.bias.to(z.dtype), training=False, eps=self.eps)
+                            self.weight.to(z.dtype), self.bias.to(z.dtype), training=False)
 
     @torch.no_grad()
     def update(self, count, total, total_sq, good):
@@ -104,8 +103,8 @@ class LatentNorm(nn.Module):
         # Var z = (E[z^2] - E[z]^2) n / (n - 1), unbiased as BatchNorm's
         var = (total_sq / count - mean.square()).clamp(min=0) * count / max(count - 1, 1)
         self.num_batches_tracked += good.long()
-        # A plain average over the first batches, so that the initial 0 and 1 are forgotten at once; then exponential.
-        momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal().clamp(min=self.momentum)
+        # The plain average of the first 10 batches, which forgets the initial 0 and 1 at once; then exponential.
+        momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal().clamp(min=0.1)
         for running, new in ((self.running_mean, mean), (self.running_var, var)):
             running.copy_(torch.where(good, running.lerp(new.to(running.dtype), momentum), running))
 
@@ -118,9 +117,9 @@ def group_count(channels, group_size):
 class GroupNorm(nn.Module):
     """Group norm with weight and bias, and SiLU. groups 0: weight and bias without the norm."""
 
-    def __init__(self, channels, groups, eps=1e-5):
+    def __init__(self, channels, groups):
         super().__init__()
-        self.groups, self.eps = groups, eps
+        self.groups = groups
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x, scale=None, shift=None):
@@ -131,7 +130,7 @@ class GroupNorm(nn.Module):
         if self.groups == 0:
             weight, bias = weight[:, None, None], bias[:, None, None]
             return F.silu(torch.addcmul(bias.to(x.dtype), x, weight.to(x.dtype)))
-        return fast.norm_silu(x, weight, bias, self.groups, self.eps)
+        return fast.norm_silu(x, weight, bias, self.groups)
 
 
 class AdaGN(nn.Module):
@@ -143,7 +142,7 @@ class AdaGN(nn.Module):
         self.groups = groups
         self.proj = nn.Conv2d(ctx, 2 * channels, 1)
 
-    def forward(self, x, mod):  # mod: proj(ctx), with the 1
+    def forward(self, x, mod):  # mod (B, 2 C, h, w): 1 + scale and shift, of Condition.adagn
         scale, shift = mod.chunk(2, dim=1)
         return fast.norm_silu(x, scale, shift, self.groups)
 
@@ -407,8 +406,11 @@ class UViT(nn.Module):
         weight = torch.cat([p.weight for p in projections])
         bias = torch.cat([p.bias for p in projections])
         adagn = F.conv2d(context, weight, bias)
-        counts = tuple(p.out_channels // 2 for p in projections for _ in ("scale", "shift"))
-        adagn = adagn + fast.ones_and_zeros(counts, adagn.dtype, adagn.device)
+        counts = []
+        for p in projections:
+            scales = shifts = p.out_channels // 2
+            counts += [scales, shifts]
+        adagn = adagn + fast.ones_and_zeros(tuple(counts), adagn.dtype, adagn.device)
         adaln = attention_bias = None
         if self.blocks:
             windows = fast.windows_for(H // 8, W // 8, self.blocks[0].attn.window, z.device)
@@ -643,9 +645,9 @@ class DCSSDAE(nn.Module):
 
     @torch.no_grad()
     def retargeted(self, loss, source):
-        """A copy to be trained on for another loss, which it fits at once but for a new time's use, or from another
-        source: from N(0, I) to a source it fits roughly, from there on its input weights stay as they are. ValueError
-        without a linear decoder."""
+        """A copy to go on training with another loss or source. Another loss it fits at once, but for the time, which
+        new layers learn to use. A source in the place of N(0, I) it fits roughly; with any other change of source its
+        input weights stay as they are. ValueError without a linear decoder."""
         if not self.config["linear_decoder"]:
             raise ValueError("only a model with a linear decoder can go on with another loss or source")
         model = DCSSDAE(**self.config | {"loss": loss, "source": source})
@@ -816,7 +818,7 @@ class DCSSDAE(nn.Module):
         ones, C (cells, linear_decoder) lapped coefficients. As the lapped vectors are orthonormal, least squares of
         the coefficients is least squares of the pixels. Every fourth batch is held out: r is the one of RIDGES that
         explains these best, and what it leaves unexplained there is the network's share.
-        raises   ValueError without a linear decoder or at least 4 batches
+        raises   ValueError without a linear decoder
         """
         decoder = self.decoder
         if decoder.base is None:
@@ -831,8 +833,6 @@ class DCSSDAE(nn.Module):
             sums = held_out if number % 4 == 3 else fitted
             for k, new in enumerate((rows.T @ rows, rows.T @ target, target.square().sum(0))):
                 sums[k] = sums[k] + new
-        if isinstance(held_out[0], int):
-            raise ValueError("too few images to fit the linear decoder on: at least 4 batches are needed")
         pixels = decoder.code.tables(x.device).deviation.flatten().double().square()  # a coefficient's in pixels
         best = min(RIDGES, key=lambda ridge: float(residual(ridge_fit(ridge, *fitted), *held_out) @ pixels))
         unexplained = residual(ridge_fit(best, *fitted), *held_out) / variance(*held_out)
@@ -957,7 +957,7 @@ def read_model(path):
     if metadata.get("format") != str(FORMAT):
         raise ValueError(f"{path} is a model of file format {metadata.get('format')}; this code reads format {FORMAT}")
     config = json.loads(metadata["config"])
-    config.pop("without", None)
+    config.pop("without", None)  # an entry of older files, examples/f32c32.safetensors among them
     return contents, config
 
 

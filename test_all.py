@@ -270,7 +270,7 @@ def short_dino_file(tmp_path_factory):
     timm = pytest.importorskip("timm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
-        state = fid.empty_network(timm, "vit_base_patch14_dinov2.lvd142m", num_classes=0).state_dict()
+        state = fid.empty_network("vit_base_patch14_dinov2.lvd142m", num_classes=0).state_dict()
     g, path = torch.Generator().manual_seed(0), tmp_path_factory.mktemp("dino") / "dino.pth"
     torch.save({k: torch.randn(v.shape, generator=g) * 0.02 + (".gamma" in k or "norm" in k and "weight" in k)
                 for k, v in state.items()}, path)
@@ -540,14 +540,9 @@ def test_eval_order_and_ranks():
     assert list(data.make_loader(data.make_dataset("demo", 16, False, limit=1), 4, False, rank=1, world=2)) == []
 
 
-def test_bad_numbers():
-    dataset = data.make_dataset("demo", 16, True)
-    for args in ({"batch_size": 3, "world": 2}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match="batch_size"):
-            data.make_loader(dataset, train=True, **args)
-    for size, aug_scale in ((0, 2), (16, 0.5)):
-        with pytest.raises(ValueError, match=f"size is {size} and aug_scale {aug_scale}"):
-            data.make_dataset("demo", size, True, aug_scale)
+def test_a_resized_picture_holds_the_crop():
+    with pytest.raises(ValueError, match="aug_scale 0.5: below 1"):
+        data.make_dataset("demo", 16, True, 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -936,7 +931,6 @@ def test_posterior_sample_moments_and_noise():
     z = posterior.sample(generator=torch.Generator().manual_seed(0))
     assert abs(z.mean() - 2) < 0.02 and abs(z.std() - 0.5) < 0.02
     assert torch.equal(posterior.sample(noise=torch.ones(1, 1, 200, 200)), torch.full((1, 1, 200, 200), 2.5))
-    assert torch.equal(posterior.mode(), posterior.mean)
 
 
 def test_encoder_parameter_counts():
@@ -979,11 +973,11 @@ def test_the_dc_encoder_starts_linear_and_with_what_is_coarse(enc):
       for name in ("dc_f32", "foo_f8c4", "dc_f12c4", "dc_f8c0", "DC_f8c4", "vq_f8c4x")),
     (lambda: make_encoder("dc_f8c4", 0.3), "width 0.3 turns"),
     (lambda: make_encoder("vq_f8c6", 0.25, kl_f16=True), "for f = 16, not 8"),
-    (lambda: make_encoder("vq_f8c6", 0.25, fold=True), "multiple of 4 channels, not 6"),
     (lambda: LappedCode(8, 193), "have 192 coefficients"),
     (lambda: UViT("XXS"), "unknown decoder size 'XXS'"),
     (lambda: DCSSDAE("vq_f8c4", loss="gan"), "unknown loss 'gan'"),
-    (lambda: DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, c="cosine"), "unknown c 'cosine'"),
+    *((lambda bad=bad: EqM(**bad), "unknown c 'cubic'|EqM needs")
+      for bad in ({"c": "cubic"}, {"a": 1.0}, {"lam": 0.0}, {"b": math.inf})),
     (lambda: DCSSDAE("dc_f8c4", "XS", enc_width=0.0625, linear_decoder=4), "needs the input skip"),
 ])
 def test_unknown_names_and_what_does_not_go_together(build, words):
@@ -1024,11 +1018,8 @@ def test_the_lapped_code_is_exact_with_all_vectors_and_a_projection_with_fewer(f
 @pytest.fixture(scope="module")
 def demo_images():
     """Built-in images to fit to, and others: (400, 3, 64, 64) and (100, 3, 64, 64)."""
-    images = []
-    for train_set, n in ((True, 400), (False, 100)):
-        dataset = data.make_dataset("demo", 64, train=train_set, limit=n)
-        images.append(torch.stack([dataset[i][0] for i in range(n)]).double())
-    return images
+    fitted = data.make_dataset("demo", 64, train=True, limit=400)
+    return torch.stack([fitted[i][0] for i in range(400)]).double(), demo_batch(100, 64).double()
 
 
 @pytest.mark.parametrize("f, c", [(8, 4), (8, 16), (16, 16)])
@@ -1136,8 +1127,6 @@ def test_the_linear_decoder_is_fitted_by_least_squares():
     unexplained = np.mean((z_out @ by_ridge(z, c, best) - c_out) ** 2, 0) / np.var(c_out, 0)
     np.testing.assert_allclose(model.decoder.revision[:, 0, 0].detach().numpy(), unexplained.clip(0, 1), atol=1e-4)
     assert errors[best] < errors[RIDGES[0]]  # 192 cells for 32 channels: without a ridge it would fit their noise
-    with pytest.raises(ValueError, match="too few images"):
-        model.fit_linear_decoder(batches[:3])
     with pytest.raises(ValueError, match="no linear decoder"):
         DCSSDAE("vq_f8c4", "XS", enc_width=0.125, depth=1).fit_linear_decoder(batches)
 
@@ -1228,14 +1217,6 @@ def test_decoding_in_float64_is_that_in_float32_but_for_rounding(loss, steps, sm
     assert relative_error(single, double) < 1e-4
 
 
-@pytest.mark.parametrize("c", ["linear", "trunc", "piecewise"])
-def test_only_a_linear_c_has_the_linear_decoders_field(c):
-    """lam c(0) (x_g - D), for the perfect estimate D = x, is the target for c = linear alone."""
-    eqm, (x, e), g = EqM(c, lam=2.0), torch.randn(2, 5, 3, 8, 8), torch.linspace(0, 0.95, 5)
-    error = eqm.at_noise * (eqm.mix(x, e, g) - x) - eqm.target(x, e, g)
-    assert (error.abs().max() < 1e-5) == (c == "linear")
-
-
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
 @torch.no_grad()
 def test_noise_around_the_linear_image(loss):
@@ -1252,6 +1233,23 @@ def test_noise_around_the_linear_image(loss):
         noisy = (1 - level) * x + level * start
         assert (model.decoder.noise_level(noisy, condition) - level).abs().max() < 0.1
     assert (model.decode(z, 1, e) - condition.base).norm() < 0.1 * (start - condition.base).norm()
+
+
+@torch.no_grad()
+def test_a_model_goes_on_with_another_loss_or_source(smallest):
+    """As FM it estimates the same image at every level; with a source it sees what it saw, at an average contrast."""
+    model = DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, lam=2.0, input_skip=True, linear_decoder=4)
+    decoder = randomise(model).eval().decoder
+    x, z, t = demo_batch(2, 32), torch.randn(2, 4, 4, 4), torch.tensor([0.3, 1.0])
+    estimate = x - decoder(x, z) / 2.0
+    as_fm = model.retargeted("fm", 0.0).decoder
+    assert torch.allclose(x + losses.per_image(t) * as_fm(x, z, t), estimate, atol=1e-4)
+    around = model.retargeted("eqm", 0.5).decoder
+    average = torch.full((2, 1, 32, 32), model_module.AVERAGE_CONTRAST)
+    seen = around.input_layer(x, around.condition(z, 32, 32)._replace(contrast=average))
+    assert torch.allclose(seen, decoder.input_layer(x, decoder.condition(z, 32, 32)), atol=1e-5)
+    with pytest.raises(ValueError, match="only a model with a linear decoder"):
+        DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1).retargeted("fm", 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1354,8 +1352,7 @@ def test_what_the_model_refuses(smallest):
     assert torch.equal(eqm.decode(z, 2, x, mu=0.0), eqm.decode(z, 2, x))
 
 
-@pytest.mark.parametrize("loss", ["fm", "eqm"])
-@pytest.mark.parametrize("c", ["linear", "piecewise"])
+@pytest.mark.parametrize("loss, c", [("fm", "linear"), ("eqm", "linear"), ("eqm", "piecewise")])
 def test_input_skip_is_the_field_at_the_noise_end(loss, c, smallest):
     """With skip and a network that outputs the image (up to scale), one step from pure noise returns the image."""
     model = DCSSDAE("dc_f16c4", "XS", loss, enc_width=0.0625, depth=1, c=c, lam=2.0, input_skip=True).eval()
@@ -1406,8 +1403,6 @@ def test_decode_is_reproducible_and_differentiable(smallest):
     assert a.shape == (2, 3, 32, 48) and torch.equal(a, b)
     a.sum().backward()
     assert z.grad.abs().sum() > 0
-    _, nfe = model.sample(z, steps=6, method="nesterov", mu=0.3, eta=0.1, tol=1e9)
-    assert nfe.tolist() == [1, 1]
     half = model.bfloat16()  # weights and maps; the image is summed up in float32
     assert half.decode(z[:1, :, :1, :1].detach().bfloat16(), steps=2).dtype == torch.float32
 
@@ -1437,8 +1432,7 @@ def test_energy_of_a_perfect_linear_field(lam, smallest):
 def test_float16():
     """In weights and by autocast, on a grid with several blocks of attention, whose masks must fit."""
     model = DCSSDAE.load(EXAMPLE)
-    image, _ = data.make_dataset("demo", 224, train=False, limit=1)[0]
-    x, noise = image[None, :, :, 96:128], torch.randn(1, 3, 224, 32)  # 28 x 4 tokens
+    x, noise = demo_batch(1, 224)[..., 96:128], torch.randn(1, 3, 224, 32)  # 28 x 4 tokens
     z = model.encode(x).mode()
     y = model.decode(z, 1, noise)
     with torch.autocast("cpu", torch.float16):
@@ -1494,10 +1488,11 @@ def test_save_and_load_round_trip(tmp_path, enc, loss, options, smallest):
 
 
 @pytest.mark.parametrize("part", ["decoder", "all"])
+@pytest.mark.parametrize("field", [{"c": "trunc", "a": 0.6, "lam": 4.0}, {"linear_decoder": 4, "source": 0.5}])
 @torch.no_grad()
-def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path, part, smallest):
+def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path, part, field, smallest):
     stored = {"mean": [0.0] * 4, "std": [1.0] * 4}
-    model = DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, c="trunc", a=0.6, lam=4.0, input_skip=True, latents=stored)
+    model = DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, input_skip=True, latents=stored, **field)
     randomise(model).eval().save(tmp_path / "m.safetensors")
     other = DCSSDAE("dc_f8c4", "XS", "eqm", 0.0625, depth=1, latents={"mean": [1.0] * 4, "std": [2.0] * 4}).eval()
     other.load_published(tmp_path / "m.safetensors", part=part)
@@ -1506,16 +1501,6 @@ def test_a_decoder_is_taken_over_with_the_field_that_it_was_trained_as(tmp_path,
     assert other.config["latents"] == (stored if part == "all" else {"mean": [1.0] * 4, "std": [2.0] * 4})
     other.load_published(tmp_path / "m.safetensors", part="encoder")
     assert other.config["latents"] == stored
-
-
-@torch.no_grad()
-def test_a_decoder_is_taken_over_with_its_noise_end(tmp_path, smallest):
-    kind = dict(enc="dc_f8c4", dec="XS", enc_width=0.0625, depth=1, input_skip=True, linear_decoder=4)
-    model, other = (DCSSDAE(**kind, source=source).eval() for source in (0.5, 0.0))
-    randomise(model).save(tmp_path / "m.safetensors")
-    other.load_published(tmp_path / "m.safetensors", part="decoder")
-    z, noise = torch.randn(1, 4, 4, 4), torch.randn(1, 3, 32, 32)
-    assert torch.equal(other.decode(z, 3, noise), model.decode(z, 3, noise))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1548,22 +1533,13 @@ def test_eqm_closed_forms(c, lam):
     assert losses.eqm_loss(target, x, e, g, eqm).tolist() == [0] * 5
     off = losses.eqm_loss(target + lam * g[:, None, None, None], x, e, g, eqm)  # the same for every lam
     assert off.tolist() == pytest.approx(g.square().tolist(), rel=1e-5)
-    if c == "linear" and lam == 1:
-        assert torch.allclose(target, x_g - x, atol=1e-6)  # the field is the displacement
-
-
-@pytest.mark.parametrize("bad", [{"c": "cubic"}, {"a": 1.0}, {"lam": 0.0}, {"b": math.inf}])
-def test_eqm_refuses_bad_values(bad):
-    with pytest.raises(ValueError):
-        EqM(**bad)
+    if c == "linear":
+        assert torch.allclose(target, eqm.at_noise * (x_g - x), atol=1e-5)  # the field is the displacement
 
 
 def test_losses_do_not_broadcast():
     x, wrong, level, eqm = torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8), torch.zeros(2), EqM("trunc")
-    for call in (lambda: losses.fm_loss(wrong, x, x), lambda: losses.eqm_loss(x, wrong, x, level, eqm),
-                 lambda: losses.fm_mix(x, wrong, level), lambda: losses.fm_predict_x(wrong, x, level),
-                 lambda: eqm.mix(x, wrong, level), lambda: eqm.target(wrong, x, level),
-                 lambda: eqm.predict_x(x, wrong, level)):
+    for call in (lambda: losses.fm_loss(wrong, x, x), lambda: losses.eqm_loss(x, wrong, x, level, eqm)):
         with pytest.raises(ValueError, match="one shape"):
             call()
 
@@ -1693,8 +1669,6 @@ def test_lpips_keeps_only_the_estimates_features_for_the_backward_pass(vgg_file)
 def test_missing_networks_are_reported_in_one_sentence(tmp_path, offline):
     with pytest.raises(WeightsUnavailable, match="vgg16-397923af.pth.*--lpips_weights FILE"):
         losses.LPIPSLoss("vgg")
-    with pytest.raises(WeightsUnavailable, match="missing.pth"):
-        losses.LPIPSLoss("vgg", weights=tmp_path / "missing.pth")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="does not hold torchvision's vgg16"):
         losses.LPIPSLoss("vgg", weights=tmp_path / "other.pth")
@@ -1721,11 +1695,8 @@ def test_repa_with_random_dinov2(dino_file):
     coarse = repa.target(x)
     enlarged = coarse.unflatten(1, (1, 2)).repeat_interleave(4, 1).repeat_interleave(4, 2).flatten(1, 2)
     assert coarse.shape == (2, 2, 768) and float(repa(enlarged, x)) == pytest.approx(0, abs=1e-5)
-    repa.train()
-    assert not repa.dino.training and repa.mlp.state_dict().keys() == exact.state_dict().keys()
     # The square 518 px input it was made for: the same tokens as timm's model
-    import timm
-    dino = fid.empty_network(timm, "vit_base_patch14_dinov2.lvd142m", num_classes=0).eval()
+    dino = fid.empty_network("vit_base_patch14_dinov2.lvd142m", num_classes=0).eval()
     dino.load_state_dict(torch.load(dino_file, weights_only=True), assign=True)
     repa.largest = 296
     with torch.no_grad():
@@ -1783,14 +1754,6 @@ def test_a_size_for_each_step():
         left *= 1 - 2.0 * size
         assert left == pytest.approx(then)
     assert options["last_eta"] == 0.5 and times[0] == 1 and times[-1] == 0 and len(times) == 5
-
-
-def test_nesterov_accelerates_on_an_ill_conditioned_quadratic():
-    curvature = torch.logspace(-3, 0, 48, dtype=torch.float64).view(1, 3, 4, 4)  # condition number 1000
-    start = torch.ones_like(curvature)
-    nfe = {mu: int(sampler.nesterov(lambda y, z: curvature * y, start, start, steps=20000, eta=1.0, mu=mu, tol=1e-6)[1])
-           for mu in (0.0, 0.9)}
-    assert nfe[0.9] < nfe[0.0] / 5, nfe
 
 
 def test_adaptive_stop_drops_finished_samples_from_the_batch():
@@ -1937,7 +1900,7 @@ def test_a_frozen_encoder_from_a_file(trained, tmp_path):
 
 @pytest.mark.parametrize("flags,words", [
     (["--data", "/nowhere/at/all"], "/nowhere/at/all"),
-    (["--size", 100], "100"),
+    (["--size", 100], "--size 100"),
     (["--enc", "dc_f32"], "unknown encoder 'dc_f32'"),
     (["--freeze_enc"], "--enc_ckpt"),
     (["--enc_ckpt", "missing.safetensors"], "missing.safetensors"),
@@ -2113,7 +2076,7 @@ def test_boards_show_the_log(tmp_path, monkeypatch, smallest):
 # One step comes closer to the teacher's several; encoder and latents stay.
 
 @slow
-def test_distill_then_evaluate(trained, tmp_path):
+def test_distill(trained, tmp_path):
     _, output = run(tmp_path / "o", "--ckpt", trained / "model.safetensors", *DISTILL, "--steps", 3, "--size", 40,
                     "--out", tmp_path / "d", module="distill")
     assert "mean squared distance of one step to the teacher's 2 steps" in output
@@ -2127,9 +2090,6 @@ def test_distill_then_evaluate(trained, tmp_path):
     assert not torch.equal(teacher.decoder.conv_out.weight, student.decoder.conv_out.weight)
     assert [line["step"] for line in step_lines(tmp_path / "d")] == [1, 2, 3]
     assert "mse_to_teacher" in lines_of(tmp_path / "d" / "log.jsonl")[-1]
-    _, output = run(tmp_path / "o", "--ckpt", tmp_path / "d" / "model.safetensors", "--data", "demo", "--limit", 2,
-                    "--out", tmp_path / "e", "--device", "cpu", "--workers", 0, module="evaluate")
-    assert "PSNR" in output and "HF ratio" in output
 
 
 @slow
@@ -2192,13 +2152,7 @@ def test_inception_equals_pytorch_fid(inception_file, monkeypatch):
 
 
 def test_networks_that_cannot_be_had(tmp_path, offline):
-    """No file and no network: a metric that is unavailable. A file that was given, but is missing or another: an error,
-    which names it."""
-    distances, features, unavailable = fid.load_metrics(32, "cpu", lpips=("vgg", "alex"), lpips_weights=(None, None))
-    assert distances == features == {} and unavailable.keys() == {"lpips_vgg", "lpips_alex", "rfid"}
-    assert re.search(r"pt_inception-2015-12-05-\w+.pth .*hub/checkpoints.*--inception FILE", unavailable["rfid"])
-    with pytest.raises(FileNotFoundError, match="missing.pth"):
-        fid.load_metrics(32, "cpu", lpips=(), lpips_weights=(), inception=tmp_path / "missing.pth")
+    """A file of another network: an error, which names it."""
     assert "at least 16 px" in fid.load_metrics(8, "cpu", features=())[2]["lpips_vgg"]
     (tmp_path / "text.pth").write_text("hello")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
@@ -2350,7 +2304,7 @@ def test_dinov2_features_are_those_of_the_original_code(tmp_path, monkeypatch):
     """Two of the 24 blocks, random weights: written out here after DINOv2's vision_transformer.py."""
     timm = pytest.importorskip("timm")
     monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
-    state = fid.empty_network(timm, "vit_large_patch14_dinov2.lvd142m", num_classes=0).state_dict()
+    state = fid.empty_network("vit_large_patch14_dinov2.lvd142m", num_classes=0).state_dict()
     g = torch.Generator().manual_seed(0)
     p = {k: torch.randn(v.shape, generator=g) * 0.03 + (".gamma" in k or "norm" in k and "weight" in k)
          for k, v in state.items()}
@@ -2569,21 +2523,22 @@ def test_evaluate_command_reports_what_is_unavailable(tmp_path, checkpoint, offl
     """... and numbers that are not finite, of a sampler that diverged: "-", null, and the other rows stand."""
     out = tmp_path / "o"
     common = ["--ckpt", checkpoint, "--data", "demo", "--limit", 3, "--workers", 0, "--device", "cpu", "--out", out]
+    written = []
+    table = evaluate.print_table
+    monkeypatch.setattr(evaluate, "print_table", lambda result: (written.extend(os.listdir(out)), table(result)))
     text = command(evaluate, *common, "--steps", 1, 2, "--dtype", "bf16")
+    assert sorted(written) == ["metrics.json", "reconstructions.png"]  # on the disk before they are shown
     report = json.loads((out / "metrics.json").read_text())
     assert set(report["unavailable"]) == {"lpips_vgg", "lpips_alex", "rfid"}
     for row in report["rows"]:
         assert row["rfid"] is None and row["lpips_vgg"] is None and row["psnr"] > 0
-    assert "rFID: unavailable: pt_inception" in text and "LPIPS alex: unavailable: " in text and "protocol: 3 " in text
+    assert re.search(r"rFID: unavailable: pt_inception-2015-12-05-\w+.pth .*hub/checkpoints.*--inception FILE", text)
+    assert "LPIPS alex: unavailable: " in text and "protocol: 3 " in text
     assert "shrink/enlarge x 8" in text and "2 steps" in text
     assert Image.open(out / "reconstructions.png").height == 5 * 34 + 2  # originals, two references, 1 and 2 steps
 
     monkeypatch.setattr(fid, "InceptionFeatures", TinyInception)
-    written = []
-    table = evaluate.print_table
-    monkeypatch.setattr(evaluate, "print_table", lambda result: (written.extend(os.listdir(out)), table(result)))
     text = command(evaluate, *common, "--lpips_net", "vgg", "--steps", 1, 2, "--eta", 1e38)
-    assert sorted(written) == ["metrics.json", "reconstructions.png"]  # on the disk before they are shown
     report = json.loads((out / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     row = report["rows"][3]
     assert report["rows"][0]["rfid"] > 0 and row["psnr"] is row["rfid"] is row["ssim"] is None
@@ -2596,10 +2551,8 @@ def test_evaluate_command_reports_what_is_unavailable(tmp_path, checkpoint, offl
 @pytest.mark.parametrize(("argv", "words"), [
     (["--ckpt", "none.safetensors"], "none.safetensors"),
     (["--ckpt", "text.safetensors"], "text.safetensors"),
-    (["--ckpt", "other.pt"], "other.pt"),
     (["--size", 100], "--size 100"),
     (["--data", "nowhere"], "nowhere"),
-    (["--data", "empty"], "empty"),
     (["--sampler", "euler"], "--sampler euler"),
     (["--sampler", "gd", "--mu", 0.3, "--limit", 1], "mu"),
     (["--lpips_net", "vgg", "alex", "--lpips_weights", "f.pth"], "--lpips_weights"),
@@ -2613,8 +2566,6 @@ def test_evaluate_command_reports_what_is_unavailable(tmp_path, checkpoint, offl
 def test_evaluate_command_stops_with_one_sentence(tmp_path, checkpoint, offline, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     Path("text.safetensors").write_text("hello")
-    torch.save({"a": torch.zeros(1)}, "other.pt")
-    Path("empty").mkdir()
     Path("others").mkdir()
     Path("others", "metrics.json").write_text('{"accuracy": 0.9}')
     assert words in sentence(evaluate, "--ckpt", checkpoint, "--workers", 0, "--device", "cpu", *argv)
@@ -3015,7 +2966,7 @@ def test_the_generator_knows_its_latents(tmp_path, checkpoint):
 # The numbers of the results page are those of its commands.
 
 @slow
-def test_study(tmp_path, monkeypatch, smallest):
+def test_study(tmp_path, monkeypatch, smallest, offline):
     """What is missing is trained, in its order, and evaluated; the table has the evaluations' numbers; nothing is done
     twice, what was interrupted goes on, and without the runs the CSV still gives the table."""
     small = " ".join(map(str, SMALL))
@@ -3118,7 +3069,7 @@ def test_calibration_finds_the_best_step_sizes(monkeypatch):
         fine = [{"eta": eta, "mu": mu} for eta in np.geomspace(0.02, 2, 400)
                 for mu in ((0,) if name == "gd" else (0.3, 0.6, 0.9))]
         grid = [row["psnr_pooled"] for row in model.measure({i: (n, o) for i, o in enumerate(fine)})]
-        assert score >= np.nanmax(grid) - (0.2 if n < 8 else 2), (sampler, n, options)
+        assert score >= np.nanmax(grid) - (0.2 if n < 8 else 2), (name, n, options)
     assert best["nesterov", 8][0] > best["gd", 8][0] + 3  # momentum pays on an ill-conditioned problem
     runs = sweep.sweep_runs(best)
     assert len(runs) == 6 + 4 and runs["gd 1 eta " + f"{one['eta']:.3g}"] == (1, one)
@@ -3127,14 +3078,15 @@ def test_calibration_finds_the_best_step_sizes(monkeypatch):
     assert np.isfinite(sweep.calibrate(diverging, [9], lambda r: list(diverging.measure(r)))["gd", 9][1]["eta"])
 
 
-def test_calibration_by_sharpness_and_distance():
+def test_calibration_by_sharpness_and_distance(smallest):
     """With the noise left before the landing as a stand-in for detail: each measure finds its own best times."""
     model = DCSSDAE("dc_f8c4", "XS", "eqm", enc_width=0.0625, depth=0)
 
     def measure(runs):
         for steps, options in runs.values():
             left = sampler.noise_times(steps, options["t_shift"])[-2]
-            yield {"psnr_pooled": 30 - left, "hf": 2 * left, "rfid": abs(left - 0.25)}
+            distance = abs(left - 0.25) if left < 0.9 else None  # of what has diverged there is none
+            yield {"psnr_pooled": 30 - left, "hf": 2 * left, "rfid": distance}
 
     found = {}
     for by in ("psnr", "hf", "rfid"):
@@ -3243,12 +3195,8 @@ def test_every_program_explains_itself(helps):
         for line, following in zip(lines, lines[1:] + [""]):
             if line.startswith("  -"):  # a flag: what it does follows, on the same line or on the next one
                 assert re.search(r"\S {2,}\S", line) or following.startswith(" " * 20), (name, line)
-    assert TOOLS == [f"tools.{name}" for name in ("bench", "check", "compare", "field", "latents", "proxies",
-                                                 "study", "sweep")]
     for tool in TOOLS:
         assert f"-m {tool} " in helps[tool], tool
-    for title in ("data:", "sampler:", "metrics that need a network:"):
-        assert f"\n{title}\n" in helps["evaluate.py"]
 
 
 def test_the_documents_commands_are_of_programs_and_flags_that_exist(helps):
@@ -3336,9 +3284,6 @@ def test_generator_on_latents(tmp_path, checkpoint, monkeypatch):
         patch.setattr(latents.Latents, "__init__", lambda self, folder: vars(self).update(
             vars(stored) | {"labels": np.where(stored.labels == 0, -1, stored.labels)}))
         assert "7 of the latents" in sentence(generate, *common, tmp_path / "n")
-    DCSSDAE("dc_f8c4", "XS", enc_width=0.125, depth=1).save(tmp_path / "other.safetensors")  # another encoder's weights
-    message = sentence(generate, *common, tmp_path / "n", "--ckpt", tmp_path / "other.safetensors")
-    assert "of another encoder" in message
 
 
 def test_the_method_in_two_dimensions(tmp_path, monkeypatch, capsys):
@@ -3454,14 +3399,10 @@ def test_fewer_channels_are_a_code_of_their_own(smallest):
     model = DCSSDAE("dc_f8c16", "XS", enc_width=0.0625, depth=1, input_skip=True, linear_encoder=True,
                     linear_decoder=16).eval()
     x = demo_batch(4, 32)
-    errors = []
     with torch.no_grad():
         z = model.encode(x).mode()
         for k in (1, 3, 6, 12, 16):
-            decoded = model.decode(z[:, :k])
-            assert torch.allclose(decoded, evaluate.linear_code(x, 8, k), atol=1e-4)
-            errors.append(float((decoded - x).square().mean()))
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
+            assert torch.allclose(model.decode(z[:, :k]), evaluate.linear_code(x, 8, k), atol=1e-4)
 
 
 def test_vf_closed_forms():

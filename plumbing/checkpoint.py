@@ -108,22 +108,24 @@ held_locks = []  # a lock ends with its file object
 
 def lock_folder(out):
     """Keep other runs out of a folder until this process ends, however it ends. ValueError where there is one."""
-    with contextlib.suppress(ImportError):  # Windows has no fcntl
+    try:
         import fcntl
-        file = open(os.path.join(out, ".lock"), "a")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing into {out}: choose another --out, or wait") from None
-        except OSError:  # a file system without locks
-            return
-        held_locks.append(file)
+    except ImportError:  # Windows
+        return
+    file = open(os.path.join(out, ".lock"), "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing into {out}: choose another --out, or wait") from None
+    except OSError:  # a file system without locks
+        return
+    held_locks.append(file)
 
 
 def compare_flags(checkpoint, args, fixed, images):
     """ValueError where one of the `fixed` flags or the number of training images differs from the checkpoint's; what
     else has changed is said."""
-    if checkpoint.get("images", images) != images:
+    if checkpoint["images"] != images:
         raise ValueError(f"--resume continues a run on {checkpoint['images']} images, but --data {args.data} holds "
                          f"{images}: give the same ones")
     then, now = checkpoint["args"], vars(args)
@@ -359,8 +361,6 @@ def keep_best(run, model, rows, images):
         is_better = row[metric] > best["value"] if metric == "psnr" else row[metric] < best["value"]
         if not is_better:
             return
-    if not is_finite(model):
-        return
     notes = model.config["notes"]
     model.config["notes"] = notes | {"best": protocol | {"step": run.done, "value": row[metric]}}
     model.save(path)

@@ -55,9 +55,9 @@ def kept(make, most=128):
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks of pixels
 
-def in_blocks(x, scale):
-    """(B, C, H, W) -> (B, h, H/h, w, W/w, C), a view of channels_last maps, for scale (., C, h, w)."""
-    (B, C, H, W), (h, w) = x.shape, scale.shape[-2:]
+def in_blocks(x, h, w):
+    """(B, C, H, W) -> (B, h, H/h, w, W/w, C), a view of channels_last maps."""
+    B, C, H, W = x.shape
     return x.permute(0, 2, 3, 1).reshape(B, h, H // h, w, W // w, C)
 
 
@@ -74,9 +74,8 @@ def unblock(x, shape):
 
 def modulate(x, scale, shift):
     """x * scale + shift; both as `per_block` makes them."""
-    (B, C, H, W), (h, w) = x.shape, scale.shape[1:4:2]
-    y = x.permute(0, 2, 3, 1).reshape(B, h, H // h, w, W // w, C)
-    return unblock(torch.addcmul(shift, y, scale), x.shape)
+    _, h, _, w, _, _ = scale.shape
+    return unblock(torch.addcmul(shift, in_blocks(x, h, w), scale), x.shape)
 
 
 def plain_modulate(x, scale, shift):
@@ -116,14 +115,14 @@ def group_norm(x, layer, silu=False):
 
 
 def plain_norm(x, scale, shift, groups, eps=1e-5, silu=True):
-    """Computed in float32 at least."""
+    """silu(GroupNorm(x) * scale + shift), or the same without SiLU; computed in float32 at least."""
     if scale.ndim == 1:
         scale, shift = scale[None, :, None, None], shift[None, :, None, None]
     y = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))                                     # (B, H, W, groups, .)
     y = y.to(torch.promote_types(x.dtype, torch.float32))
     var, mean = torch.var_mean(y, dim=(1, 2, 4), keepdim=True, correction=0)
     y = ((y - mean) * torch.rsqrt(var + eps)).flatten(3).permute(0, 3, 1, 2)
-    y = torch.addcmul(per_block(shift.to(y.dtype)), in_blocks(y, scale), per_block(scale.to(y.dtype)))
+    y = torch.addcmul(per_block(shift.to(y.dtype)), in_blocks(y, *scale.shape[-2:]), per_block(scale.to(y.dtype)))
     y = unblock(y, x.shape)
     return (F.silu(y) if silu else y).to(x.dtype)
 
@@ -153,17 +152,17 @@ class NormSiLU(torch.autograd.Function):
     computed in float32."""
 
     @staticmethod
-    def forward(ctx, x, scale, shift, groups, eps=1e-5):
+    def forward(ctx, x, scale, shift, groups, eps):
         B, C, H, W = x.shape
         # PyTorch's CPU kernel for bf16 maps of under 1024 pixels is 8 times slower than the one for float32.
-        slow = x.dtype is torch.bfloat16 and H * W < 1024 and x.device.type == "cpu"
+        slow = x.dtype is torch.bfloat16 and H * W < 1024
         y = x.float() if slow else x
         scale, shift = scale.to(y.dtype), shift.to(y.dtype)
         if scale.numel() == C:  # the same everywhere: group norm's own weights
             y, mean, rstd = torch.native_group_norm(y, scale.flatten(), shift.flatten(), B, C, H * W, groups, eps)
         else:
             y, mean, rstd = torch.native_group_norm(y, None, None, B, C, H * W, groups, eps)
-            v = in_blocks(y, scale)
+            v = in_blocks(y, *scale.shape[-2:])
             y = unblock(torch.addcmul(per_block(shift), v, per_block(scale), out=v), y.shape)
         ctx.groups = groups
         ctx.save_for_backward(x, scale, shift, mean, rstd)
@@ -191,9 +190,9 @@ class NormSiLU(torch.autograd.Function):
 
         mean, rstd = per_channel(mean), per_channel(rstd)
         # x^ = (x - mean) rstd, y = scale x^ + shift = a x + (shift - mean a) with a = rstd scale
-        v, a = in_blocks(x, scale), rstd * scale
+        v, a = in_blocks(x, *scale.shape[-2:]), rstd * scale
         y = torch.addcmul(per_block(shift - mean * a), v, per_block(a))
-        g = torch.ops.aten.silu_backward(in_blocks(grad, scale), y)
+        g = torch.ops.aten.silu_backward(in_blocks(grad, *scale.shape[-2:]), y)
         # dshift = sum g, dscale = sum g x^, over every block of pixels
         dshift = block_sums(g)                                                               # (B, C, h, w)
         dscale = (block_sums(g * v) - mean * dshift) * rstd

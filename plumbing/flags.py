@@ -57,11 +57,3 @@ def natural(text):
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 on")
     return value
-
-
-def odd(text):
-    """An odd whole number from 1 on."""
-    value = count(text)
-    if value % 2 == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not odd")
-    return value

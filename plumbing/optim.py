@@ -130,10 +130,7 @@ class Average:
     the same shapes, which is what is saved."""
 
     def __init__(self, ema, model):
-        averages, weights = ema.state_dict(), model.state_dict()
-        if {k: v.shape for k, v in averages.items()} != {k: v.shape for k, v in weights.items()}:
-            raise ValueError("an average has the same weights as its model, of the same shapes")
-        pairs = [*zip(averages.values(), weights.values())]
+        pairs = [*zip(ema.state_dict().values(), model.state_dict().values(), strict=True)]
         self.averages = [average for average, _ in pairs if average.is_floating_point()]
         self.values = [value for average, value in pairs if average.is_floating_point()]
         self.others = [pair for pair in pairs if not pair[0].is_floating_point()]

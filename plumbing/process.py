@@ -254,10 +254,10 @@ def guarded(main):
             raise
         for bar in list(getattr(tqdm, "_instances", ())):   # or the sentence would stand behind a progress bar
             bar.close()
-        hint = ""
         if isinstance(error, torch.OutOfMemoryError):
-            hint = ": out of memory: use a smaller --batch_size, or in training --micro_batch or --checkpointing"
-        sys.exit(f"error: {first_line(error) if hint else error}{hint}")
+            sys.exit(f"error: {first_line(error)}: out of memory: use a smaller --batch_size, or in training "
+                     "--micro_batch or --checkpointing")
+        sys.exit(f"error: {error}")
     else:  # not after an error: on GPUs it waits for the other processes, which wait for this one
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -179,13 +179,11 @@ def infer_decoder(state, sizes):
         return {}
     blocks = sum(name.endswith(".attn.bias_table") for name in rows)
     size, depth = UNKNOWN, blocks
-    for name, (size_widths, size_blocks) in sizes.items():  # of those with these widths the one of this depth, or the
-        if list(size_widths) == widths:                     # first
+    for name, (size_widths, size_blocks) in sizes.items():  # no two have the same widths
+        if list(size_widths) == widths:
+            size = name
             if size_blocks == blocks:
-                size, depth = name, None
-                break
-            if size == UNKNOWN:
-                size = name
+                depth = None  # the size's own
     return {"dec": size, "depth": depth, "loss": "fm" if "decoder.time.0.weight" in rows else "eqm",
             "joint_input": "decoder.conv_in_x.weight" not in rows, "input_skip": False, "linear_decoder": 0}
 
@@ -195,11 +193,12 @@ def describe(state, sizes):
     config, words = infer_config(state, sizes), []
     if "enc" in config:
         options = config["enc_options"]
-        variants = [word for name, value, word in (("norm", False, ", without norms"),
-                                                   ("quant", False, ", without quant_conv"),
-                                                   ("kl_f16", True, ", kl-f16"), ("fold", True, ", folded"))
-                    if options.get(name) == value]
-        words.append(f"an encoder {config['enc']} (width {config['enc_width']:g}{''.join(variants)})")
+        variants = ""
+        for name, value, word in (("norm", False, ", without norms"), ("quant", False, ", without quant_conv"),
+                                  ("kl_f16", True, ", kl-f16"), ("fold", True, ", folded")):
+            if options.get(name) == value:
+                variants += word
+        words.append(f"an encoder {config['enc']} (width {config['enc_width']:g}{variants})")
     if "dec" in config:
         depth = "" if config["depth"] is None else f", {config['depth']} blocks"
         channels = state["decoder.context.0.weight"].shape[1]

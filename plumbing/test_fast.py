@@ -185,7 +185,7 @@ def test_cost_and_memory_of_decoding_are_linear_in_pixels():
             flop.append(counter.get_total_flops())
             if size < 512:
                 x, z = (torch.randn(shape) for shape in shapes)
-                memory.append(bench.peak_memory(lambda x=x, z=z: unet(x, z), torch.device("cpu")))
+                memory.append(bench.bytes_allocated(lambda x=x, z=z: unet(x, z), torch.device("cpu")))
     assert 3.5 < flop[1] / flop[0] < 4.3 and 3.5 < flop[2] / flop[1] < 4.3
     assert 3.5 < memory[1] / memory[0] < 4.3
     block = 4 * 64 * 256 * 256  # bytes of one map at full resolution in the widest layer

@@ -7,12 +7,9 @@ import torch
 from torch import nn
 
 from plumbing.optim import Average, Muon, adamw, make_optimizers, orthogonal, set_learning_rate, step_if
+from test_all import relative_error
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
-
-
-def relative_error(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 216), (2, 216, 24)])
@@ -119,5 +116,3 @@ def test_the_average_follows_its_formula():
     assert torch.allclose(ema.weight, 0.9 * before + 0.1 * model.weight)
     average.update(0.9, -1, GOOD)  # before it starts: a copy
     assert torch.equal(ema.weight, model.weight)
-    with pytest.raises(ValueError, match="same shapes"):
-        Average(nn.BatchNorm2d(4), model)

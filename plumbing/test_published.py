@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-import data
 import evaluate
 import train
 from encoder import make_encoder
@@ -564,13 +563,13 @@ def test_a_peer_is_a_row_of_the_table(tmp_path, checkpoint, kind, offline, monke
     command(evaluate, *common, "--out", tmp_path / "alone")
     both, alone = (json.loads(Path(tmp_path, name, "metrics.json").read_text()) for name in ("both", "alone"))
     assert "numbers" in output
-    x = torch.stack([data.make_dataset("demo", 32, train=False, limit=4)[i][0] for i in range(4)])
+    x = demo_batch(4, 32)
     with torch.no_grad():
         code = network.eval().encode(x)
         z = code.latent_dist.mode() if kind == "AutoencoderKL" else code.latent
         error = (evaluate.to8bit(network.decode(z).sample) - evaluate.to8bit(x)).square().mean((1, 2, 3))
     for rows in (both["rows"][3:], alone["rows"]):
-        assert [row["name"] for row in rows] == ["shrink/enlarge x 4", "linear code", "peer"]
+        assert [row["name"] for row in rows] == ["shrink/enlarge x 4", "linear code", str(tmp_path / "peer")]
         assert rows[2]["psnr"] == pytest.approx(float(evaluate.psnr(error).mean()), abs=1e-3)
         assert rows[2]["numbers"] == z[0].numel() == 256 and rows[2]["ms"] > 0 and rows[2]["nfe"] == 1
     assert both["rows"][2]["numbers"] == 4 * 4 * 4 and both["rows"][2]["psnr"] != both["rows"][5]["psnr"]

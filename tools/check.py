@@ -39,8 +39,7 @@ RANKS_LIMIT = 1e-3                                           # between their los
 def small_model(enc, loss):
     """An autoencoder with random values everywhere, zeros of the start too, so that every layer counts."""
     torch.manual_seed(0)
-    with torch.device("cpu"):
-        network = our_model(enc, "XS", loss, 0.125)
+    network = our_model(enc, "XS", loss, 0.125)
     for name, p in network.named_parameters():
         if p.ndim > 1:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)

@@ -168,7 +168,7 @@ def plot_curves(groups, out):
     draw(left, groups, 0, width=LOSS_WINDOW, marker="")
     draw(right, groups, 1, width=1, marker=".")
     left.set(xlabel="images seen", ylabel="loss (fm, eqm)", yscale="log")
-    right.set(xlabel="images seen", ylabel="one step: PSNR gain over the linear code, dB", yscale="linear")
+    right.set(xlabel="images seen", ylabel="one step: PSNR gain over the linear code, dB")
     right.legend()
     save_figure(Path(out, "curves.png"), figure)
     print(f"wrote curves.png to {out}")

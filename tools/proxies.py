@@ -9,7 +9,7 @@ high        share of the latents' power above half the Nyquist frequency, their 
 neighbours  how much of a cell's variance its 8 neighbours tell: R^2 of a linear fit with bias to all their channels,
             on latents that were not in the fit. 0: cells are independent, 1: a cell is known from its neighbours
 deviation   of the channels, least to largest. Channels are normalised first, as the generator sees them
-Neither says what the latents are good for: read them beside the reconstruction and a generator's distance.
+None of these says what the latents are good for: read them beside the reconstruction and a generator's distance.
 """
 import argparse
 import math
