@@ -31,9 +31,11 @@ from tools.compare import read_run
 ONE_STEP = "train.py --preset deep --g_power 20 --t_mean 4 --workers 0"  # nearly all levels at the noise end
 DEEP = f"{ONE_STEP} --steps 300 --eval_every 0 --save_every 150"                               # 1,200 images of 64 px
 LARGE = f"{ONE_STEP} --size 128 --batch_size 2 --steps 200 --eval_every 0 --save_every 100"
+PAINT = "train.py --preset deep --workers 0 --steps 600 --eval_every 0 --save_every 150"        # 2,400, all levels
 TINY = "train.py --preset tiny --workers 0 --steps 1000 --eval_every 0"                        # 8,000 images of 32 px
 SHORT = "train.py --preset tiny --workers 0 --eval_every 0 --steps 500 --lr 5e-4 --warmup 20"  # on from a tiny model
-DISTILL = "distill.py --workers 0 --steps 100 --lr 5e-4 --warmup 20 --decay 0.5 --ema 0.99 --eval_every 0"
+DISTILL = "distill.py --workers 0 --warmup 20 --decay 0.5 --eval_every 0"
+STUDENT = f"{DISTILL} --teacher_steps 8 --steps 150 --batch_size 4 --optimizer muon --lr 1e-3 --ema 0.98"
 PHOTOS = "--data {photos} --aug_scale 4 --eval_images 7"
 ON = f"{DEEP} --lr 5e-4 --warmup 20 --init_from examples/f32c32.safetensors {PHOTOS}"           # on from that model
 PUBLISHED = "--linear off --no-input_skip --c trunc --g_power 1 --t_mean 0"                    # as the reference trains
@@ -52,14 +54,16 @@ RUNS = {
     "deep_adamw": f"{DEEP} --enc dc_f32c32 --optimizer adamw",
     "tiny_adamw": f"{TINY} --optimizer adamw",
     "tiny_eqm": TINY,
-    "tiny_fm": f"{TINY} --loss fm",
-    "distilled_eqm": f"{DISTILL} --ckpt {{runs}}/tiny_eqm_s{{seed}}/model.safetensors --batch_size 8",
-    "distilled_fm": f"{DISTILL} --ckpt {{runs}}/tiny_fm_s{{seed}}/model.safetensors --batch_size 8",
+    "paint_eqm": PAINT,
+    "paint_fm": f"{PAINT} --loss fm",
+    "distilled_eqm": f"{STUDENT} --ckpt {{runs}}/paint_eqm_s{{seed}}/model.safetensors",
+    "distilled_lpips": f"{STUDENT} --ckpt {{runs}}/paint_eqm_s{{seed}}/model.safetensors --w_lpips 0.5 "
+                       "--lpips_weights {vgg}",
     "more_plain": f"{SHORT} --init_from {{runs}}/tiny_eqm_s{{seed}}/model.safetensors",
     "more_lpips": f"{SHORT} --init_from {{runs}}/tiny_eqm_s{{seed}}/model.safetensors --w_lpips 0.5 "
                   "--lpips_weights {vgg}",
-    "more_lpips_distilled": f"{DISTILL} --ckpt {{runs}}/more_lpips_s{{seed}}/model.safetensors --batch_size 8 "
-                            "--w_lpips 0.5 --lpips_weights {vgg}",
+    "more_lpips_distilled": f"{DISTILL} --ckpt {{runs}}/more_lpips_s{{seed}}/model.safetensors --steps 100 "
+                            "--batch_size 8 --lr 5e-4 --ema 0.99 --w_lpips 0.5 --lpips_weights {vgg}",
     **{f"crops_{name}": f"{ON} {flags}" for name, flags in (
         ("plain", ""), ("lpips", "--w_lpips 0.5 --lpips_weights {vgg}"))},
     "phase2": f"{ONE_STEP} --phase 2 --init_from {{runs}}/deep_f32c64_s{{seed}}/model.safetensors "
@@ -67,8 +71,6 @@ RUNS = {
 }
 # Tables: {name: (evaluation flags, [(line, run, more evaluation flags)])}; a line of the table for each of --steps.
 NESTEROV = "--sampler nesterov --mu 0.3"
-STOP = f"{NESTEROV} --tol 0.2 --steps 25"
-MANY = "--steps 1 2 4 8 25"
 BUILT_IN = "--limit 200"
 TABLES = {
     "depth": (BUILT_IN, [
@@ -108,15 +110,14 @@ TABLES = {
         ("tiny: AdamW", "tiny_adamw", ""),
         ("tiny: Muon", "tiny_eqm", "")]),
     "samplers": (BUILT_IN, [
-        ("FM, Euler", "tiny_fm", MANY),
-        ("EqM, gradient descent", "tiny_eqm", MANY),
-        ("EqM, Nesterov", "tiny_eqm", f"{NESTEROV} --steps 4 8 16"),
-        ("EqM, Nesterov, stop at tol 0.2", "tiny_eqm", STOP)]),
+        ("FM, Euler", "paint_fm", "--steps 1 4 8"),
+        ("EqM, gradient descent", "paint_eqm", "--steps 1 4 8"),
+        ("EqM, Nesterov", "paint_eqm", f"{NESTEROV} --steps 4 8"),
+        ("EqM, Nesterov, stop at tol 0.1", "paint_eqm", f"{NESTEROV} --tol 0.1 --steps 16")]),
     "one_step": (BUILT_IN, [
-        ("EqM", "tiny_eqm", "--steps 1 8"),
-        ("EqM, distilled", "distilled_eqm", ""),
-        ("FM", "tiny_fm", "--steps 1 8"),
-        ("FM, distilled", "distilled_fm", "")]),
+        ("undistilled", "paint_eqm", "--steps 1 4 8"),
+        ("distilled", "distilled_eqm", ""),
+        ("the same with the perceptual term", "distilled_lpips", "")]),
     "perceptual": (BUILT_IN, [
         ("without", "more_plain", "--steps 1 4"),
         ("with", "more_lpips", "--steps 1 4"),
