@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 train.py --enc dc_f32c32 --loss fm --data DIR --compile    # one node
 
 The objective is SSDD's (arXiv 2510.04961), with EqM in the place of FM if you like: FM or EqM + 0.5 LPIPS + 0.25 REPA
-+ 1e-6 KL. Everything random (data order, crops, noise, levels, posterior draws) is a function of
-(seed, step, sample), so that a run does not depend on processes, micro-batches or interruptions.
++ 1e-6 KL. Everything random (data order, crops, noise, levels, posterior draws) is a function of (seed, step, sample),
+so that a run does not depend on processes, micro-batches or interruptions.
 
 Writes to --out: model.safetensors (EMA weights), best.safetensors (those of the best evaluation), latest.pt and
 previous.pt (for --resume), log.jsonl, reconstructions.png, metrics.json.
