@@ -39,7 +39,8 @@ class Decoder(nn.Module):
 
     def __init__(self, has_time):
         super().__init__()
-        self.has_time, width = has_time, 64
+        self.has_time = has_time
+        width = 64
         self.layers = nn.Sequential(nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                     nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
 
