@@ -149,11 +149,9 @@ def matching(decoder, eqm, x, e, z, level):
     """The decoder's own loss on images x (B, 3, H, W), latents z, at FM's times or EqM's levels (B,):
     (each image's loss (B,), one-step estimate (B, 3, H, W), the decoder's tokens).
 
-    decoder  model.UViT;  eqm  the EqM objective, None for FM;  e  standard normal noise (B, 3, H, W), of which the
-    decoder makes the noise end
+    decoder  model.UViT;  eqm  the EqM objective, None for FM;  e  standard normal noise (B, 3, H, W)
     """
     condition = decoder.condition(z, *x.shape[-2:])
-    e = decoder.noise_end(e, condition)  # from here on the noise end
     if eqm is None:
         t = level
         x_t = fm_mix(x, e, t)

@@ -28,12 +28,12 @@ ETA_LAM, MU = 0.3, 0.3                                       # Nesterov's step a
 SMALLEST_SIDE = 96                                           # pixels of the picture that an image gets at least
 
 
-def estimates(model, x, start, z, t):
-    """The image on its way to the noise `start` at times t (6,), the field there and the one-step estimate:
+def estimates(model, x, e, z, t):
+    """The image on its way to the noise e at times t (6,), the field there and the one-step estimate:
     (6, 3, H, W) each."""
     cfg = model.config
-    x, start = x.expand(LEVELS, -1, -1, -1), start.expand(LEVELS, -1, -1, -1)
-    x_t = fm_mix(x, start, t)                                # (1 - t) x + t e, which is EqM's x_g with g = 1 - t
+    x, e = x.expand(LEVELS, -1, -1, -1), e.expand(LEVELS, -1, -1, -1)
+    x_t = fm_mix(x, e, t)                                    # (1 - t) x + t e, which is EqM's x_g with g = 1 - t
     z = z.expand(LEVELS, -1, -1, -1)                         # (6, c, h, w)
     if cfg["loss"] == "fm":
         field = model.decoder(x_t, z, t).float()
@@ -43,7 +43,7 @@ def estimates(model, x, start, z, t):
     return x_t, field, eqm.predict_x(x_t, field, 1 - t)
 
 
-def euler_path(model, start, z):
+def euler_path(model, e, z):
     """FM: where 16 Euler steps are after 0, 1, 2, 4, 8, 16 of them. -> (6, 3, H, W)"""
     seen = []
 
@@ -51,14 +51,14 @@ def euler_path(model, start, z):
         seen.append(x)
         return model.decoder(x, z, t)
 
-    last, _ = euler(recorded, start, z, max(SHOWN), model.t_shift)
+    last, _ = euler(recorded, e, z, max(SHOWN), model.t_shift)
     seen.append(last)
     return torch.cat([seen[k] for k in SHOWN])
 
 
-def nesterov_path(model, e, start, z):
+def nesterov_path(model, e, z):
     """EqM: where Nesterov's descent is after 0, 1, 2, 4, 8, 16 steps. -> (6, 3, H, W)"""
-    path, eta = [start], ETA_LAM / model.field_at_noise
+    path, eta = [e], ETA_LAM / model.field_at_noise
     for steps in SHOWN[1:]:
         x, _ = model.sample(z, steps, e, method="nesterov", mu=MU, eta=eta, last_eta=eta)  # which does not land
         path.append(x)
@@ -78,14 +78,13 @@ def show_field(model, dataset, i, seed, device, out):
     x = image[None].to(device)                               # (1, 3, H, W)
     e = image_noise(seed, [i], x.shape[1:]).to(device)
     z = model.encode(x).mode()                               # (1, c, h, w)
-    start = model.decoder.noise_end(e, model.decoder.condition(z, *x.shape[2:]))
     fm = model.config["loss"] == "fm"
     t = torch.tensor(noise_times(LEVELS - 1, model.t_shift))
     if fm and model.decoder.base is not None:                # its velocity is (D - x_t) / t, and nothing at t = 0
         t[-1] = LEAST_TIME
     t = t.to(device)
-    x_t, field, estimate = estimates(model, x, start, z, t)
-    path = euler_path(model, start, z) if fm else nesterov_path(model, e, start, z)
+    x_t, field, estimate = estimates(model, x, e, z, t)
+    path = euler_path(model, e, z) if fm else nesterov_path(model, e, z)
 
     rms = field.square().mean((1, 2, 3)).sqrt()              # (6,)
     for j, steps in enumerate(SHOWN):
