@@ -1586,20 +1586,19 @@ def test_draws_are_a_function_of_seed_step_and_row():
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
 @pytest.mark.parametrize("off", [0.0, 0.5])
 def test_matching_of_a_decoder_that_is_right_or_off_by_a_constant(loss, off):
-    """Right: loss 0, and an estimate that is the image. FM's network is told t, EqM's is not; the noise end is the
-    decoder's own. FM's loss beside a linear base is the estimate's error over max(t, T_MIN)."""
+    """Right: loss 0, and an estimate that is the image. FM's network is told t, EqM's is not. FM's loss beside a linear base is the estimate's error over max(t, T_MIN)."""
     x, e, z = torch.rand(3, 3, 8, 8), torch.randn(3, 3, 8, 8), torch.randn(3, 4, 1, 1)
     level = torch.tensor([0.01, 0.5, 1.0 if loss == "fm" else 0.0])
-    eqm, end = None if loss == "fm" else EqM("trunc", lam=2.0), 0.5 * e + 0.1
-    wanted = x - end if loss == "fm" else eqm.target(x, end, level)
+    eqm = None if loss == "fm" else EqM("trunc", lam=2.0)
+    wanted = x - e if loss == "fm" else eqm.target(x, e, level)
 
     def forward(noisy, t=None, condition=None):
         assert condition == "condition" and (t is level) == (loss == "fm")
-        assert torch.allclose(noisy, losses.fm_mix(x, end, level) if loss == "fm" else eqm.mix(x, end, level))
+        assert torch.allclose(noisy, losses.fm_mix(x, e, level) if loss == "fm" else eqm.mix(x, e, level))
         return wanted + off, "tokens"
 
     decoder = types.SimpleNamespace(forward_with_tokens=forward, condition=lambda z, h, w: "condition",
-                                    noise_end=lambda e, condition: end, base=None)
+                                    base=None)
     each, estimate, tokens = losses.matching(decoder, eqm, x, e, z, level)
     assert tokens == "tokens" and each.shape == (3,)
     assert each.tolist() == pytest.approx([off**2 / (1 if eqm is None else eqm.lam**2)] * 3, rel=1e-4)
