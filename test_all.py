@@ -1586,7 +1586,8 @@ def test_draws_are_a_function_of_seed_step_and_row():
 @pytest.mark.parametrize("loss", ["fm", "eqm"])
 @pytest.mark.parametrize("off", [0.0, 0.5])
 def test_matching_of_a_decoder_that_is_right_or_off_by_a_constant(loss, off):
-    """Right: loss 0, and an estimate that is the image. FM's network is told t, EqM's is not. FM's loss beside a linear base is the estimate's error over max(t, T_MIN)."""
+    """Right: loss 0, and an estimate that is the image. FM's network is told t, EqM's is not. FM's loss beside a linear
+    base is the estimate's error over max(t, T_MIN)."""
     x, e, z = torch.rand(3, 3, 8, 8), torch.randn(3, 3, 8, 8), torch.randn(3, 4, 1, 1)
     level = torch.tensor([0.01, 0.5, 1.0 if loss == "fm" else 0.0])
     eqm = None if loss == "fm" else EqM("trunc", lam=2.0)
