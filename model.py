@@ -61,7 +61,6 @@ OUTPUT_GAIN = 3.0         # The network adds its output times this and times the
 CONTRAST_CELL = 8         # Contrast is measured on 16 x 16 pixels around the middle of every cell of 8 x 8.
 LEAST_CONTRAST = 1 / 255  # It is at least half a level of 8 bits.
 INPUT_GAIN = 0.1          # Noise from N(0, I) is faint at the input: it tells nothing about the image.
-DETAIL_CELL = 8           # UViT.preconditioned looks at the lapped coefficients of cells of 8 x 8 pixels.
 T_LEAST = 1e-4            # FM's velocity (D - x_t) / t divides by at least this.
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)  # What fit_linear_decoder tries, times the latents' mean square.
@@ -258,11 +257,14 @@ class Condition(NamedTuple):
         return Condition(**fields)
 
 
+DETAILS = LappedCode(8, 3 * 8**2)  # all lapped coefficients of cells of 8 x 8 pixels
+
+
 @fast.kept
 def detail_spectrum(device):
     """The deviation that the lapped coefficients of details have in units of a pixel's: (192, 1, 1), mean square 1. A
     cell's mean counts as the next wave: how bright a picture is, the base knows."""
-    deviation = LappedCode(DETAIL_CELL, 3 * DETAIL_CELL**2).tables(device).deviation
+    deviation = DETAILS.tables(device).deviation
     means = len(MEAN_ENERGY)
     deviation = deviation.clamp(max=deviation[means])
     return deviation / deviation.square().mean().sqrt()
@@ -367,7 +369,6 @@ class UViT(nn.Module):
         nn.init.dirac_(self.base.weight)
         nn.init.zeros_(self.base.bias)
         self.revision = nn.Parameter(torch.zeros(count, 1, 1))
-        self.details = LappedCode(DETAIL_CELL, 3 * DETAIL_CELL**2)
         start_at_zero(self.conv_out)
         # The base shows in its place all that the latent says. What the latent gives to the input and the norms is the
         # same over a whole cell and another for every image: at random it hides the base, so it starts at zero.
@@ -458,10 +459,10 @@ class UViT(nn.Module):
         base, contrast = condition.base.detach(), condition.contrast
         level = per_image(t if self.time_cond else self.noise_level(x, condition))                      # (B, 1, 1, 1)
         rest = x - (1 - level) * base
-        deviation = F.avg_pool2d(contrast, DETAIL_CELL) * detail_spectrum(x.device)                  # (B, 192, h8, w8)
+        deviation = F.avg_pool2d(contrast, DETAILS.f) * detail_spectrum(x.device)                    # (B, 192, h8, w8)
         signal = (1 - level) * deviation
         share = signal * deviation / (signal.square() + level.square())
-        guess = self.details.decode(share * self.details.encode(rest))
+        guess = DETAILS.decode(share * DETAILS.encode(rest))
         scale = torch.rsqrt(((1 - level) * contrast).square() + level.square())                         # (B, 1, H, W)
         return guess / contrast + INPUT_GAIN * scale * rest, guess, level * scale
 
