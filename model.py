@@ -443,7 +443,7 @@ class UViT(nn.Module):
         cell r has about the base's local contrast, and the spectrum of an average picture (`detail_spectrum`). So the
         best linear estimate of r takes of each coefficient of deviation s the share (1 - l) s^2 / ((1 - l)^2 s^2 + l^2)
         (Wiener's filter): nothing at the noise end, all near the image. A silent network is this denoiser. Any other
-        need not carry the details from its input to its output, which it learns badly (docs/results.md), and corrects
+        need not carry the details from its input to its output, which it learns badly (docs/sampling.md), and corrects
         no more than what is still uncertain (EDM, Karras et al. 2022, arXiv 2206.00364, section 5, where data are
         white).
 

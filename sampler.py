@@ -21,8 +21,8 @@ import math
 import torch
 
 T_SHIFT = 4.0     # SSDD's
-PRECONDITIONED_SHIFT = 0.7  # nearest with eight steps, on drawn images and photographs (docs/results.md)
-BASE_SHIFT = 3.0  # beside a linear base: nearer than one step, on photographs and drawn images (docs/results.md)
+PRECONDITIONED_SHIFT = 0.7  # nearest with eight steps, on drawn images and photographs (docs/sampling.md)
+BASE_SHIFT = 3.0  # beside a linear base: nearer than one step, on photographs and drawn images (docs/sampling.md)
 
 
 def noise_times(steps, t_shift):
