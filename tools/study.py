@@ -1,4 +1,4 @@
-"""The tables of docs/results.md and docs/sampling.md, made anew: train what is missing, evaluate it, write a CSV, print.
+"""The tables of docs/results.md and docs/sampling.md, made anew: train what is missing, evaluate, write a CSV, print.
 
     OMP_NUM_THREADS=1 python -m tools.study depth parts     # two tables; stopped, the same command goes on
     python -m tools.study depth --print                     # from the CSV, without training
