@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 import sampler
 from encoder import (
-    MEAN_ENERGY,
     DCDown,
     DCResBlock,
     DiagonalGaussian,
@@ -257,19 +256,6 @@ class Condition(NamedTuple):
         return Condition(**fields)
 
 
-DETAILS = LappedCode(8, 3 * 8**2)  # all lapped coefficients of cells of 8 x 8 pixels
-
-
-@fast.kept
-def detail_spectrum(device):
-    """The deviation that the lapped coefficients of details have in units of a pixel's: (192, 1, 1), mean square 1. A
-    cell's mean counts as the next wave: how bright a picture is, the base knows."""
-    deviation = DETAILS.tables(device).deviation
-    means = len(MEAN_ENERGY)
-    deviation = deviation.clamp(max=deviation[means])
-    return deviation / deviation.square().mean().sqrt()
-
-
 class UViT(nn.Module):
     """SSDD's diffusion decoder: (noisy image, latent, time) -> field of the image's shape.
 
@@ -286,14 +272,12 @@ class UViT(nn.Module):
                (encoder.LappedCode) read from the latent by a 1x1 convolution; the network adds to it what these leave
                out (`addition`), is silent at first, and sees it beside the noisy image, the latent itself not at first;
                see GROUP_SIZE, INPUT_GAIN
-    precondition  with `base`: the network adds to what a linear denoiser makes of the noisy image: `preconditioned`
     joint_input  one input convolution on image and latent together, the latent not normalised: SSDD as published
-    raises     ValueError for an unknown size, an even window, a base without field_at_noise or with joint_input, and
-               precondition without a base
+    raises     ValueError for an unknown size, an even window, and a base without field_at_noise or with joint_input
     """
 
     def __init__(self, size="S", z_dim=32, time_cond=True, depth=None, window=17, field_at_noise=None,
-                 joint_input=False, base=None, precondition=False):
+                 joint_input=False, base=None):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"unknown decoder size '{size}': expected one of {', '.join(SIZES)}")
@@ -302,16 +286,13 @@ class UViT(nn.Module):
                              "(noisy image - estimate)")
         if window % 2 == 0:
             raise ValueError(f"the attention window must be odd, got {window}")
-        if precondition and not base:
-            raise ValueError("preconditioning needs a linear base")
         if depth is None:
             depth = SIZES[size][2]
         widths = level_widths(size)
         c, top = widths[0], widths[-1]
         temb = 4 * c if time_cond else None
         group_size = GROUP_SIZE if base else None
-        self.channels, self.z_dim, self.time_cond = c, z_dim, time_cond
-        self.field_at_noise, self.precondition = field_at_noise, precondition
+        self.channels, self.z_dim, self.time_cond, self.field_at_noise = c, z_dim, time_cond, field_at_noise
         self.checkpointing = False  # True: training keeps only the residual blocks' inputs, and computes the rest twice
         if time_cond:
             self.time = nn.Sequential(nn.Linear(c, temb), nn.SiLU(), nn.Linear(temb, temb))
@@ -436,46 +417,6 @@ class UViT(nn.Module):
         input_map = fast.convolved_blocks(normalised, self.conv_in_z, self.conv_in)                     # (B, C, 5h, 5w)
         return Condition(input_map, adagn, adaln, attention_bias, base, base_map, contrast)
 
-    def preconditioned(self, x, condition, t):
-        """What the network sees of a noisy image x (B, 3, H, W), and what its output is added to: (seen, guess, gain).
-
-        At the noise level l, x shows beside the base (1 - l) r + l e: r is what the base lacks, e is noise. In every
-        cell r has about the base's local contrast, and the spectrum of an average picture (`detail_spectrum`). So the
-        best linear estimate of r takes of each coefficient of deviation s the share (1 - l) s^2 / ((1 - l)^2 s^2 + l^2)
-        (Wiener's filter): nothing at the noise end, all near the image. A silent network is this denoiser. Any other
-        need not carry the details from its input to its output, which it learns badly (docs/sampling.md), and corrects
-        no more than what is still uncertain (EDM, Karras et al. 2022, arXiv 2206.00364, section 5, where data are
-        white).
-
-        t      FM's times (B,); EqM's levels are measured
-        seen   (B, 3, H, W), the guess in units of the local contrast, and, fainter, all that x shows
-        guess  (B, 3, H, W), of r; 0 without precondition
-        gain   (B, 1, H, W), what the output is multiplied by: 1 at the noise end, less near the image
-        """
-        if condition.base is None:
-            return x, 0.0, 1.0
-        if not self.precondition:
-            return INPUT_GAIN * x, 0.0, 1.0
-        base, contrast = condition.base.detach(), condition.contrast
-        level = per_image(t if self.time_cond else self.noise_level(x, condition))                      # (B, 1, 1, 1)
-        rest = x - (1 - level) * base
-        deviation = F.avg_pool2d(contrast, DETAILS.f) * detail_spectrum(x.device)                    # (B, 192, h8, w8)
-        signal = (1 - level) * deviation
-        share = signal * deviation / (signal.square() + level.square())
-        guess = DETAILS.decode(share * DETAILS.encode(rest))
-        scale = torch.rsqrt(((1 - level) * contrast).square() + level.square())                         # (B, 1, H, W)
-        return guess / contrast + INPUT_GAIN * scale * rest, guess, level * scale
-
-    @torch.no_grad()
-    def noise_level(self, x, condition):
-        """How far x (B, 3, H, W) is on the way from the image, 0, to noise N(0, I), 1: (B,). The latent says what the
-        code's coefficients are without noise, so it can be measured: to 2 % at 64 px."""
-        coefficients = self.code.encode(x - condition.base) * self.code.tables(x.device).deviation
-        energy = coefficients.square().sum((1, 2, 3)) / x[0].numel()
-        # At level 1 the coefficients are those of noise, of energy 1 each, less the base's.
-        all_noise = self.base.out_channels / (3 * self.code.f**2) + condition.base.square().mean((1, 2, 3))
-        return (energy / all_noise).sqrt().clamp(max=1)
-
     def base_image(self, z):
         """z (B, z_dim, h, w) -> linear image (B, 3, h f, w f)."""
         with torch.autocast(z.device.type, enabled=False):
@@ -493,8 +434,7 @@ class UViT(nn.Module):
             temb = self.time(time_embedding(t, self.channels).to(self.conv_out.weight.dtype))           # (B, 4 C)
         mods = iter(condition.adagn.split([p.out_channels for p in self.projections()], dim=1))
 
-        seen, guess, gain = self.preconditioned(x, condition, t)
-        h = self.input_layer(seen, condition)                                                           # (B, C, H, W)
+        h = self.input_layer(x, condition)                                                              # (B, C, H, W)
         skips = [h]
         for level in self.down:
             for block in level[:2]:
@@ -515,19 +455,18 @@ class UViT(nn.Module):
             if len(level) == 4:
                 h = fast.upsample(h, level[3])
         out = self.conv_out(self.norm_out(h))                                                           # (B, 3, H, W)
-        return self.assemble(out, x, condition, t, guess, gain), tokens.flatten(2).mT
+        return self.assemble(out, x, condition, t), tokens.flatten(2).mT
 
-    def input_layer(self, seen, condition):
-        """The input convolutions of what is seen of the noisy image, with what they make of latent and base:
-        (B, C, H, W)."""
-        seen = seen.to(self.conv_out.weight.dtype)
+    def input_layer(self, x, condition):
+        """The input convolutions of the noisy image, with what they make of latent and base: (B, C, H, W)."""
+        dtype = self.conv_out.weight.dtype
         if condition.base is None:
-            h = self.conv_in_x(seen)
+            h = self.conv_in_x(x.to(dtype))
         else:
             weight = self.conv_in_x.weight[:, :3]
-            h = F.conv2d(seen, weight, self.conv_in_x.bias, padding=1) + condition.base_map
+            h = F.conv2d((INPUT_GAIN * x).to(dtype), weight, self.conv_in_x.bias, padding=1) + condition.base_map
         weight = self.conv_in.weight[:, :h.shape[1]]
-        return F.conv2d(h, weight, padding=1).add_(fast.spread(condition.input_map, *seen.shape[-2:]))
+        return F.conv2d(h, weight, padding=1).add_(fast.spread(condition.input_map, *x.shape[-2:]))
 
     def run_block(self, block, *arguments):
         if self.checkpointing and self.training:
@@ -547,25 +486,24 @@ class UViT(nn.Module):
                 tokens = u
         return u, tokens
 
-    def assemble(self, out, x, condition, t, guess, gain):
-        """The field (B, 3, H, W) at x from the network's output; guess, gain: `preconditioned`'s.
+    def assemble(self, out, x, condition, t):
+        """The field (B, 3, H, W) at x from the network's output.
 
-        Beside a linear base it is field_at_noise * (x - D), where D = base + guess - addition / field_at_noise is the
-        estimate of the image; FM divides it by t.
+        Beside a linear base it is field_at_noise * (x - D), where D = base - addition / field_at_noise is the estimate
+        of the image; FM divides it by t.
         """
         if self.field_at_noise is None:
             return out.to(x.dtype)
         if condition.base is None:
             return out + self.field_at_noise * x
-        added = self.addition(out, condition.contrast, gain, -self.field_at_noise * guess)
-        field = self.field_at_noise * (x - condition.base) + added
+        field = self.field_at_noise * (x - condition.base) + self.addition(out, condition.contrast)
         if self.time_cond:  # FM: v = (D - x_t) / t, D the estimate of the image
             field = field / per_image(t.clamp(min=T_LEAST))
         return field
 
-    def addition(self, out, contrast, gain=1.0, guess=0.0):
-        """What is added to the field beside a linear base, from the network's output (B, 3, H, W), the base's local
-        contrast, and `preconditioned`'s gain and guess (here in the field's units).
+    def addition(self, out, contrast):
+        """What is added to the field beside a linear base, from the network's output (B, 3, H, W) and the base's local
+        contrast.
 
         The latent says what the code's coefficients are. From the network comes what the code leaves out, the part of
         its output in the code's null space (the decomposition of DDNM, Wang, Yu, Zhang 2022, arXiv 2212.00490), and of
@@ -576,13 +514,12 @@ class UViT(nn.Module):
         scale mixtures (Wainwright, Simoncelli 1999). So the network need not learn to be silent in a flat sky.
         """
         with torch.autocast(out.device.type, enabled=False):
-            scaled = OUTPUT_GAIN * contrast * gain * out                             # (B, 3, H, W), at least float32
+            scaled = OUTPUT_GAIN * contrast * out                                    # (B, 3, H, W), at least float32
             if self.training:
                 # Not the loss's own gradient. Contrast is in the error, and would be in the gradient a second time:
-                # the network would learn from the strongest edges alone, and the same is true of the gain: from the
-                # noise end alone. So d scaled / d out, OUTPUT_GAIN * contrast * gain, is set to 1.
+                # the network would learn from the strongest edges alone. So d scaled / d out, OUTPUT_GAIN * contrast,
+                # is set to 1.
                 scaled = out + (scaled - out).detach()
-            scaled = scaled + guess
             coefficients = self.code.encode(scaled)                                                     # (B, ., h, w)
             return scaled - self.code.decode((1 - self.revision.float()) * coefficients)
 
@@ -619,7 +556,6 @@ class DCSSDAE(nn.Module):
     linear_decoder               the number of lapped coefficients that a 1x1 convolution reads from the latent, for an
                                  image that the network starts from (UViT's base); 0: none. z_dim with linear_encoder:
                                  an untrained model is then the linear code; more after fit_linear_decoder
-    precondition                 with linear_decoder: the network adds to a linear denoiser (UViT.preconditioned)
     latents                      {"mean": [c], "std": [c], ...} per channel, from tools.latents --z_stats, for normalize
     notes                        anything else worth keeping in the saved file: training size, losses left out, ...
     raises                       ValueError for unknown names
@@ -627,7 +563,7 @@ class DCSSDAE(nn.Module):
 
     def __init__(self, enc="dc_f32c32", dec="S", loss="eqm", enc_width=1.0, enc_options=None, depth=None, window=17,
                  c="linear", a=0.8, b=1.4, lam=1.0, input_skip=False, joint_input=False, latents=None, notes=None,
-                 linear_encoder=False, linear_decoder=0, precondition=False):
+                 linear_encoder=False, linear_decoder=0):
         super().__init__()
         if loss not in ("fm", "eqm"):
             raise ValueError(f"unknown loss '{loss}': expected fm or eqm")
@@ -635,8 +571,7 @@ class DCSSDAE(nn.Module):
         self.config = {"enc": enc, "dec": dec, "loss": loss, "enc_width": enc_width, "enc_options": enc_options,
                        "depth": depth, "window": window, "c": c, "a": a, "b": b, "lam": lam, "input_skip": input_skip,
                        "joint_input": joint_input, "latents": latents, "notes": notes,
-                       "linear_encoder": linear_encoder, "linear_decoder": linear_decoder,
-                       "precondition": precondition}
+                       "linear_encoder": linear_encoder, "linear_decoder": linear_decoder}
         if linear_encoder:
             enc_options = enc_options | {"linear": True}
         self.encoder = make_encoder(enc, enc_width, **enc_options)
@@ -645,8 +580,7 @@ class DCSSDAE(nn.Module):
         self.field_at_noise = -1.0 if self.eqm is None else self.eqm.at_noise
         self.decoder = UViT(dec, self.encoder.z_dim, loss == "fm", depth, window,
                             field_at_noise=self.field_at_noise if input_skip else None, joint_input=joint_input,
-                            base=(self.downscale, linear_decoder) if linear_decoder else None,
-                            precondition=precondition)
+                            base=(self.downscale, linear_decoder) if linear_decoder else None)
         self.use_graphs = True  # On GPUs small calls without gradients are replayed: plumbing/graphs.py.
 
     @property
@@ -656,18 +590,15 @@ class DCSSDAE(nn.Module):
     @property
     def t_shift(self):
         """The sampling times' exponent where none is given: sampler.noise_times."""
-        if self.decoder.base is None:
-            return sampler.T_SHIFT
-        return sampler.PRECONDITIONED_SHIFT if self.decoder.precondition else sampler.BASE_SHIFT
+        return sampler.T_SHIFT if self.decoder.base is None else sampler.BASE_SHIFT
 
     @torch.no_grad()
-    def retargeted(self, loss, precondition):
-        """A copy to go on training with another loss, which it fits at once, but for the time: new layers learn to use
-        it; or with precondition or without, where one step fits at once, and several do not. ValueError without a
-        linear decoder."""
+    def retargeted(self, loss):
+        """A copy to go on training with another loss. It fits at once, but for the time, which new layers learn to
+        use. ValueError without a linear decoder."""
         if not self.config["linear_decoder"]:
-            raise ValueError("only a model with a linear decoder can go on with another loss or precondition")
-        model = DCSSDAE(**self.config | {"loss": loss, "precondition": precondition})
+            raise ValueError("only a model with a linear decoder can go on with another loss")
+        model = DCSSDAE(**self.config | {"loss": loss})
         for module in model.modules():
             if isinstance(module, ResBlock) and module.time is not None:
                 start_at_zero(module.time)
@@ -898,15 +829,14 @@ class DCSSDAE(nn.Module):
         """
         state, saved = read_model(path)
         state = published.unfolded(state, self.config["enc"])
-        found = {"precondition": False} | (saved or published.infer_config(state, LAYOUTS))  # which not all files name
+        found = saved or published.infer_config(state, LAYOUTS)
         taken = []
         if part != "decoder":
             taken += ["linear_encoder", "latents"]  # the statistics before were of another encoder's
             if found.get("enc") == self.config["enc"]:
                 taken.append("enc_options")
         if part != "encoder":
-            # What its field is.
-            taken += ["joint_input", "input_skip", "linear_decoder", "precondition", "c", "a", "b", "lam"]
+            taken += ["joint_input", "input_skip", "linear_decoder", "c", "a", "b", "lam"]  # what its field is
         config = self.config | {name: found[name] for name in taken if name in found}
         model = self
         if config != self.config:
@@ -968,10 +898,9 @@ def read_model(path):
     if metadata.get("format") != str(FORMAT):
         raise ValueError(f"{path} is a model of file format {metadata.get('format')}; this code reads format {FORMAT}")
     config = json.loads(metadata["config"])
-    # Entries of older files, examples/f32c32.safetensors among them.
-    config.pop("without", None)
-    if config.pop("source", 0):
-        raise ValueError(f"{path} was trained with --source, which this code no longer has")
+    for name in ("without", "source", "precondition"):  # entries of older files, most of which had no use for them
+        if not config.get(name):
+            config.pop(name, None)
     return contents, config
 
 

@@ -21,7 +21,6 @@ import math
 import torch
 
 T_SHIFT = 4.0     # SSDD's
-PRECONDITIONED_SHIFT = 0.7  # nearest with eight steps, on drawn images and photographs (docs/sampling.md)
 BASE_SHIFT = 3.0  # beside a linear base: nearer than one step, on photographs and drawn images (docs/sampling.md)
 
 

@@ -79,9 +79,7 @@ PHASES = {
 # --linear: does the encoder start as the linear code (encoder.LappedCode), does the decoder start with its transpose?
 LINEAR = {"both": (True, True), "encoder": (True, False), "decoder": (False, True), "off": (False, False)}
 # What describes the model: a file of --init_from decides it, and --resume may not change it.
-MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "b", "lam", "input_skip", "linear",
-               "precondition")
-RETARGETED = ("loss", "precondition")  # of these, what may differ from that file: see DCSSDAE.retargeted
+MODEL_FLAGS = ("enc", "enc_width", "dec", "depth", "window", "loss", "c", "a", "b", "lam", "input_skip", "linear")
 
 FITTED_COEFFICIENTS = 8  # for each latent channel, of a decoder fitted to a given encoder: more are too fine to guess
 FIT_CELLS = 64           # for each latent channel, to fit it on; but at least 256 and at most 8192 images
@@ -125,8 +123,6 @@ def get_args(argv=None):
     add("--a", type=fraction, default=0.8, help="EqM: where trunc and piecewise begin to fall to zero [%(default)s]")
     add("--b", type=positive, default=1.4, help="EqM: piecewise's value at the noise end [%(default)s]")
     add("--lam", type=positive, default=1.0, help="EqM: scale of the field [%(default)s]")
-    add("--precondition", default=False, action=argparse.BooleanOptionalAction,
-        help="with a linear decoder: the network adds to what a linear denoiser makes of the noisy image")
     add("--t_mean", type=float, default=0.0, help="FM: t = sigmoid(n), n ~ N(t_mean, 1); above 0 trains more on the "
         "noise end, where one step begins [%(default)s]")
     add("--g_power", type=positive, default=1.0, help="EqM: g = u ** g_power, u ~ U(0, 1); above 1 trains more on the "
@@ -157,7 +153,7 @@ def get_args(argv=None):
     p.set_defaults(**given)
     args = p.parse_args(argv)
     for name, value in given.items():
-        if getattr(args, name) != value and name not in RETARGETED:
+        if getattr(args, name) != value and name != "loss":  # DCSSDAE.retargeted
             raise ValueError(f"--init_from {args.init_from} holds a model with --{name} {value}, but "
                              f"{getattr(args, name)} was given: leave it out, the file decides")
     args.freeze_enc |= args.enc.startswith(TIMM)
@@ -373,7 +369,7 @@ def new_model(args):
         coefficients = min(FITTED_COEFFICIENTS * z_dim, 3 * downscale**2)
     return DCSSDAE(args.enc, args.dec, args.loss, args.enc_width, depth=args.depth, window=args.window, c=args.c,
                    a=args.a, b=args.b, lam=args.lam, input_skip=args.input_skip, linear_encoder=linear_encoder,
-                   linear_decoder=coefficients if linear_decoder else 0, precondition=args.precondition)
+                   linear_decoder=coefficients if linear_decoder else 0)
 
 
 def first_model(args, checkpoint):
@@ -381,8 +377,8 @@ def first_model(args, checkpoint):
     if checkpoint:
         return DCSSDAE(**checkpoint["config"])
     model = DCSSDAE.load(args.init_from) if args.init_from else new_model(args)
-    if any(model.config[name] != getattr(args, name) for name in RETARGETED):
-        model = model.retargeted(args.loss, args.precondition)
+    if model.config["loss"] != args.loss:
+        model = model.retargeted(args.loss)
     if args.enc.startswith(TIMM) and not args.init_from:
         model.encoder.read_weights(args.enc_ckpt and local_file(args.enc_ckpt))
     elif args.enc_ckpt:

@@ -52,9 +52,9 @@ def recordings(monkeypatch, smallest):
     return made
 
 
-def small_model(loss="eqm", precondition=False, **options):
+def small_model(loss="eqm", **options):
     model = DCSSDAE("dc_f8c4", "XS", loss, enc_width=0.0625, depth=1, input_skip=True, linear_encoder=True,
-                    linear_decoder=4, precondition=precondition, **options)
+                    linear_decoder=4, **options)
     return randomise(model).eval()
 
 
@@ -66,9 +66,9 @@ def eager(model, call):
     return result
 
 
-@pytest.mark.parametrize("loss, precondition", [("eqm", False), ("fm", True), ("eqm", True)])
-def test_the_second_call_is_recorded_and_later_ones_are_replayed(recordings, loss, precondition):
-    model = small_model(loss, precondition)
+@pytest.mark.parametrize("loss", ["eqm", "fm"])
+def test_the_second_call_is_recorded_and_later_ones_are_replayed(recordings, loss):
+    model = small_model(loss)
     images, latents, noise = torch.randn(4, 1, 3, 16, 16), torch.randn(4, 1, 4, 2, 2), torch.randn(4, 1, 3, 16, 16)
     results = []
     with torch.no_grad():

@@ -468,10 +468,11 @@ def test_refusals_name_what_the_file_holds(tmp_path):
 
 def test_files_that_do_not_fit(tmp_path, smallest):
     model = DCSSDAE("dc_f16c4", "XS", "eqm", enc_width=0.0625, depth=1)
-    config = model.config | {"without": []}  # an entry of older files of this format
+    config = model.config | {"without": [], "source": 0.0}  # entries of older files of this format
     for name, metadata in (("m", {"format": "5", "config": json.dumps(config)}),
                            ("old", {"format": "4", "config": json.dumps(config)}),
                            ("odd", {"format": "5", "config": json.dumps(config | {"dec": "XXL"})}),
+                           ("source", {"format": "5", "config": json.dumps(config | {"source": 0.5})}),
                            ("new", {"format": "5", "config": json.dumps(config | {"flavour": 1})})):
         save_file(model.state_dict(), tmp_path / f"{name}.safetensors", metadata=metadata)
     torch.save({"w": torch.zeros(1)}, tmp_path / "other.pt")
@@ -480,6 +481,7 @@ def test_files_that_do_not_fit(tmp_path, smallest):
     assert DCSSDAE.load(tmp_path / "m.safetensors").config == model.config
     for name, words in (("old.safetensors", "file format 4; this code reads format 5"),
                         ("odd.safetensors", "no model that can be built: unknown decoder size 'XXL'"),
+                        ("source.safetensors", "no model that can be built: .*source"),
                         ("new.safetensors", "no model that can be built: .*flavour"),
                         ("other.pt", "no DC-SSDAE configuration and holds no encoder"),
                         ("latest.pt", r"several tables of tensors \(model, ema\), as a checkpoint of training"),
