@@ -1556,8 +1556,7 @@ def test_matching_of_a_decoder_that_is_right_or_off_by_a_constant(loss, off):
         assert torch.allclose(noisy, losses.fm_mix(x, e, level) if loss == "fm" else eqm.mix(x, e, level))
         return wanted + off, "tokens"
 
-    decoder = types.SimpleNamespace(forward_with_tokens=forward, condition=lambda z, h, w: "condition",
-                                    base=None)
+    decoder = types.SimpleNamespace(forward_with_tokens=forward, condition=lambda z, h, w: "condition", base=None)
     each, estimate, tokens = losses.matching(decoder, eqm, x, e, z, level)
     assert tokens == "tokens" and each.shape == (3,)
     assert each.tolist() == pytest.approx([off**2 / (1 if eqm is None else eqm.lam**2)] * 3, rel=1e-4)
